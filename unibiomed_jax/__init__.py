@@ -1,0 +1,1 @@
+"""UniBiomed in JAX: grounded biomedical vision-language modelling for research."""

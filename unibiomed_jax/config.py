@@ -1,0 +1,276 @@
+"""Every size and choice of the model, as frozen dataclasses. The comment above a field is its documentation."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+
+from unibiomed_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """InternViT, the eye of the language model."""
+
+    # Width of the residual stream.
+    hidden_size: int = 1024
+    # Number of transformer blocks.
+    num_layers: int = 24
+    # Attention heads; hidden_size must be divisible by it.
+    num_heads: int = 16
+    # Width of the feed-forward layer.
+    mlp_dim: int = 4096
+    # Side of a patch, pixels.
+    patch_size: int = 14
+    # Side of a tile, pixels.
+    image_size: int = 448
+    # Bias on the fused query-key-value projection.
+    qkv_bias: bool = True
+    # Epsilon of the two layer norms of a block.
+    layer_norm_eps: float = 1e-6
+    # Stochastic depth of the last block during training (linear from 0 at the first).
+    drop_path_rate: float = 0.0
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """Qwen2.5 decoder."""
+
+    # Number of token ids the tokenizer knows.
+    vocab_size: int = 151_679
+    # Width of the residual stream.
+    hidden_size: int = 896
+    # Number of decoder blocks.
+    num_layers: int = 24
+    # Query heads.
+    num_heads: int = 14
+    # Key-value heads; query head h reads key-value head h * num_kv_heads // num_heads.
+    num_kv_heads: int = 2
+    # Width of the gated feed-forward layer.
+    mlp_dim: int = 4864
+    # Base of the rotary position angles.
+    rope_theta: float = 1e6
+    # Epsilon of the RMS norms.
+    rms_norm_eps: float = 1e-6
+    # The output head is the embedding table itself.
+    tie_word_embeddings: bool = False
+    # Longest sequence, tokens.
+    max_position_embeddings: int = 32_768
+    # The embedding and the head are padded to a multiple of this, so that they shard evenly.
+    vocab_multiple: int = 128
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding inside the model; ids at or above vocab_size are never produced."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+@dataclass(frozen=True)
+class HieraRun:
+    """A maximal run of equal Hiera blocks, computed by one scan."""
+
+    # Index of its first block in the checkpoint.
+    first: int
+    # Number of blocks.
+    count: int
+    # Channels entering and leaving a block.
+    dim_in: int
+    dim_out: int
+    # Attention heads.
+    num_heads: int
+    # Side of an attention window on the incoming grid; 0 is global attention.
+    window: int
+    # The queries are max-pooled 2x2, which halves the grid.
+    pools: bool
+
+
+@dataclass(frozen=True)
+class HieraConfig:
+    """Hiera, the trunk of SAM2's image encoder."""
+
+    # Channels after the patch embedding; doubled at every later stage.
+    embed_dim: int = 144
+    # Heads in the first stage; doubled at every later stage.
+    num_heads: int = 2
+    # Blocks in each of the four stages.
+    stages: tuple[int, ...] = (2, 6, 36, 4)
+    # Blocks that attend globally instead of in windows.
+    global_attention_blocks: tuple[int, ...] = (23, 33, 43)
+    # Window side per stage.
+    window_spec: tuple[int, ...] = (8, 4, 16, 8)
+    # Grid of the coarse position table before it is resized (rows, columns).
+    position_grid: tuple[int, int] = (7, 7)
+
+    @property
+    def stage_ends(self) -> tuple[int, ...]:
+        """Index of the last block of every stage."""
+        return tuple(sum(self.stages[: i + 1]) - 1 for i in range(len(self.stages)))
+
+    @property
+    def stage_dims(self) -> tuple[int, ...]:
+        return tuple(self.embed_dim * 2**i for i in range(len(self.stages)))
+
+    def runs(self) -> tuple[HieraRun, ...]:
+        """Group the blocks into runs of equal ones; a stage's end also ends a run.
+
+        The first block of a stage still works in the window of the stage before it (it pools on the way
+        out), exactly as SAM2 defines it.
+        """
+        runs: list[HieraRun] = []
+        index = 0
+        for stage, depth in enumerate(self.stages):
+            for position in range(depth):
+                enters = stage > 0 and position == 0
+                window = self.window_spec[stage - 1] if enters else self.window_spec[stage]
+                if index in self.global_attention_blocks:
+                    window = 0
+                block = HieraRun(
+                    first=index,
+                    count=1,
+                    dim_in=self.stage_dims[stage - 1] if enters else self.stage_dims[stage],
+                    dim_out=self.stage_dims[stage],
+                    num_heads=self.num_heads * 2**stage,
+                    window=window,
+                    pools=enters,
+                )
+                last = runs[-1] if runs and position > 0 else None
+                if last and dataclasses.replace(last, first=index, count=1) == block:
+                    runs[-1] = dataclasses.replace(last, count=last.count + 1)
+                else:
+                    runs.append(block)
+                index += 1
+        return tuple(runs)
+
+
+@dataclass(frozen=True)
+class Sam2Config:
+    """SAM2: image encoder, prompt encoder, mask decoder and the memory that follows an object through frames."""
+
+    # Side of the square image SAM2 sees, pixels.
+    image_size: int = 1024
+    # The trunk.
+    hiera: HieraConfig = field(default_factory=HieraConfig)
+    # Width of the mask decoder and of the memory attention.
+    d_model: int = 256
+    # Heads and feed-forward width of the two-way transformer.
+    decoder_heads: int = 8
+    decoder_mlp_dim: int = 2048
+    # Channels of a stored memory.
+    memory_dim: int = 64
+    # Depth and feed-forward width of the memory attention.
+    memory_layers: int = 4
+    memory_mlp_dim: int = 2048
+    # Memories kept of tracked frames plus one (the size of the temporal embedding).
+    num_memories: int = 7
+    # Frames whose object pointer is read.
+    max_object_pointers: int = 16
+    # Frames at the start of a volume that are prompted by the language model.
+    max_conditioning_frames: int = 5
+
+    @property
+    def grid(self) -> int:
+        """Side of the feature map that the mask decoder reads (stride 16)."""
+        return self.image_size // 16
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Compute dtype per part: "float32" is exact, "bfloat16" is what the reference runs on a GPU.
+
+    Norms, softmax, rotary angles and everything after the selected mask stay in float32 under any policy.
+    """
+
+    # InternViT and the projector.
+    vision: str = "float32"
+    # The language model.
+    language: str = "float32"
+    # SAM2's image encoder.
+    sam2_encoder: str = "float32"
+    # SAM2's mask decoder and memory.
+    sam2_decoder: str = "float32"
+    # Evaluate the dense positional encoding in bfloat16, the rounding the released weights were trained with.
+    bfloat16_position: bool = False
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The whole model."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    sam2: Sam2Config = field(default_factory=Sam2Config)
+    precision: Precision = field(default_factory=Precision)
+    # Side of the space-to-depth that turns patches into tokens, as a ratio (0.5: 2x2 patches a token).
+    downsample_ratio: float = 0.5
+    # "v2": ordinary space-to-depth; "v1": the same with rows and columns swapped.
+    ps_version: str = "v2"
+    # Limits of the number of tiles an image is cut into.
+    min_tiles: int = 1
+    max_tiles: int = 12
+    # Append the whole image as a last tile when there is more than one.
+    use_thumbnail: bool = True
+    # Name of the conversation template.
+    template: str = "phi3_chat"
+
+    @property
+    def token_grid(self) -> int:
+        """Language-model tokens along one side of a tile."""
+        return int(self.vision.grid * self.downsample_ratio)
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return self.token_grid**2
+
+
+def to_dict(config) -> dict:
+    """A config as plain JSON-ready values."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls, values: dict, where: str = ""):
+    """Build the dataclass `cls` from plain values, strictly.
+
+    Raises:
+        InputError: an unknown field (names the nearest known one) or a value of the wrong type.
+    """
+    where = where or cls.__name__
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    if not isinstance(values, dict):
+        raise InputError(f"{where} must be a table of fields, not {values!r}.")
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(names)}."
+            raise InputError(f"Unknown field {key!r} in {where}: {hint}")
+    return cls(**{key: _coerce(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+
+
+def _coerce(hint, value, where: str):
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        inner = [a for a in typing.get_args(hint) if a is not type(None)]
+        return None if value is None else _coerce(inner[0], value, where)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise InputError(f"{where} must be a list, not {value!r}.")
+        return tuple(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, float, str, bool) and type(value) is not hint:
+        raise InputError(f"{where} must be of type {hint.__name__}, not {value!r}.")
+    return value

@@ -1,0 +1,1 @@
+"""The network: pure modules, no input or output."""

@@ -1,0 +1,196 @@
+"""The few building blocks all parts share.
+
+Compute dtype follows the activations: a component casts its input once, and every layer here casts its
+parameters to the dtype of what flows in. Norms compute in float32 whatever flows in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+LINEAR_INIT = nnx.initializers.normal(0.02)
+
+
+class Lora(nnx.Module):
+    """Low-rank update of a linear layer: y += scale * dropout(x) A B (Hu et al. 2021, arXiv 2106.09685)."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, scale: float, dropout: float, rngs: nnx.Rngs):
+        uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # Kaiming-uniform, a = sqrt(5)
+        self.a = nnx.Param(uniform(rngs.params(), (in_features, rank), jnp.float32))
+        self.b = nnx.Param(jnp.zeros((rank, out_features), jnp.float32))
+        self.scale = scale
+        self.dropout = dropout
+
+    def __call__(self, x: Float[Array, "... in"], key: Array | None) -> Float[Array, "... out"]:
+        if key is not None and self.dropout:
+            keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+            x = jnp.where(keep, x / (1 - self.dropout), 0)
+        return self.scale * ((x @ self.a[...].astype(x.dtype)) @ self.b[...].astype(x.dtype))
+
+
+class Linear(nnx.Module):
+    """Affine map of the last axis, equal to torch.nn.Linear with its weight transposed.
+
+    `lora` is None until an adapter is attached; `key` switches on the adapter's dropout.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, use_bias: bool = True, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(LINEAR_INIT(rngs.params(), (in_features, out_features), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32)) if use_bias else None
+        self.lora: Lora | None = nnx.data(None)
+
+    def __call__(self, x: Float[Array, "... in"], key: Array | None = None) -> Float[Array, "... out"]:
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        if self.lora is not None:
+            y = y + self.lora(x, key)
+        return y
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last axis with the two-pass variance of torch.nn.LayerNorm, in float32.
+
+    Over NHWC feature maps this is also SAM2's LayerNorm2d.
+    """
+
+    def __init__(self, features: int, *, eps: float):
+        self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((features,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... features"]) -> Float[Array, "... features"]:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - x32.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + self.eps)
+        y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm as in Qwen2: normalise in float32, round to x's dtype, then scale."""
+
+    def __init__(self, features: int, *, eps: float):
+        self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... features"]) -> Float[Array, "... features"]:
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
+        return self.scale[...].astype(x.dtype) * y.astype(x.dtype)
+
+
+class Conv2d(nnx.Module):
+    """2-D convolution of NHWC maps, equal to torch.nn.Conv2d with its weight as HWIO.
+
+    `padding` pixels of zeros are added on every side, as torch counts them ("SAME" would pad differently
+    at stride 2 and 4).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        size: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+        rngs: nnx.Rngs,
+    ):
+        shape = (size, size, in_features // groups, out_features)
+        self.kernel = nnx.Param(LINEAR_INIT(rngs.params(), shape, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32))
+        self.stride, self.padding, self.groups = stride, padding, groups
+
+    def __call__(self, x: Float[Array, "batch rows columns in"]) -> Float[Array, "batch rows2 columns2 out"]:
+        kernel, bias = self.kernel[...].astype(x.dtype), self.bias[...].astype(x.dtype)
+        if kernel.shape[:2] == (1, 1) and self.stride == 1:
+            return x @ kernel[0, 0] + bias
+        y = jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (self.stride, self.stride),
+            [(self.padding, self.padding)] * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=self.groups,
+        )
+        return y + bias
+
+
+class MLP(nnx.Module):
+    """Linear layers with an activation between them and none at the end."""
+
+    def __init__(self, dims: tuple[int, ...], activation: Callable[[Array], Array], *, rngs: nnx.Rngs):
+        self.layers = nnx.List(
+            [Linear(i, o, rngs=rngs) for i, o in zip(dims[:-1], dims[1:], strict=True)]
+        )
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+        for layer in self.layers[:-1]:
+            x = self.activation(layer(x))
+        return self.layers[-1](x)
+
+
+def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], length: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`length` modules of one kind as a single module whose parameters have a leading layer axis."""
+
+    @nnx.split_rngs(splits=length)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def make_all(rngs):
+        return make(rngs)
+
+    return make_all(rngs)
+
+
+def unstack_layers(layers: nnx.Module) -> nnx.List:
+    """Turn a stack into a list of single layers (decoding on a CPU must not slice the stack every token)."""
+    graphdef, state = nnx.split(layers)
+    length = jax.tree.leaves(state)[0].shape[0]
+    return nnx.List([nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[i], state)) for i in range(length)])
+
+
+REMAT_POLICIES: dict[str, Any] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def scan_layers(
+    layers: nnx.Module | nnx.List,
+    step: Callable[[nnx.Module, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    xs: Any = None,
+    *,
+    remat: str = "none",
+) -> tuple[Any, Any]:
+    """Run `carry, y = step(layer, carry, x)` over all layers; return the last carry and the stacked ys.
+
+    A stack is scanned, so that compile time and compiler memory stay flat in depth; a list is unrolled.
+    `remat` names a rematerialisation policy for the backward pass: "none", "full" or "dots".
+    """
+    if isinstance(layers, nnx.List):
+        ys = []
+        for i, layer in enumerate(layers):
+            carry, y = step(layer, carry, jax.tree.map(lambda leaf: leaf[i], xs))
+            ys.append(y)
+        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)
+
+    graphdef, state = nnx.split(layers)
+
+    def body(carry, inputs):
+        layer_state, x = inputs
+        return step(nnx.merge(graphdef, layer_state), carry, x)
+
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return jax.lax.scan(body, carry, (state, xs))
