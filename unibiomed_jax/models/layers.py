@@ -17,11 +17,41 @@ from jaxtyping import Array, Float
 LINEAR_INIT = nnx.initializers.normal(0.02)
 
 
+@jax.custom_vjp
+def matmul(x: Float[Array, "... in"], kernel: Float[Array, "in out"]) -> Float[Array, "... out"]:
+    """x @ kernel, accumulated and returned in float32, with gradients in the operands' dtypes.
+
+    Automatic differentiation would multiply the float32 cotangent with a bfloat16 operand, which is slow
+    everywhere; and a bfloat16 result is a slow path of XLA on a CPU.
+    """
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+
+
+def _matmul_forward(x, kernel):
+    return matmul(x, kernel), (x, kernel)
+
+
+def _matmul_backward(residuals, g):
+    x, kernel = residuals
+    g = g.astype(x.dtype)
+    dx = jnp.matmul(g, kernel.T, preferred_element_type=jnp.float32).astype(x.dtype)
+    flat_x, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    dkernel = jnp.matmul(flat_x.T, flat_g, preferred_element_type=jnp.float32).astype(kernel.dtype)
+    return dx, dkernel
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
 class Lora(nnx.Module):
     """Low-rank update of a linear layer: y += scale * dropout(x) A B (Hu et al. 2021, arXiv 2106.09685)."""
 
-    def __init__(self, in_features: int, out_features: int, rank: int, scale: float, dropout: float, rngs: nnx.Rngs):
-        uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # Kaiming-uniform, a = sqrt(5)
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, scale: float, dropout: float, rngs: nnx.Rngs
+    ):
+        uniform = nnx.initializers.variance_scaling(
+            1 / 3, "fan_in", "uniform"
+        )  # Kaiming-uniform, a = sqrt(5)
         self.a = nnx.Param(uniform(rngs.params(), (in_features, rank), jnp.float32))
         self.b = nnx.Param(jnp.zeros((rank, out_features), jnp.float32))
         self.scale = scale
@@ -31,7 +61,8 @@ class Lora(nnx.Module):
         if key is not None and self.dropout:
             keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), 0)
-        return self.scale * ((x @ self.a[...].astype(x.dtype)) @ self.b[...].astype(x.dtype))
+        down = matmul(x, self.a[...].astype(x.dtype)).astype(x.dtype)
+        return self.scale * matmul(down, self.b[...].astype(x.dtype))
 
 
 class Linear(nnx.Module):
@@ -46,12 +77,12 @@ class Linear(nnx.Module):
         self.lora: Lora | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "... in"], key: Array | None = None) -> Float[Array, "... out"]:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = matmul(x, self.kernel[...].astype(x.dtype))
         if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype)
+            y = y + self.bias[...].astype(jnp.float32)
         if self.lora is not None:
             y = y + self.lora(x, key)
-        return y
+        return y.astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -111,9 +142,9 @@ class Conv2d(nnx.Module):
         self.stride, self.padding, self.groups = stride, padding, groups
 
     def __call__(self, x: Float[Array, "batch rows columns in"]) -> Float[Array, "batch rows2 columns2 out"]:
-        kernel, bias = self.kernel[...].astype(x.dtype), self.bias[...].astype(x.dtype)
+        kernel = self.kernel[...].astype(x.dtype)
         if kernel.shape[:2] == (1, 1) and self.stride == 1:
-            return x @ kernel[0, 0] + bias
+            return (matmul(x, kernel[0, 0]) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
         y = jax.lax.conv_general_dilated(
             x,
             kernel,
@@ -122,16 +153,14 @@ class Conv2d(nnx.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=self.groups,
         )
-        return y + bias
+        return y + self.bias[...].astype(x.dtype)
 
 
 class MLP(nnx.Module):
     """Linear layers with an activation between them and none at the end."""
 
     def __init__(self, dims: tuple[int, ...], activation: Callable[[Array], Array], *, rngs: nnx.Rngs):
-        self.layers = nnx.List(
-            [Linear(i, o, rngs=rngs) for i, o in zip(dims[:-1], dims[1:], strict=True)]
-        )
+        self.layers = nnx.List([Linear(i, o, rngs=rngs) for i, o in zip(dims[:-1], dims[1:], strict=True)])
         self.activation = activation
 
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:

@@ -1,0 +1,38 @@
+# Two commands: `make demo` and `make test`. Each prepares a virtual environment of its own first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The comparison with PyTorch is part of the tests on Python 3.11; `make test PARITY=0` leaves it out.
+PARITY ?= $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info[:2] == (3, 11)))')
+WORKERS ?= 2
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	$(BIN)/unibiomed demo --out demo_output
+
+test: $(VENV)/.installed-test lint
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[medical,tensorboard]'
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+ifeq ($(PARITY),1)
+	$(BIN)/python -m pip install --quiet --editable '.[test,parity]'
+	# sam2 declares torchvision, which its modelling code does not need.
+	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install --quiet --no-deps sam2==1.1.0
+else
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+endif
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo_output
