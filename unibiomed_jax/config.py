@@ -1,4 +1,4 @@
-"""Every size and choice of the model, as frozen dataclasses. The comment above a field is its documentation."""
+"""Every size and choice of the model, as frozen dataclasses; the comment above a field documents it."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ class HieraConfig:
 
 @dataclass(frozen=True)
 class Sam2Config:
-    """SAM2: image encoder, prompt encoder, mask decoder and the memory that follows an object through frames."""
+    """SAM2: image encoder, prompt encoder, mask decoder, and the memory that follows an object."""
 
     # Side of the square image SAM2 sees, pixels.
     image_size: int = 1024

@@ -184,7 +184,12 @@ def unstack_layers(layers: nnx.Module) -> nnx.List:
     """Turn a stack into a list of single layers (decoding on a CPU must not slice the stack every token)."""
     graphdef, state = nnx.split(layers)
     length = jax.tree.leaves(state)[0].shape[0]
-    return nnx.List([nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[i], state)) for i in range(length)])
+    return nnx.List([nnx.merge(graphdef, layer_at(state, i)) for i in range(length)])
+
+
+def layer_at(stacked: Any, index: int) -> Any:
+    """Entry `index` of the leading axis of every leaf."""
+    return jax.tree.map(lambda leaf: leaf[index], stacked)
 
 
 REMAT_POLICIES: dict[str, Any] = {
@@ -210,7 +215,7 @@ def scan_layers(
     if isinstance(layers, nnx.List):
         ys = []
         for i, layer in enumerate(layers):
-            carry, y = step(layer, carry, jax.tree.map(lambda leaf: leaf[i], xs))
+            carry, y = step(layer, carry, layer_at(xs, i))
             ys.append(y)
         return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)
 
