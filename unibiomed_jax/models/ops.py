@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
-# Added to nothing: a score that is masked out becomes this. Finite, so that a row without any valid key gives
+# A score that is masked out becomes this. Finite, so that a row without any valid key gives
 # the mean of the values and not NaN.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x * Phi(x) with the error function, as torch.nn.GELU() (jax.nn.gelu defaults to the tanh form)."""
-    return jax.nn.gelu(x, approximate=False)
+    """x * Phi(x) with the error function in float32, as torch.nn.GELU() (jax.nn.gelu defaults to tanh)."""
+    x32 = x.astype(jnp.float32)
+    return (0.5 * x32 * (1 + jax.lax.erf(x32 * 0.5**0.5))).astype(x.dtype)
 
 
 def attention(
@@ -46,3 +48,66 @@ def attention(
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bgrqk,bkgd->bqgrd", weights, v, preferred_element_type=jnp.float32)
     return out.reshape(batch, queries, heads, v.shape[-1]).astype(q.dtype)
+
+
+def rope_table(
+    positions: Int[Array, "*batch tokens"], dim: int, theta: float
+) -> tuple[Float[Array, "*batch tokens dim"], Float[Array, "*batch tokens dim"]]:
+    """Cosine and sine of the rotary angles position * theta ** (-2i / dim), in float32, for `rotate_half`.
+
+    Both halves of the last axis hold the same dim / 2 angles (Su et al. 2021, arXiv 2104.09864, in the
+    half-split order of GPT-NeoX).
+    """
+    frequencies = (1 / theta ** (np.arange(0, dim, 2, dtype=np.float32) / dim)).astype(np.float32)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(
+    x: Float[Array, "batch tokens heads dim"],
+    cos: Float[Array, "batch tokens dim"],
+    sin: Float[Array, "batch tokens dim"],
+) -> Float[Array, "batch tokens heads dim"]:
+    """Rotate the pairs (x[i], x[i + dim / 2]); the arithmetic is in the dtype of x, as in Qwen2."""
+    cos, sin = cos[..., None, :].astype(x.dtype), sin[..., None, :].astype(x.dtype)
+    first, second = jnp.split(x, 2, axis=-1)
+    return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
+
+
+def bicubic_matrix(size_in: int, size_out: int) -> np.ndarray:
+    """(size_out, size_in) weights of torch's bicubic interpolation along one axis.
+
+    Cubic convolution with a = -0.75, half-pixel centres, clamped indices, no antialiasing:
+    torch.nn.functional.interpolate(mode="bicubic", align_corners=False). jax.image.resize("cubic") differs
+    (a = -0.5, weights renormalised at the border).
+    """
+    a = -0.75
+    centre = (np.arange(size_out) + 0.5) * (size_in / size_out) - 0.5
+    base = np.floor(centre).astype(int)
+    matrix = np.zeros((size_out, size_in))
+    for tap in range(-1, 3):
+        distance = np.abs(centre - (base + tap))
+        near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+        far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+        index = np.clip(base + tap, 0, size_in - 1)
+        np.add.at(matrix, (np.arange(size_out), index), np.where(distance <= 1, near, far))
+    return matrix.astype(np.float32)
+
+
+def resize_bicubic(
+    x: Float[Array, "rows columns channels"], size: tuple[int, int]
+) -> Float[Array, "rows2 columns2 channels"]:
+    """Resize a table of positions as torch.nn.functional.interpolate(mode="bicubic", align_corners=False)."""
+    if x.shape[:2] == size:
+        return x
+    rows, columns = (bicubic_matrix(n_in, n_out) for n_in, n_out in zip(x.shape[:2], size, strict=True))
+    return jnp.einsum("Rr,Cc,rcd->RCd", rows, columns, x, precision="highest")
+
+
+def resize_bilinear(
+    x: Float[Array, "*batch rows columns channels"], size: tuple[int, int]
+) -> Float[Array, "*batch rows2 columns2 channels"]:
+    """Resize maps as torch.nn.functional.interpolate(mode="bilinear", align_corners=False), no antialiasing."""
+    shape = (*x.shape[:-3], *size, x.shape[-1])
+    return jax.image.resize(x, shape, method="linear", antialias=False, precision="highest")
