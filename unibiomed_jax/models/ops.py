@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
-def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """x * Phi(x) with the error function in float32, as torch.nn.GELU() (jax.nn.gelu defaults to tanh)."""
     x32 = x.astype(jnp.float32)
     return (0.5 * x32 * (1 + jax.lax.erf(x32 * 0.5**0.5))).astype(x.dtype)
@@ -25,7 +27,7 @@ def attention(
     *,
     causal: bool = False,
     key_valid: Bool[Array, "batch keys"] | None = None,
-    mask: Bool[Array, "batch #heads queries keys"] | None = None,
+    mask: Bool[Array, "batch heads_or_1 queries keys"] | None = None,
 ) -> Float[Array, "batch queries heads dim_v"]:
     """Scaled dot-product attention with the softmax in float32; the scale is dim ** -0.5.
 
@@ -108,6 +110,48 @@ def resize_bicubic(
 def resize_bilinear(
     x: Float[Array, "*batch rows columns channels"], size: tuple[int, int]
 ) -> Float[Array, "*batch rows2 columns2 channels"]:
-    """Resize maps as torch.nn.functional.interpolate(mode="bilinear", align_corners=False), no antialiasing."""
+    """Resize maps as torch.nn.functional.interpolate(mode="bilinear"), without antialiasing."""
     shape = (*x.shape[:-3], *size, x.shape[-1])
     return jax.image.resize(x, shape, method="linear", antialias=False, precision="highest")
+
+
+@functools.lru_cache
+def sine_position(size: tuple[int, int], dim: int) -> np.ndarray:
+    """(rows, columns, dim) sine encoding of a grid: half the channels for the row, then half for the column.
+
+    Positions are counted from 1 and normalised to (0, 2 pi]; sine and cosine alternate (DETR, arXiv
+    2005.12872, as SAM2 uses it).
+    """
+    half = dim // 2
+    frequencies = 10_000.0 ** (2 * (np.arange(half) // 2) / half)
+
+    def encode(length: int) -> np.ndarray:
+        angles = np.arange(1, length + 1)[:, None] / (length + 1e-6) * 2 * np.pi / frequencies
+        return np.where(np.arange(half) % 2 == 0, np.sin(angles), np.cos(angles))
+
+    rows, columns = (encode(length) for length in size)
+    shape = (*size, half)
+    rows, columns = np.broadcast_to(rows[:, None], shape), np.broadcast_to(columns[None], shape)
+    return np.concatenate([rows, columns], axis=-1).astype(np.float32)
+
+
+@functools.lru_cache
+def axial_rope_table(grid: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine, each (grid * grid, dim / 2), of two-dimensional rotary angles, for `apply_axial_rope`.
+
+    The first half of the pairs turns with the column, the second half with the row, both with the
+    frequencies 10000 ** (-4i / dim).
+    """
+    frequencies = 10_000.0 ** (-np.arange(0, dim, 4) / dim)
+    row, column = np.divmod(np.arange(grid * grid), grid)
+    angles = np.concatenate([column[:, None] * frequencies, row[:, None] * frequencies], axis=-1)
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def apply_axial_rope(x: Float[Array, "*batch tokens dim"], grid: int) -> Float[Array, "*batch tokens dim"]:
+    """Rotate the pairs (x[2i], x[2i + 1]) of a row-major grid of tokens, in float32, as SAM2's memory."""
+    cos, sin = axial_rope_table(grid, x.shape[-1])
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
