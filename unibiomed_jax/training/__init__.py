@@ -1,0 +1,1 @@
+"""Losses, adapters, optimiser, the step and its checkpoints."""

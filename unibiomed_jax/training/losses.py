@@ -1,0 +1,172 @@
+"""The training losses as sums and counts, so that accumulated batches add up and divide once.
+
+Token cross-entropy, and the two mask losses at sampled points of PointRend (Kirillov et al. 2020,
+arXiv 1912.08193) as Mask2Former uses them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from unibiomed_jax.models.layers import matmul
+
+# Label of a token that is not learned.
+IGNORE = -100
+# Added to every denominator of the mask losses by the reference: its own epsilon and float32's.
+MASK_EPS = 1e-4 + float(np.finfo(np.float32).eps)
+
+
+class TokenLoss(NamedTuple):
+    """Per row: cross-entropy summed over its learned tokens, and how many were predicted right."""
+
+    cross_entropy: Float[Array, " batch"]
+    correct: Int[Array, " batch"]
+
+
+class MaskLoss(NamedTuple):
+    """Sums over valid masks: cross-entropy of all points, and the dice distances."""
+
+    cross_entropy: Float[Array, ""]
+    dice: Float[Array, ""]
+
+
+def next_token_labels(labels: Int[Array, "batch tokens"]) -> Int[Array, "batch tokens"]:
+    """The label every position predicts: that of the token after it; nothing at the last position."""
+    return jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
+
+
+def token_cross_entropy(
+    hidden: Float[Array, "batch tokens embed"],
+    head: Float[Array, "embed padded_vocab"],
+    labels: Int[Array, "batch tokens"],
+    *,
+    vocab_size: int,
+    chunk: int = 256,
+) -> TokenLoss:
+    """Cross-entropy of the next token without ever holding the logits of all positions.
+
+    Learned positions are moved to the front of their row and the row is worked off `chunk` positions at a
+    time; a chunk that holds no learned position in any row is skipped, and the logits of a chunk are computed
+    again in the backward pass. Columns of the head beyond `vocab_size` are padding and get no probability.
+
+    Equals torch.nn.functional.cross_entropy on shifted logits, ignore_index -100, summed within each row.
+    """
+    batch, tokens, _ = hidden.shape
+    targets = next_token_labels(labels)
+    order = jnp.argsort(targets == IGNORE, axis=1, stable=True)
+    targets = jnp.take_along_axis(targets, order, axis=1)
+    hidden = jnp.take_along_axis(hidden, order[:, :, None], axis=1)
+
+    chunk = min(chunk, tokens)
+    padding = -tokens % chunk
+    targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=IGNORE)
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+    targets = targets.reshape(batch, -1, chunk).swapaxes(0, 1)
+    hidden = hidden.reshape(batch, -1, chunk, hidden.shape[-1]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def chunk_loss(hidden, head, targets):
+        logits = matmul(hidden, head.astype(hidden.dtype))
+        logits = jnp.where(jnp.arange(head.shape[1]) < vocab_size, logits, -jnp.inf)
+        learned = targets != IGNORE
+        label = jnp.where(learned, targets, 0)
+        chosen = jnp.take_along_axis(logits, label[..., None], axis=-1)[..., 0]
+        loss = jnp.where(learned, jax.nn.logsumexp(logits, axis=-1) - chosen, 0)
+        correct = learned & (jnp.argmax(logits, axis=-1) == targets)
+        return TokenLoss(loss.sum(1), correct.sum(1))
+
+    def step(total, inputs):
+        hidden, targets = inputs
+        nothing = TokenLoss(jnp.zeros(batch, jnp.float32), jnp.zeros(batch, jnp.int32))
+        part = jax.lax.cond(jnp.any(targets != IGNORE), chunk_loss, lambda *_: nothing, hidden, head, targets)
+        return jax.tree.map(jnp.add, total, part), None
+
+    start = TokenLoss(jnp.zeros(batch, jnp.float32), jnp.zeros(batch, jnp.int32))
+    return jax.lax.scan(step, start, (hidden, targets))[0]
+
+
+def sample_bilinear(
+    maps: Float[Array, "masks rows columns"], points: Float[Array, "masks points 2"]
+) -> Float[Array, "masks points"]:
+    """Read maps at points (x, y) in [0, 1]²; the centre of column j lies at (j + 0.5) / columns.
+
+    Neighbours outside the map count as 0. Equals torch.nn.functional.grid_sample(maps, 2 * points - 1,
+    mode="bilinear", padding_mode="zeros", align_corners=False).
+    """
+    masks, rows, columns = maps.shape
+    position = points * jnp.array([columns, rows], points.dtype) - 0.5
+    base = jnp.floor(position)
+    part = position - base
+    column, row = base[..., 0].astype(jnp.int32), base[..., 1].astype(jnp.int32)
+    flat = maps.reshape(masks, rows * columns)
+
+    total = 0.0
+    for down in (0, 1):
+        for right in (0, 1):
+            r, c = row + down, column + right
+            inside = (r >= 0) & (r < rows) & (c >= 0) & (c < columns)
+            value = jnp.take_along_axis(flat, jnp.where(inside, r * columns + c, 0), axis=1)
+            weight_x = part[..., 0] if right else 1 - part[..., 0]
+            weight_y = part[..., 1] if down else 1 - part[..., 1]
+            total += jnp.where(inside, value, 0) * weight_x * weight_y
+    return total
+
+
+def choose_points(
+    logits: Float[Array, "masks rows columns"],
+    key: Array,
+    *,
+    num_points: int = 12_544,
+    oversample: float = 3.0,
+    importance: float = 0.75,
+) -> Float[Array, "masks points 2"]:
+    """Points for the mask losses: mostly where the prediction is least sure, the rest anywhere.
+
+    `oversample` times as many uniform candidates are drawn; of them the `importance` share of `num_points`
+    with the smallest |logit| stays, and uniform points fill up. Coordinates are (x, y) in [0, 1)².
+    """
+    masks = logits.shape[0]
+    key_candidates, key_uniform = jax.random.split(key)
+    candidates = jax.random.uniform(key_candidates, (masks, int(num_points * oversample), 2))
+    unsure = -jnp.abs(sample_bilinear(jax.lax.stop_gradient(logits), candidates))
+    num_unsure = int(importance * num_points)
+    _, best = jax.lax.top_k(unsure, num_unsure)
+    chosen = jnp.take_along_axis(candidates, best[..., None], axis=1)
+    uniform = jax.random.uniform(key_uniform, (masks, num_points - num_unsure, 2))
+    return jnp.concatenate([chosen, uniform], axis=1)
+
+
+def mask_losses(
+    logits: Float[Array, "masks points"],
+    targets: Float[Array, "masks points"],
+    valid: Bool[Array, " masks"],
+) -> MaskLoss:
+    """Sigmoid cross-entropy and naive dice distance of sampled points, summed over the valid masks.
+
+    A mask's dice distance is 1 - (2 Σ p t + 1) / (Σ p + Σ t + 1) with p the sigmoid of its logits.
+    """
+    logits, targets = logits.astype(jnp.float32), targets.astype(jnp.float32)
+    cross_entropy = jax.nn.softplus(logits) - logits * targets
+    probability = jax.nn.sigmoid(logits)
+    overlap = 2 * (probability * targets).sum(1) + 1
+    dice = 1 - overlap / (probability.sum(1) + targets.sum(1) + 1)
+    return MaskLoss(
+        jnp.where(valid, cross_entropy.sum(1), 0).sum(),
+        jnp.where(valid, dice, 0).sum(),
+    )
+
+
+def cyclic_copies(
+    object_valid: Bool[Array, "batch objects"], copies: int
+) -> tuple[Int[Array, "batch copies"], Bool[Array, "batch copies"]]:
+    """Which object slot each of `copies` rows takes: the valid objects over and over, as the reference does.
+
+    Valid slots must come first in a row. Rows of a sample without any object are not valid.
+    """
+    count = object_valid.sum(1, keepdims=True)
+    return jnp.arange(copies) % jnp.maximum(count, 1), jnp.broadcast_to(count > 0, (len(count), copies))
