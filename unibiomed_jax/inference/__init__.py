@@ -1,0 +1,1 @@
+"""From an image file and a question to text and masks."""

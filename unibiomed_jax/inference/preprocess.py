@@ -1,0 +1,397 @@
+"""Image files to the float arrays that the two image encoders take: NumPy and Pillow only.
+
+The language model's vision tower sees square tiles (NHWC), SAM2 sees the whole image stretched to a square;
+both are normalised with the ImageNet statistics. Every resize is Pillow's bicubic filter (8-bit, antialiased
+when shrinking), because the weights were trained on exactly that.
+"""
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float32, UInt8
+from PIL import Image, ImageOps
+
+from unibiomed_jax.errors import InputError
+
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+ImageSource = str | os.PathLike | Image.Image | np.ndarray
+
+# Modes that hold more than 8 bits a sample, and what the 8-bit ones lose on the way to RGB.
+_DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_RGB_STEPS = {
+    "1": "bilevel image converted to RGB",
+    "L": "grey image copied to three channels",
+    "P": "palette image converted to RGB",
+    "LA": "alpha channel dropped; grey image copied to three channels",
+    "PA": "palette image converted to RGB; alpha channel dropped",
+    "La": "alpha channel dropped; grey image copied to three channels",
+    "RGBA": "alpha channel dropped",
+    "RGBa": "alpha channel dropped",
+    "CMYK": "CMYK converted to RGB without a colour profile",
+}
+_ORIENTATION_TAG = 0x0112
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """What was read and what was done to it before any resize (all of it goes into the result's JSON)."""
+
+    # Path, or how the image was given when it was not a file.
+    source: str
+    # File format as Pillow names it, or None for an image given in memory.
+    format: str | None
+    # Pillow mode, or NumPy dtype, before conversion.
+    mode: str
+    # Size in pixels after the EXIF rotation: masks and boxes refer to this frame.
+    width: int
+    height: int
+    # Conversions in the order they were made, one sentence each.
+    steps: tuple[str, ...]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Opening
+
+
+def open_image(source: ImageSource) -> tuple[Image.Image, ImageRecord]:
+    """Open a file, a Pillow image or an array as an 8-bit RGB image, with a record of what was done.
+
+    - EXIF orientation is applied, so that the image stands as a viewer shows it.
+    - Palette, grey, CMYK and other 8-bit modes become RGB by Pillow's conversion; alpha is dropped, not
+      blended.
+    - More than 8 bits a sample (16-bit PNG or TIFF, integer or float arrays): integers that all lie in
+      0..255 are kept as they are; anything else is scaled linearly so that the image's own lowest value
+      becomes 0 and its highest 255. The two values are in the record. (The reference clips at 255, which
+      turns a 12-bit scan white, and the full range of the type would turn it black.) To fix a window
+      instead, apply it and pass 8-bit values.
+
+    Raises:
+        InputError: missing, empty, truncated, not an image, several frames, zero-sized, too many pixels,
+            or of an unusable type.
+    """
+    pixels, record = _decode(source)
+    return _as_rgb(pixels, record, _value_range([pixels]))
+
+
+def open_frames(sources: Sequence[ImageSource]) -> tuple[list[Image.Image], list[ImageRecord]]:
+    """Open the slices of a volume or the frames of a video in order, with one scale of grey for all.
+
+    As `open_image`, but frames of more than 8 bits share the lowest and highest value of the whole
+    sequence, so that a tissue keeps its grey level from slice to slice.
+
+    Raises:
+        InputError: no frames, frames of different sizes, or any frame that `open_image` would refuse.
+    """
+    decoded = [_decode(source) for source in sources]
+    value_range = _value_range([pixels for pixels, _ in decoded])
+    opened = [_as_rgb(pixels, record, value_range) for pixels, record in decoded]
+    frames = [frame for frame, _ in opened]
+    check_frames(frames)
+    return frames, [record for _, record in opened]
+
+
+def check_frames(frames: Sequence[Image.Image]) -> None:
+    """Raise InputError unless there is at least one frame and all have one size."""
+    if not frames:
+        raise InputError("The frame sequence is empty; give at least one frame.")
+    for index, frame in enumerate(frames):
+        if frame.size != frames[0].size:
+            raise InputError(
+                f"Frame {index} is {_size(frame.size)} but frame 0 is {_size(frames[0].size)}; "
+                "resample all frames to one size."
+            )
+
+
+def _decode(source: ImageSource) -> tuple[Image.Image | np.ndarray, ImageRecord]:
+    """Pixels as an upright 8-bit Pillow image, or as an array when there are more than 8 bits a sample."""
+    if isinstance(source, np.ndarray):
+        name, file_format, pixels, mode, steps = "array", None, *_check_array(source)
+    elif isinstance(source, Image.Image):
+        name, file_format, image = "Pillow image", source.format, source
+        pixels, mode, steps = _upright(image, name)
+    else:
+        name = os.fspath(source)
+        image = _read_file(Path(source))
+        file_format = image.format
+        pixels, mode, steps = _upright(image, name)
+    height, width = pixels.shape[:2] if isinstance(pixels, np.ndarray) else pixels.size[::-1]
+    if height == 0 or width == 0:
+        raise InputError(f"{name} has no pixels ({_size((width, height))}); give an image of at least 1x1.")
+    return pixels, ImageRecord(name, file_format, mode, width, height, steps)
+
+
+def _read_file(path: Path) -> Image.Image:
+    """Decode a whole file now, so that a damaged one is found before any model runs."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name the image file in it.")
+    if not path.exists():
+        raise InputError(f"{path} does not exist; check the path.")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path} is an empty file; copy it again from its source.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"{path} has more pixels than the limit of {Image.MAX_IMAGE_PIXELS:,}; shrink or crop it first, "
+            "or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file."
+        ) from error
+    except PermissionError as error:
+        raise InputError(f"{path} may not be read by this user; change its permissions.") from error
+    except Exception as error:  # Pillow's plugins raise whatever their parser met
+        raise InputError(
+            f"{path} is not an image that Pillow can read; convert it to PNG, JPEG or TIFF first."
+        ) from error
+    # MPO is a JPEG with extra views of the same picture; elsewhere further frames are further content.
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":
+        raise InputError(
+            f"{path} holds {frames} frames; save each as its own file and pass them as a sequence."
+        )
+    try:
+        image.load()
+    except Exception as error:  # as above
+        raise InputError(
+            f"{path} is truncated or damaged ({error}); copy it again from its source."
+        ) from error
+    return image
+
+
+def _upright(image: Image.Image, name: str) -> tuple[Image.Image | np.ndarray, str, tuple[str, ...]]:
+    """Pixels after the EXIF rotation, the original mode, and the steps so far."""
+    mode, steps = image.mode, []
+    if 0 in image.size:  # before any operation that cannot take it
+        return image, mode, ()
+    orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    if orientation in range(2, 9):
+        image = ImageOps.exif_transpose(image)
+        steps.append(f"EXIF orientation {orientation} applied")
+    if mode in _DEEP_MODES:
+        return _check_finite(np.asarray(image), name), mode, tuple(steps)
+    if mode != "RGB":
+        steps.append(_RGB_STEPS.get(mode, f"{mode} converted to RGB"))
+    try:
+        if mode in ("P", "PA"):  # transparency may hang on palette entries
+            image = image.convert("RGBA")
+        return image.convert("RGB"), mode, tuple(steps)
+    except ValueError as error:
+        raise InputError(f"{name} has the colour mode {mode}; convert it to RGB first.") from error
+
+
+def _check_array(array: np.ndarray) -> tuple[Image.Image | np.ndarray, str, tuple[str, ...]]:
+    """As `_upright`, for (H, W) or (H, W, 1 | 3 | 4) arrays of booleans, integers or floats."""
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise InputError(
+            f"The image array has the shape {array.shape}; give (height, width) or (height, width, channels) "
+            "with 1, 3 or 4 channels."
+        )
+    if array.dtype.kind not in "buif":
+        raise InputError(f"The image array has the type {array.dtype}; give booleans, integers or floats.")
+    mode, steps = str(array.dtype), ()
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.ndim == 2:
+        steps = ("grey image copied to three channels",)
+    elif array.shape[2] == 4:
+        array, steps = array[..., :3], ("alpha channel dropped",)
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    if array.dtype == np.uint8 and array.size:
+        return Image.fromarray(np.ascontiguousarray(array)).convert("RGB"), mode, steps
+    return _check_finite(array, "The image array"), mode, steps
+
+
+def _check_finite(values: np.ndarray, name: str) -> np.ndarray:
+    if not np.isfinite(values).all():
+        raise InputError(f"{name} holds values that are not finite; replace them before.")
+    return values
+
+
+def _value_range(images: Sequence[Image.Image | np.ndarray]) -> tuple[float, float]:
+    """What becomes 0 and 255 in the images of more than 8 bits: (0, 255) if nothing would be lost so."""
+    deep = [pixels for pixels in images if isinstance(pixels, np.ndarray)]
+    if not deep:
+        return 0.0, 255.0
+    low, high = float(min(pixels.min() for pixels in deep)), float(max(pixels.max() for pixels in deep))
+    integers = all(pixels.dtype.kind in "ui" for pixels in deep)
+    return (0.0, 255.0) if integers and low >= 0 and high <= 255 else (low, high)
+
+
+def _as_rgb(
+    pixels: Image.Image | np.ndarray, record: ImageRecord, value_range: tuple[float, float]
+) -> tuple[Image.Image, ImageRecord]:
+    if isinstance(pixels, Image.Image):
+        return pixels, record
+    low, high = value_range
+    if value_range == (0.0, 255.0):
+        step = f"{record.mode} values lie in 0..255 and were kept"
+    else:
+        step = f"{record.mode} values {low:g}..{high:g} scaled linearly to 0..255"
+    span = (high - low) or 1.0  # a constant image becomes black
+    scaled = np.rint((pixels.astype(np.float64) - low) * (255.0 / span)).astype(np.uint8)
+    record = ImageRecord(**{**vars(record), "steps": (*record.steps, step)})
+    return Image.fromarray(scaled).convert("RGB"), record
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pixels for the two encoders
+
+
+def normalize(pixels: UInt8[np.ndarray, "*batch 3"]) -> Float32[np.ndarray, "*batch 3"]:
+    """0..255 to ImageNet-normalised float32, bit for bit as torchvision's ToTensor and Normalize."""
+    return (pixels.astype(np.float32) / np.float32(255) - IMAGENET_MEAN) / IMAGENET_STD
+
+
+def tile_grid(
+    width: int, height: int, *, min_tiles: int = 1, max_tiles: int = 12, tile_size: int = 448
+) -> tuple[int, int]:
+    """Columns and rows of the tile grid whose shape is closest to the image's (InternVL's dynamic tiling).
+
+    Of all grids of min_tiles to max_tiles tiles, in order of their number, the one with the smallest
+    |width/height - columns/rows|. A later grid of the same shape replaces the best so far only if the image
+    has more than half of that grid's pixels, so that small images are not magnified for nothing.
+
+    Raises:
+        InputError: limits that allow no grid.
+    """
+    if not 1 <= min_tiles <= max_tiles:
+        raise InputError(f"min_tiles={min_tiles}, max_tiles={max_tiles} allow no grid; use 1 <= min <= max.")
+    grids = [
+        (columns, rows)
+        for columns in range(1, max_tiles + 1)
+        for rows in range(1, max_tiles // columns + 1)
+        if columns * rows >= min_tiles
+    ]
+    best, best_difference = (1, 1), float("inf")
+    for columns, rows in sorted(grids, key=lambda grid: grid[0] * grid[1]):
+        difference = abs(width / height - columns / rows)
+        enough_pixels = width * height > 0.5 * tile_size**2 * columns * rows
+        if difference < best_difference or (difference == best_difference and enough_pixels):
+            best, best_difference = (columns, rows), difference
+    return best
+
+
+def vit_tiles(
+    image: Image.Image,
+    *,
+    tile_size: int = 448,
+    min_tiles: int = 1,
+    max_tiles: int = 12,
+    use_thumbnail: bool = True,
+) -> Float32[np.ndarray, "tiles tile_size tile_size 3"]:
+    """The vision tower's input for one RGB image: the grid's tiles row by row, then the whole as a thumbnail.
+
+    There is no thumbnail when the grid is a single tile, which already is the whole image.
+    """
+    columns, rows = tile_grid(*image.size, min_tiles=min_tiles, max_tiles=max_tiles, tile_size=tile_size)
+    pixels = _stretch(image, columns * tile_size, rows * tile_size)
+    tiles = (
+        pixels.reshape(rows, tile_size, columns, tile_size, 3)
+        .swapaxes(1, 2)
+        .reshape(-1, tile_size, tile_size, 3)
+    )
+    if use_thumbnail and len(tiles) > 1:
+        tiles = np.concatenate([tiles, _stretch(image, tile_size, tile_size)[None]])
+    return normalize(tiles)
+
+
+def frame_tiles(
+    frames: Sequence[Image.Image], *, tile_size: int = 448
+) -> Float32[np.ndarray, "frames tile_size tile_size 3"]:
+    """The vision tower's input for a frame sequence: one stretched tile a frame, no tiling.
+
+    Raises:
+        InputError: no frames, or frames of different sizes.
+    """
+    check_frames(frames)
+    return normalize(np.stack([_stretch(frame, tile_size, tile_size) for frame in frames]))
+
+
+def sam_image(image: Image.Image, size: int = 1024) -> Float32[np.ndarray, "size size 3"]:
+    """SAM2's input: the RGB image stretched to a square (aspect ratio not kept), normalised in float32."""
+    return normalize(_stretch(image, size, size))
+
+
+def _stretch(image: Image.Image, width: int, height: int) -> UInt8[np.ndarray, "height width 3"]:
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Regions that a prompt points at
+
+
+def region_cells(
+    masks: np.ndarray | Sequence[np.ndarray], image_size: tuple[int, int], grid: int = 16
+) -> Bool[np.ndarray, "regions grid grid"]:
+    """Which of the grid x grid visual tokens of the last tile belong to each region.
+
+    Nearest resize as torch's interpolate(mode="nearest"): cell i reads pixel floor(i * length / grid).
+
+    Args:
+        masks: one (height, width) mask per region, non-zero inside, in the frame of the opened image.
+        image_size: (width, height) of the opened image.
+        grid: tokens along a side of a tile, tile_size / patch_size / 2: 16 in every released model.
+
+    Raises:
+        InputError: no masks, a mask of another size than the image, an empty mask, or one without a token.
+    """
+    width, height = image_size
+    masks = [np.asarray(mask) for mask in masks]
+    if not masks:
+        raise InputError("The list of regions is empty; give at least one mask or box, or none at all.")
+    rows, columns = (np.arange(grid) * length // grid for length in (height, width))
+    cells = []
+    for number, mask in enumerate(masks, 1):
+        if mask.shape != (height, width):
+            raise InputError(
+                f"The mask of region{number} has the shape {mask.shape} but the image has {height} rows and "
+                f"{width} columns; resize the mask to the image."
+            )
+        inside = mask != 0
+        if not inside.any():
+            raise InputError(f"The mask of region{number} is empty; mark at least the pixels of one region.")
+        cell = inside[np.ix_(rows, columns)]
+        if not cell.any():
+            raise InputError(
+                f"The mask of region{number} holds no point of the {grid}x{grid} grid on which the model "
+                "sees regions; enlarge the mask or crop the image around it."
+            )
+        cells.append(cell)
+    return np.stack(cells)
+
+
+def box_masks(
+    boxes: Sequence[Sequence[float]], image_size: tuple[int, int]
+) -> Bool[np.ndarray, "regions height width"]:
+    """Filled rectangles (x0, y0, x1, y1) in pixels, right and lower edge exclusive, as region masks.
+
+    Fractions are widened to whole pixels.
+
+    Raises:
+        InputError: a box without four finite numbers, without area, or outside the image.
+    """
+    width, height = image_size
+    masks = np.zeros((len(boxes), height, width), bool)
+    for number, box in enumerate(boxes, 1):
+        corners = np.asarray(box, np.float64)
+        if corners.shape != (4,) or not np.isfinite(corners).all():
+            raise InputError(f"Box {number} is {box}; give four numbers x0, y0, x1, y1 in pixels.")
+        x0, y0, x1, y1 = corners
+        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+            raise InputError(
+                f"Box {number} is ({x0:g}, {y0:g}, {x1:g}, {y1:g}) in an image of {_size(image_size)}; it "
+                f"needs 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height}."
+            )
+        masks[number - 1, int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))] = True
+    return masks
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]} pixels"
