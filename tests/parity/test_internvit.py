@@ -25,6 +25,7 @@ from torch_weights import (  # noqa: E402
     linear,
     load,
     norm,
+    randomise,
     stack,
     value_and_gradients,
 )
@@ -45,17 +46,6 @@ def torch_vision_config(config, **changes):
         layer_norm_eps=config.layer_norm_eps,
         **changes,
     )
-
-
-def randomise(module, seed):
-    """Weights large enough that every branch matters."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 and "embed" not in name else 0.3
-            parameter.copy_(noise * scale + (1 if parameter.ndim == 1 and "weight" in name else 0))
-    return module.eval()
 
 
 def internvit_parameters(source, config):
@@ -163,9 +153,14 @@ def test_other_tile_sizes_are_refused():
 def internvl():
     """A whole torch InternVL, for its projector and pixel shuffle."""
     text = transformers.Qwen2Config(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=16,
-        vocab_size=64, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=16,
+        tie_word_embeddings=False,
+    )
     config = transformers.InternVLConfig(
         vision_config=torch_vision_config(CONFIG),
         text_config=text,

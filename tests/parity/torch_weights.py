@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
 from flax import nnx
 
 
 def arrays(tensors, prefix=""):
-    """Tensors of a state dict (or of gradients) below `prefix`, as float32 numpy arrays without the prefix."""
+    """Tensors of a state dict (or gradients) below `prefix`, as float32 numpy arrays without the prefix."""
     return {
         name.removeprefix(prefix): tensor.detach().float().numpy()
         for name, tensor in tensors.items()
@@ -59,6 +60,17 @@ def paths(tree):
     """The leaves of a pure dictionary (or of a module's state), keyed by their dotted path."""
     leaves, _ = jax.tree.flatten_with_path(tree)
     return {".".join(str(getattr(entry, "key", entry)) for entry in path): leaf for path, leaf in leaves}
+
+
+def randomise(module, seed):
+    """Random weights of a size at which every branch of a torch module matters; returns it in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            fan_in = parameter[0].numel() if parameter.ndim > 1 and "embed" not in name else 10
+            parameter.copy_(noise * fan_in**-0.5 + (parameter.ndim == 1 and name.endswith("weight")))
+    return module.eval()
 
 
 def load(module, values):

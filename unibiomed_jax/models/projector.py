@@ -13,7 +13,7 @@ from unibiomed_jax.models.ops import gelu
 def pixel_shuffle(
     x: Float[Array, "tiles rows columns channels"], ratio: float = 0.5, version: str = "v2"
 ) -> Float[Array, "tiles rows*ratio columns*ratio channels/ratio**2"]:
-    """Fold squares of s x s patches, s = 1 / ratio, into channels: out[i, j, (a, b, c)] = x[s i + a, s j + b, c].
+    """Fold s x s patches, s = 1 / ratio, into channels: out[i, j, (a, b, c)] = x[s * i + a, s * j + b, c].
 
     Version "v2" is this ordinary space-to-depth; "v1", of the first InternVL releases, returns it with rows
     and columns swapped.

@@ -1,0 +1,219 @@
+"""The Qwen2 decoder against transformers' torch module with random weights, and its cache against itself."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from unibiomed_jax.config import LanguageConfig
+from unibiomed_jax.models.layers import unstack_layers
+from unibiomed_jax.models.qwen2 import Qwen2
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from torch_weights import (  # noqa: E402
+    arrays,
+    assert_all_close,
+    assert_close,
+    gradients,
+    linear,
+    load,
+    norm,
+    randomise,
+    stack,
+    value_and_gradients,
+)
+
+CONFIG = LanguageConfig(
+    vocab_size=67,
+    hidden_size=56,
+    num_layers=3,
+    num_heads=14,
+    num_kv_heads=2,
+    mlp_dim=72,
+    rope_theta=1e4,
+    vocab_multiple=16,
+)
+# The language models of the Sa2VA family by (query heads, key-value heads).
+FAMILY = {"0.5B": (14, 2), "1.5B": (12, 2), "3B": (16, 2), "7B": (28, 4), "14B": (40, 8)}
+
+
+def torch_qwen2(config, seed=0):
+    torch_config = transformers.Qwen2Config(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        intermediate_size=config.mlp_dim,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=config.tie_word_embeddings,
+    )
+    return randomise(transformers.Qwen2ForCausalLM(torch_config), seed)
+
+
+def qwen2_parameters(source, config, padding):
+    """Values (weights or gradients) of Qwen2ForCausalLM by our paths, padded rows filled with `padding`."""
+    layers = []
+    for i in range(config.num_layers):
+        prefix = f"model.layers.{i}."
+        layer = {name.removeprefix(prefix): v for name, v in source.items() if name.startswith(prefix)}
+        ours = {}
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            ours |= norm(layer, name, name)
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"):
+            ours |= linear(layer, name, name)
+        for name in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
+            ours |= linear(layer, name, name)
+        layers.append(ours)
+
+    def pad(table):
+        extra = config.padded_vocab_size - config.vocab_size
+        return np.pad(table, ((0, extra), (0, 0)), constant_values=padding)
+
+    ours = {"embed_tokens": pad(source["model.embed_tokens.weight"])}
+    if not config.tie_word_embeddings:
+        ours["lm_head.kernel"] = pad(source["lm_head.weight"]).T
+    return ours | norm(source, "model.norm", "norm") | stack(layers, "layers")
+
+
+def pair(config, seed=0):
+    """The torch model and ours with the same random weights; the padded rows hold values that would win."""
+    theirs = torch_qwen2(config, seed)
+    ours = Qwen2(config, rngs=nnx.Rngs(0))
+    return theirs, load(ours, qwen2_parameters(arrays(theirs.state_dict()), config, padding=1e3))
+
+
+def random_ids(batch, tokens, seed=1):
+    return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (batch, tokens))
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_output_and_gradients_equal_torch(tied, remat):
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=tied)
+    theirs, ours = pair(config)
+    ids = random_ids(2, 11)
+    rng = np.random.default_rng(2)
+    visual = rng.standard_normal((2, 11, config.hidden_size)).astype(np.float32)
+    cotangent = rng.standard_normal((2, 11, config.vocab_size)).astype(np.float32)
+
+    torch_visual = torch.tensor(visual, requires_grad=True)
+    embeds = theirs.model.embed_tokens(torch.tensor(ids)) + torch_visual
+    expected = theirs(inputs_embeds=embeds, output_hidden_states=True)
+    (expected.logits * torch.tensor(cotangent)).sum().backward()
+
+    result, grads, visual_grad = value_and_gradients(
+        ours, lambda model, x: model.logits(model(model.embed(ids) + x, remat=remat)), visual, cotangent
+    )
+    assert_close(ours(ours.embed(ids) + visual), expected.hidden_states[-1], 1e-5)
+    assert_close(result, expected.logits, 1e-5)
+    assert_close(visual_grad, torch_visual.grad, 1e-5)
+    assert_all_close(grads, qwen2_parameters(gradients(theirs), config, padding=0), 1e-5)
+
+
+@pytest.mark.parametrize("size", FAMILY)
+def test_every_size_of_the_family_equals_torch(size):
+    heads, kv_heads = FAMILY[size]
+    config = dataclasses.replace(
+        CONFIG,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        hidden_size=4 * heads,
+        tie_word_embeddings=size == "3B",
+    )
+    theirs, ours = pair(config)
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)).logits
+    assert_close(ours.logits(ours(ours.embed(ids))), expected, 1e-5)
+
+
+def test_padding_changes_nothing():
+    theirs, model = pair(CONFIG)
+    ids = random_ids(2, 10)
+    valid = np.arange(10) < np.array([[10], [6]])
+    with torch.no_grad():
+        expected = theirs.model(
+            torch.tensor(ids), attention_mask=torch.tensor(valid)
+        ).last_hidden_state.numpy()
+    for token_valid in (valid, None):
+        hidden = model(model.embed(ids), token_valid=token_valid)
+        assert_close(hidden[0], expected[0], 1e-5)
+        assert_close(hidden[1, :6], expected[1, :6], 1e-5)
+
+    # On the left, padding has to be masked and the positions have to start after it.
+    left = np.concatenate([random_ids(1, 4, seed=9)[0], ids[1, :6]])[None]
+    positions = np.maximum(np.arange(10) - 4, 0)[None]
+    hidden = model(model.embed(left), positions=positions, token_valid=positions + 4 == np.arange(10))
+    assert_close(hidden[0, 4:], expected[1, :6], 1e-5)
+
+
+def decode(model, ids, lengths, steps, slots):
+    """Hidden states by prefill and cached steps that are fed with the tokens after the prompt of each row."""
+    bucket = max(lengths)
+    prompts = np.where(np.arange(bucket) < np.array(lengths)[:, None], ids[:, :bucket], 66)
+    lengths = jnp.asarray(lengths)
+    cache = model.init_cache(len(ids), slots)
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def run(state, cache):
+        model = nnx.merge(graphdef, state)
+        hidden, cache = model.prefill(model.embed(prompts), lengths, cache)
+        hiddens = jnp.zeros((steps + 1, *hidden.shape), hidden.dtype).at[0].set(hidden)
+
+        def step(t, carry):
+            hiddens, cache = carry
+            tokens = jnp.take_along_axis(jnp.asarray(ids), (lengths + t)[:, None], axis=1)
+            hidden, cache = model.decode_step(model.embed(tokens), lengths + t, cache)
+            return hiddens.at[t + 1].set(hidden), cache
+
+        return jax.lax.fori_loop(0, steps, step, (hiddens, cache))[0]
+
+    return np.asarray(run(state, cache)).swapaxes(0, 1)
+
+
+@pytest.mark.parametrize("layout", ["stack", "list"])
+def test_cached_decoding_equals_the_whole_sequence(layout):
+    theirs, model = pair(CONFIG)
+    if layout == "list":
+        model.layers = unstack_layers(model.layers)
+    ids, lengths, steps = random_ids(3, 16), [9, 4, 1], 6
+    hiddens = decode(model, ids, lengths, steps, slots=15)
+    with torch.no_grad():
+        expected = theirs.model(torch.tensor(ids)).last_hidden_state.numpy()
+    whole = np.asarray(model(model.embed(ids)))
+    for row, length in enumerate(lengths):
+        assert_close(hiddens[row], expected[row, length - 1 : length + steps], 1e-5)
+        assert_close(hiddens[row], whole[row, length - 1 : length + steps], 1e-5)
+        alone = decode(model, ids[row : row + 1], [length], steps, slots=length + steps)[0]
+        assert_close(alone, hiddens[row], 1e-6)
+
+
+def test_padded_vocabulary_never_wins():
+    theirs, model = pair(CONFIG)
+    hidden = np.ones((1, CONFIG.hidden_size), np.float32)
+    logits = model.logits(hidden)
+    assert logits.shape == (1, 67) and model.embed_tokens[...].shape == (80, 56)
+    with torch.no_grad():
+        assert_close(logits, theirs.lm_head(torch.tensor(hidden)), 1e-5)
+
+
+def test_bfloat16_is_as_near_to_float32_as_torch():
+    theirs, ours = pair(CONFIG)
+    ids = random_ids(4, 24)
+    with torch.no_grad():
+        exact = theirs(torch.tensor(ids)).logits.numpy()
+        rounded = theirs.bfloat16()(torch.tensor(ids)).logits.float().numpy()
+    hidden = ours(ours.embed(ids).astype(jnp.bfloat16))
+    logits = ours.logits(hidden)
+    assert hidden.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
+    assert (logits == logits.astype(jnp.bfloat16)).all(), "greedy ties are decided on rounded logits"
+    error = np.abs(np.asarray(logits) - exact).mean()
+    assert 0 < error <= 1.1 * np.abs(rounded - exact).mean()
