@@ -1,0 +1,159 @@
+"""Everything about a training run except the data, as frozen dataclasses. The comment above a field documents it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from unibiomed_jax.training.lora import DECODER_LAYERS
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters."""
+
+    # Rank of the update; 0 attaches no adapter.
+    rank: int = 128
+    # The update is scaled by alpha / rank.
+    alpha: float = 256.0
+    # Dropout on the adapter's input.
+    dropout: float = 0.05
+    # Linear layers that get one, as patterns over their paths.
+    targets: tuple[str, ...] = DECODER_LAYERS
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Losses: token cross-entropy + mask_weight * mask cross-entropy + dice_weight * dice."""
+
+    # Weight of the sigmoid cross-entropy of mask points.
+    mask_weight: float = 2.0
+    # Weight of the dice distance.
+    dice_weight: float = 0.5
+    # Points at which a mask is compared.
+    num_points: int = 12_544
+    # Candidates drawn per point that is chosen for its uncertainty.
+    oversample: float = 3.0
+    # Share of the points chosen where the prediction is least sure.
+    importance: float = 0.75
+    # Rows a frame, filled by repeating its objects (the reference: 5); none: every object once, which is equal
+    # in expectation and a fifth of the work.
+    copies: int | None = None
+    # Positions a row whose logits exist at one time.
+    token_chunk: int = 256
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay. Steps are updates of the parameters."""
+
+    # Highest learning rate.
+    lr: float = 4e-5
+    # Updates in the whole run.
+    steps: int = 10_000
+    # Share of the run in which the learning rate rises.
+    warmup: float = 0.05
+    # The learning rate starts at this times the highest.
+    warmup_start: float = 1e-5
+    # Decay rates of the two moments.
+    beta1: float = 0.9
+    beta2: float = 0.999
+    # Added to the root of the second moment.
+    eps: float = 1e-8
+    # Decoupled weight decay, on every trainable tensor as in the reference: norms, biases and embeddings too.
+    weight_decay: float = 0.05
+    # Largest global norm of the gradient.
+    clip: float = 1.0
+    # Batches whose gradients are summed into one update.
+    accumulate: int = 4
+    # Decay of the running average of the trainable parameters; none keeps no average.
+    ema: float | None = None
+
+
+@dataclass(frozen=True)
+class FreezeConfig:
+    """What trains, as patterns over parameter paths ("*" is everything). `frozen` wins over `trainable`."""
+
+    # What gets gradients and optimiser state; kept in float32.
+    trainable: tuple[str, ...] = (
+        "*.lora.*",
+        "language_model.embed_tokens",
+        "language_model.lm_head.kernel",
+        "mlp1.*",
+        "text_hidden_fcs.*",
+        "sam2.sam_mask_decoder.*",
+        "sam2.sam_prompt_encoder.*",
+    )
+    # The fixed random draw behind dense positions, and parts no loss reaches: decay alone would shrink them.
+    frozen: tuple[str, ...] = (
+        "sam2.sam_prompt_encoder.positional_encoding_gaussian_matrix",
+        "sam2.sam_prompt_encoder.point_embeddings",
+        "sam2.sam_prompt_encoder.mask_downscaling.*",
+        "sam2.sam_mask_decoder.iou_prediction_head.*",
+        "sam2.sam_mask_decoder.pred_obj_score_head.*",
+    )
+    # Storage of what is frozen: "bfloat16", or "float32" to keep a checkpoint's last bits.
+    frozen_dtype: str = "bfloat16"
+
+
+# What the reference gives to its optimiser. No loss reaches the memory, which then only decays.
+REFERENCE_FREEZE = FreezeConfig(
+    trainable=(*FreezeConfig().trainable, "sam2.memory_encoder.*", "sam2.memory_attention.*"),
+    frozen=("sam2.sam_prompt_encoder.positional_encoding_gaussian_matrix",),
+)
+
+
+@dataclass(frozen=True)
+class RematConfig:
+    """What the backward pass computes again instead of keeping, by part: "none", "full" or "dots"."""
+
+    # InternViT (matters only where it trains).
+    vision: str = "none"
+    # The language model.
+    language: str = "full"
+    # SAM2's image encoder (matters only where it trains).
+    sam2_encoder: str = "none"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints to resume from."""
+
+    # Updates between two checkpoints.
+    every: int = 500
+    # Newest checkpoints that stay.
+    keep_last: int = 3
+    # Best checkpoints that stay beside them, by `best`.
+    keep_best: int = 1
+    # Validation measure that says which is best (higher is better).
+    best: str = "dice"
+    # Store the frozen parameters too, so that a run resumes without the checkpoint it started from.
+    save_frozen: bool = False
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a run writes about itself."""
+
+    # Updates between two lines of the log.
+    every: int = 10
+    # Updates between two validations; 0 never validates.
+    validate_every: int = 500
+    # Batches a validation reads.
+    validate_batches: int = 50
+    # Pictures of predicted masks a validation keeps.
+    overlays: int = 4
+    # Write TensorBoard files beside the JSON lines (needs the `tensorboard` extra).
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """All that decides what one update computes."""
+
+    loss: LossConfig = field(default_factory=LossConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    freeze: FreezeConfig = field(default_factory=FreezeConfig)
+    remat: RematConfig = field(default_factory=RematConfig)
+    # Updates in a row that may fail with a loss that is not finite before the run stops.
+    max_bad_steps: int = 5
