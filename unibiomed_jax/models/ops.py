@@ -7,11 +7,20 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 # A score that is masked out becomes this. Finite, so that a row without any valid key gives
 # the mean of the values and not NaN.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+# Mean and standard deviation of ImageNet's RGB, on a scale of 0 to 1.
+PIXEL_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+PIXEL_STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+
+def normalize_pixels(pixels: UInt8[Array, "*batch 3"]) -> Float[Array, "*batch 3"]:
+    """RGB bytes to the float32 values that both image encoders read."""
+    return (pixels.astype(jnp.float32) / 255 - PIXEL_MEAN) / PIXEL_STD
 
 
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -50,6 +59,30 @@ def attention(
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bgrqk,bkgd->bqgrd", weights, v, preferred_element_type=jnp.float32)
     return out.reshape(batch, queries, heads, v.shape[-1]).astype(q.dtype)
+
+
+def decode_attention(
+    q: Float[Array, "batch heads dim"],
+    keys: Float[Array, "batch kv_heads slots dim"],
+    values: Float[Array, "batch kv_heads slots dim"],
+    visible: Bool[Array, "batch slots"],
+) -> Float[Array, "batch heads dim"]:
+    """`attention` of a single query a row over a cache, of which it sees the `visible` slots.
+
+    The operands are in the order that lets both products read the cache as it lies in memory.
+    """
+    batch, kv_heads, _, dim = keys.shape
+    grouped = q.reshape(batch, kv_heads, -1, dim)
+    batched = ((0, 1), (0, 1))
+    scores = jax.lax.dot_general(
+        keys, grouped, (((3,), (3,)), batched), preferred_element_type=jnp.float32
+    )  # (batch, kv_heads, slots, group)
+    scores = jnp.where(visible[:, None, :, None], scores * dim**-0.5, MASKED)
+    weights = jax.nn.softmax(scores, axis=2).astype(values.dtype)
+    out = jax.lax.dot_general(
+        weights, values, (((2,), (2,)), batched), preferred_element_type=jnp.float32
+    )  # (batch, kv_heads, group, dim)
+    return out.reshape(q.shape).astype(q.dtype)
 
 
 def rope_table(

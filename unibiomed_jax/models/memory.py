@@ -1,0 +1,199 @@
+"""SAM2's memory: the encoder that stores a segmented frame, and the attention that reads stored frames.
+
+A memory has a fixed shape: slots for whole frames, tokens for object pointers, and a validity for each. All
+objects of a volume are processed together on a leading axis; they share which slots are valid.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from unibiomed_jax.config import Sam2Config
+from unibiomed_jax.models.layers import Conv2d, LayerNorm, Linear, scan_layers, stack_layers
+from unibiomed_jax.models.ops import MASKED, apply_axial_rope, attention, gelu, sine_position
+
+
+class Memory(NamedTuple):
+    """What the memory attention may read; N = cells of the feature map."""
+
+    # Features of stored frames. Their position, which enters the keys only, is added when they are read.
+    frames: Float[Array, "slots objects N memory_dim"]
+    # Temporal embedding of each slot.
+    time: Float[Array, "slots memory_dim"]
+    frames_valid: Bool[Array, "slots"]
+    # Object pointers, cut into tokens of memory_dim; they have no position.
+    pointers: Float[Array, "objects tokens memory_dim"]
+    pointers_valid: Bool[Array, "tokens"]
+
+
+class MaskDownsampler(nnx.Module):
+    """A mask at image resolution brought to the feature map's: four convolutions of stride 2."""
+
+    def __init__(self, d_model: int, *, rngs: nnx.Rngs):
+        channels = (1, 4, 16, 64, 256)
+        self.convs = nnx.List(
+            [
+                Conv2d(i, o, 3, stride=2, padding=1, rngs=rngs)
+                for i, o in zip(channels[:-1], channels[1:], strict=True)
+            ]
+        )
+        self.norms = nnx.List([LayerNorm(o, eps=1e-6) for o in channels[1:]])
+        self.conv_out = Conv2d(channels[-1], d_model, 1, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "batch 16*g 16*g 1"]) -> Float[Array, "batch g g d_model"]:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = gelu(norm(conv(x)))
+        return self.conv_out(x)
+
+
+class FuserBlock(nnx.Module):
+    """ConvNeXt block (Liu et al. 2022, arXiv 2201.03545)."""
+
+    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+        self.dwconv = Conv2d(dim, dim, 7, padding=3, groups=dim, rngs=rngs)
+        self.norm = LayerNorm(dim, eps=1e-6)
+        self.pwconv1 = Linear(dim, 4 * dim, rngs=rngs)
+        self.pwconv2 = Linear(4 * dim, dim, rngs=rngs)
+        self.g_weight = nnx.Param(jnp.full((dim,), 1e-6))
+
+    def __call__(self, x: Float[Array, "batch rows columns dim"]) -> Float[Array, "batch rows columns dim"]:
+        y = self.pwconv2(gelu(self.pwconv1(self.norm(self.dwconv(x)))))
+        return x + self.g_weight[...].astype(x.dtype) * y
+
+
+class Fuser(nnx.Module):
+    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+        self.layers = stack_layers(lambda r: FuserBlock(dim, rngs=r), 2, rngs)
+
+    def __call__(self, x: Float[Array, "batch rows columns dim"]) -> Float[Array, "batch rows columns dim"]:
+        return scan_layers(self.layers, lambda block, x, _: (block(x), None), x)[0]
+
+
+class MemoryEncoder(nnx.Module):
+    def __init__(self, config: Sam2Config, *, rngs: nnx.Rngs):
+        self.mask_downsampler = MaskDownsampler(config.d_model, rngs=rngs)
+        self.pix_feat_proj = Conv2d(config.d_model, config.d_model, 1, rngs=rngs)
+        self.fuser = Fuser(config.d_model, rngs=rngs)
+        self.out_proj = Conv2d(config.d_model, config.memory_dim, 1, rngs=rngs)
+
+    def __call__(
+        self, image: Float[Array, "images g g d_model"], masks: Float[Array, "images objects 16*g 16*g"]
+    ) -> Float[Array, "images objects g g memory_dim"]:
+        """Store what was segmented where.
+
+        `masks` are logits at SAM2's image size, turned in float32 into 20 * sigmoid - 10. The feature map
+        comes without `no_mem_embed`; its projection is shared by the objects.
+        """
+        objects = masks.shape[1]
+        prompt = (20 * jax.nn.sigmoid(masks.astype(jnp.float32)) - 10).astype(image.dtype)
+        prompt = self.mask_downsampler(rearrange(prompt, "b o r c -> (b o) r c 1"))
+        x = self.pix_feat_proj(image)[:, None] + rearrange(prompt, "(b o) r c d -> b o r c d", o=objects)
+        x = self.out_proj(self.fuser(rearrange(x, "b o r c d -> (b o) r c d")))
+        return rearrange(x, "(b o) r c d -> b o r c d", o=objects)
+
+
+class RopeAttention(nnx.Module):
+    """Single-head attention whose queries and keys carry a two-dimensional rotary position."""
+
+    def __init__(self, dim: int, key_dim: int, *, rngs: nnx.Rngs):
+        self.q_proj = Linear(dim, dim, rngs=rngs)
+        self.k_proj = Linear(key_dim, dim, rngs=rngs)
+        self.v_proj = Linear(key_dim, dim, rngs=rngs)
+        self.out_proj = Linear(dim, dim, rngs=rngs)
+
+    def attend_self(self, x: Float[Array, "objects N dim"], grid: int) -> Float[Array, "objects N dim"]:
+        q, k = (apply_axial_rope(proj(x), grid) for proj in (self.q_proj, self.k_proj))
+        out = attention(q[:, :, None], k[:, :, None], self.v_proj(x)[:, :, None])
+        return self.out_proj(out[:, :, 0])
+
+    def attend_memory(
+        self, x: Float[Array, "objects N dim"], memory: Memory, grid: int
+    ) -> Float[Array, "objects N dim"]:
+        """Read the memory, one slot after the other, with a running softmax; empty slots cost nothing.
+
+        There is one head and values are linear in the memory, so the weights are applied to the raw memory
+        (memory_dim channels) and projected once afterwards; as weights sum to one, the bias passes through.
+        """
+        q = apply_axial_rope(self.q_proj(x), grid)
+        place = sine_position((grid, grid), memory.time.shape[-1]).reshape(grid * grid, -1)
+
+        def read(state, keys, values, valid):
+            """One step of the running softmax (Milakov and Gimelshein 2018, arXiv 1805.02867)."""
+            maximum, total, mixed = state
+            scores = jnp.einsum("bqd,bkd->bqk", q, keys, preferred_element_type=jnp.float32)
+            scores = scores * q.shape[-1] ** -0.5
+            if valid is not None:
+                scores = jnp.where(valid, scores, MASKED)
+            new_maximum = jnp.maximum(maximum, scores.max(-1, keepdims=True))
+            shrink = jnp.exp(maximum - new_maximum)
+            weights = jnp.exp(scores - new_maximum)
+            read = jnp.einsum(
+                "bqk,bkd->bqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+            )
+            return new_maximum, total * shrink + weights.sum(-1, keepdims=True), mixed * shrink + read
+
+        def read_slot(state, slot):
+            features, time, valid = slot
+
+            def read_valid(state):
+                position = (place + time.astype(jnp.float32)).astype(features.dtype)
+                keys = apply_axial_rope(self.k_proj((features + position).astype(x.dtype)), grid)
+                return read(state, keys, features.astype(x.dtype), None)
+
+            return jax.lax.cond(valid, read_valid, lambda state: state, state), None
+
+        shape = (*x.shape[:2], 1)
+        empty = (
+            jnp.full(shape, MASKED),
+            jnp.zeros(shape, jnp.float32),
+            jnp.zeros((*x.shape[:2], memory.time.shape[-1]), jnp.float32),
+        )
+        pointers = memory.pointers.astype(x.dtype)
+        state = read(empty, self.k_proj(pointers), pointers, memory.pointers_valid)
+        state, _ = jax.lax.scan(read_slot, state, (memory.frames, memory.time, memory.frames_valid))
+        _, total, mixed = state
+        return self.out_proj(self.v_proj((mixed / total).astype(x.dtype)))
+
+
+class MemoryAttentionLayer(nnx.Module):
+    def __init__(self, config: Sam2Config, *, rngs: nnx.Rngs):
+        dim = config.d_model
+        self.self_attn = RopeAttention(dim, dim, rngs=rngs)
+        self.cross_attn_image = RopeAttention(dim, config.memory_dim, rngs=rngs)
+        self.linear1 = Linear(dim, config.memory_mlp_dim, rngs=rngs)
+        self.linear2 = Linear(config.memory_mlp_dim, dim, rngs=rngs)
+        self.norm1 = LayerNorm(dim, eps=1e-5)
+        self.norm2 = LayerNorm(dim, eps=1e-5)
+        self.norm3 = LayerNorm(dim, eps=1e-5)
+
+    def __call__(
+        self, x: Float[Array, "objects N dim"], memory: Memory, grid: int
+    ) -> Float[Array, "objects N dim"]:
+        x = x + self.self_attn.attend_self(self.norm1(x), grid)
+        x = x + self.cross_attn_image.attend_memory(self.norm2(x), memory, grid)
+        return x + self.linear2(jax.nn.relu(self.linear1(self.norm3(x))))
+
+
+class MemoryAttention(nnx.Module):
+    def __init__(self, config: Sam2Config, *, rngs: nnx.Rngs):
+        self.layers = stack_layers(lambda r: MemoryAttentionLayer(config, rngs=r), config.memory_layers, rngs)
+        self.norm = LayerNorm(config.d_model, eps=1e-5)
+
+    def __call__(
+        self, image: Float[Array, "g g d_model"], memory: Memory
+    ) -> Float[Array, "objects g g d_model"]:
+        """The frame's feature map as each object's memory conditions it.
+
+        `image` comes without `no_mem_embed`. At least one slot or pointer must be valid.
+        """
+        grid, _, dim = image.shape
+        x = image + (0.1 * sine_position((grid, grid), dim)).astype(image.dtype)
+        x = jnp.broadcast_to(x.reshape(1, grid * grid, dim), (memory.pointers.shape[0], grid * grid, dim))
+        x, _ = scan_layers(self.layers, lambda layer, x, _: (layer(x, memory, grid), None), x)
+        return self.norm(x).reshape(-1, grid, grid, dim)
