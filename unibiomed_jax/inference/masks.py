@@ -1,0 +1,59 @@
+"""Mask logits at the size of the original image, on the host: its size differs from call to call."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from jaxtyping import Float, Float32
+
+
+def upscale_masks(
+    logits: Float[np.ndarray, "*batch rows columns"], size: tuple[int, int], image_size: int
+) -> Float32[np.ndarray, "*batch height width"]:
+    """Mask logits of the decoder at `size` = (height, width), pixels.
+
+    In two steps, as the reference: first to SAM2's `image_size`, then to the image's. A single step would move
+    borders.
+    """
+    return resize_bilinear(resize_bilinear(logits, (image_size, image_size)), size)
+
+
+def resize_bilinear(
+    x: Float[np.ndarray, "*batch rows columns"], size: tuple[int, int]
+) -> Float32[np.ndarray, "*batch height width"]:
+    """torch.nn.functional.interpolate(mode="bilinear", align_corners=False) of the last two axes, in float32.
+
+    The axis that shrinks most is resized first, to keep the intermediate small.
+    """
+    x = np.asarray(x, np.float32)
+    for axis in sorted((-2, -1), key=lambda axis: size[axis] / x.shape[axis]):
+        x = _resize_axis(x, axis, size[axis])
+    return x
+
+
+def _resize_axis(x: np.ndarray, axis: int, length: int) -> np.ndarray:
+    if x.shape[axis] == length:
+        return x
+    low, high, weight = _taps(x.shape[axis], length)
+    weight = weight.reshape(-1, *[1] * (-1 - axis))
+    result = np.take(x, high, axis)
+    below = np.take(x, low, axis)
+    result -= below
+    result *= weight
+    result += below
+    return result
+
+
+@functools.lru_cache(maxsize=64)
+def _taps(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For every output cell the two cells it lies between, and how near it is to the second one.
+
+    The centres are computed in float32 because torch does; in float64 the results would be 1e-5 apart.
+    """
+    scale = np.float32(size_in) / np.float32(size_out)
+    centre = np.maximum(
+        (np.arange(size_out, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5), 0
+    )
+    low = np.minimum(centre.astype(np.intp), size_in - 1)
+    return low, np.minimum(low + 1, size_in - 1), centre - low.astype(np.float32)
