@@ -13,8 +13,8 @@ def upscale_masks(
 ) -> Float32[np.ndarray, "*batch height width"]:
     """Mask logits of the decoder at `size` = (height, width), pixels.
 
-    In two steps, as the reference: first to SAM2's `image_size`, then to the image's. A single step would move
-    borders.
+    In two steps, as the reference: first to SAM2's `image_size`, then to the image's. A single step would
+    move borders.
     """
     return resize_bilinear(resize_bilinear(logits, (image_size, image_size)), size)
 
@@ -49,11 +49,10 @@ def _resize_axis(x: np.ndarray, axis: int, length: int) -> np.ndarray:
 def _taps(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For every output cell the two cells it lies between, and how near it is to the second one.
 
-    The centres are computed in float32 because torch does; in float64 the results would be 1e-5 apart.
+    The scale and the centres (by one fused multiply-add) are rounded to float32 because torch does so; in
+    float64 results would be 1e-5 apart.
     """
-    scale = np.float32(size_in) / np.float32(size_out)
-    centre = np.maximum(
-        (np.arange(size_out, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5), 0
-    )
+    scale = np.float64(np.float32(size_in) / np.float32(size_out))
+    centre = np.maximum((np.arange(size_out) + 0.5) * scale - 0.5, 0).astype(np.float32)
     low = np.minimum(centre.astype(np.intp), size_in - 1)
     return low, np.minimum(low + 1, size_in - 1), centre - low.astype(np.float32)
