@@ -96,6 +96,16 @@ def open_frames(sources: Sequence[ImageSource]) -> tuple[list[Image.Image], list
     return frames, [record for _, record in opened]
 
 
+def open_mask(source: ImageSource) -> Bool[np.ndarray, "height width"]:
+    """A mask image as booleans: True where any channel is not 0.
+
+    Raises:
+        InputError: whatever `open_image` would refuse.
+    """
+    pixels, _ = open_image(source)
+    return np.asarray(pixels).any(axis=-1)
+
+
 def check_frames(frames: Sequence[Image.Image]) -> None:
     """Raise InputError unless there is at least one frame and all have one size."""
     if not frames:
@@ -112,12 +122,10 @@ def _decode(source: ImageSource) -> tuple[Image.Image | np.ndarray, ImageRecord]
     """Pixels as an upright 8-bit Pillow image, or as an array when there are more than 8 bits a sample."""
     if isinstance(source, np.ndarray):
         name, file_format, pixels, mode, steps = "array", None, *_check_array(source)
-    elif isinstance(source, Image.Image):
-        name, file_format, image = "Pillow image", source.format, source
-        pixels, mode, steps = _upright(image, name)
     else:
-        name = os.fspath(source)
-        image = _read_file(Path(source))
+        in_memory = isinstance(source, Image.Image)
+        name = "Pillow image" if in_memory else os.fspath(source)
+        image = source if in_memory else _read_file(Path(source))
         file_format = image.format
         pixels, mode, steps = _upright(image, name)
     height, width = pixels.shape[:2] if isinstance(pixels, np.ndarray) else pixels.size[::-1]
@@ -127,7 +135,7 @@ def _decode(source: ImageSource) -> tuple[Image.Image | np.ndarray, ImageRecord]
 
 
 def _read_file(path: Path) -> Image.Image:
-    """Decode a whole file now, so that a damaged one is found before any model runs."""
+    """A file that Pillow recognises, of an allowed size; its pixels are not decoded yet."""
     if path.is_dir():
         raise InputError(f"{path} is a folder; name the image file in it.")
     if not path.exists():
@@ -138,6 +146,7 @@ def _read_file(path: Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(path)
+            frames = getattr(image, "n_frames", 1)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise InputError(
             f"{path} has more pixels than the limit of {Image.MAX_IMAGE_PIXELS:,}; shrink or crop it first, "
@@ -150,17 +159,10 @@ def _read_file(path: Path) -> Image.Image:
             f"{path} is not an image that Pillow can read; convert it to PNG, JPEG or TIFF first."
         ) from error
     # MPO is a JPEG with extra views of the same picture; elsewhere further frames are further content.
-    frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":
         raise InputError(
             f"{path} holds {frames} frames; save each as its own file and pass them as a sequence."
         )
-    try:
-        image.load()
-    except Exception as error:  # as above
-        raise InputError(
-            f"{path} is truncated or damaged ({error}); copy it again from its source."
-        ) from error
     return image
 
 
@@ -169,10 +171,16 @@ def _upright(image: Image.Image, name: str) -> tuple[Image.Image | np.ndarray, s
     mode, steps = image.mode, []
     if 0 in image.size:  # before any operation that cannot take it
         return image, mode, ()
-    orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-    if orientation in range(2, 9):
-        image = ImageOps.exif_transpose(image)
-        steps.append(f"EXIF orientation {orientation} applied")
+    try:
+        image.load()  # now, so that a damaged file is found before any model runs
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+        if orientation in range(2, 9):
+            image = ImageOps.exif_transpose(image)
+            steps.append(f"EXIF orientation {orientation} applied")
+    except Exception as error:  # the decoders raise whatever they met
+        raise InputError(
+            f"{name} is truncated or damaged ({error}); copy it again from its source."
+        ) from error
     if mode in _DEEP_MODES:
         return _check_finite(np.asarray(image), name), mode, tuple(steps)
     if mode != "RGB":
@@ -235,7 +243,7 @@ def _as_rgb(
     else:
         step = f"{record.mode} values {low:g}..{high:g} scaled linearly to 0..255"
     span = (high - low) or 1.0  # a constant image becomes black
-    scaled = np.rint((pixels.astype(np.float64) - low) * (255.0 / span)).astype(np.uint8)
+    scaled = np.rint((pixels.astype(np.float64) - low) * 255.0 / span).astype(np.uint8)
     record = ImageRecord(**{**vars(record), "steps": (*record.steps, step)})
     return Image.fromarray(scaled).convert("RGB"), record
 
@@ -316,7 +324,12 @@ def frame_tiles(
 
 def sam_image(image: Image.Image, size: int = 1024) -> Float32[np.ndarray, "size size 3"]:
     """SAM2's input: the RGB image stretched to a square (aspect ratio not kept), normalised in float32."""
-    return normalize(_stretch(image, size, size))
+    return normalize(sam_bytes(image, size))
+
+
+def sam_bytes(image: Image.Image, size: int = 1024) -> UInt8[np.ndarray, "size size 3"]:
+    """`sam_image` before it is normalised: a quarter of the memory."""
+    return _stretch(image, size, size)
 
 
 def _stretch(image: Image.Image, width: int, height: int) -> UInt8[np.ndarray, "height width 3"]:
