@@ -116,7 +116,7 @@ def test_a_single_pixel_leaves_a_trace(width, height, data):
     assert (plain[:rows] != drawn[:rows]).any()
 
 
-@given(st.text(max_size=300))
+@given(st.text(max_size=300) | st.just("finding " * 2000))
 @settings(max_examples=30, deadline=None)
 def test_any_label_can_be_drawn(label):
     result = overlay(grey(300, 200), [np.ones((200, 300))], [label])

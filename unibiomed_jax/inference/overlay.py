@@ -1,5 +1,6 @@
 """Pictures of masks on their image: a tint, an outline, and a legend under the image."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -182,9 +183,8 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, room: float) -> list[str]:
         if font.getlength(rest) <= room:
             return [*lines, rest]
         last = len(lines) == _LABEL_LINES - 1
-        fits = next(
-            n for n in range(len(rest) - 1, 0, -1) if n == 1 or font.getlength(rest[:n] + "…") <= room
-        )
+        lengths = range(1, len(rest))
+        fits = max(1, bisect_right(lengths, room, key=lambda n: font.getlength(rest[:n] + "…")))
         if last:
             return [*lines, rest[:fits].rstrip() + "…"]
         space = rest.rfind(" ", 0, fits + 1)
