@@ -101,7 +101,7 @@ def _draw_mask(canvas: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int
     rows, columns = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
     window = tuple(slice(max(0, along[0] - margin), along[-1] + margin + 1) for along in (rows, columns))
     inside = inside[window]
-    # Signed distance to the border in pixels, smoothed over half a pixel of the mask against stair steps.
+    # Signed distance to the border in pixels, smoothed over part of a mask pixel against stair steps.
     # Beyond the image the region is taken to go on, so that no line runs along the image's edge.
     if inside.all():
         distance = np.full(inside.shape, np.inf)
@@ -109,7 +109,7 @@ def _draw_mask(canvas: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int
         padded = np.pad(inside, margin, mode="edge")
         distance = ndimage.distance_transform_edt(padded) - ndimage.distance_transform_edt(~padded)
         distance -= 0.5 * np.sign(distance)  # from pixel centres to the border between them
-        smoothing = max(1.0, 0.6 * enlargement)
+        smoothing = max(1.0, 0.42 * enlargement)  # from 0.45 on, a lone pixel of the mask would vanish
         distance = ndimage.gaussian_filter(distance, smoothing)[margin:-margin, margin:-margin]
     # A thin structure, such as a vessel, gets a thin line that does not hide it.
     line = np.clip(distance[inside].mean(), 1.2, line)
