@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from unibiomed_jax.checkpoint import merge_adapters
 from unibiomed_jax.config import LanguageConfig
 from unibiomed_jax.models.qwen2 import Qwen2
 from unibiomed_jax.training import lora
@@ -70,7 +71,7 @@ def test_the_saved_folder_gives_the_same_logits_in_peft(adapted, tmp_path):
 def test_merging_equals_peft_and_leaves_the_logits(adapted, tmp_path):
     torch_model, graphdef, parameters = adapted
     ids = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (2, 9))
-    merged = lora.merge_adapters(parameters, ALPHA / RANK)
+    merged = merge_adapters(parameters, ALPHA / RANK)
     plain_graphdef, plain = split(Holder())
     assert set(merged) == set(plain)
     assert_close(logits(plain_graphdef, merged, ids), logits(graphdef, parameters, ids), 1e-5)

@@ -1,4 +1,4 @@
-"""Everything about a training run except the data, as frozen dataclasses. The comment above a field documents it."""
+"""Every choice of a training run, as frozen dataclasses. The comment above a field is its documentation."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class LossConfig:
     oversample: float = 3.0
     # Share of the points chosen where the prediction is least sure.
     importance: float = 0.75
-    # Rows a frame, filled by repeating its objects (the reference: 5); none: every object once, which is equal
-    # in expectation and a fifth of the work.
+    # Rows a frame, filled by repeating its objects (the reference: 5); none: every object once, which is
+    # equal in expectation and a fifth of the work.
     copies: int | None = None
     # Positions a row whose logits exist at one time.
     token_chunk: int = 256

@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): attach, merge, and exchange with peft."""
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): attach them, and hand them to peft."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
@@ -36,7 +35,7 @@ def linear_layers(model: nnx.Module) -> dict[str, Linear]:
 def attach(
     model: nnx.Module, targets: Iterable[str], *, rank: int, alpha: float, dropout: float, rngs: nnx.Rngs
 ) -> None:
-    """Give the linear layers whose path one of `targets` describes an adapter of scale alpha / rank, in place.
+    """Give the linear layers that `targets` describe by path an adapter of scale alpha / rank, in place.
 
     A starts Kaiming-uniform and B at zero, so that the model computes what it did before.
 
@@ -54,19 +53,6 @@ def attach(
             return Lora(features_in, features_out, rank, alpha / rank, dropout, rngs)
 
         layer.lora = stack_layers(make, stack[0], rngs) if stack else make(rngs)
-
-
-def merge_adapters(parameters: Parameters, scale: float) -> Parameters:
-    """Add scale * A B to the kernels and drop the adapters; computed in float32, kept in the kernel's dtype."""
-    merged = {path: value for path, value in parameters.items() if ".lora." not in path}
-    for path in parameters:
-        if path.endswith(".lora.a"):
-            layer = path.removesuffix(".lora.a")
-            a, b = (jnp.asarray(parameters[f"{layer}.lora.{name}"], jnp.float32) for name in "ab")
-            kernel = parameters[f"{layer}.kernel"]
-            update = scale * jnp.matmul(a, b, precision="highest")
-            merged[f"{layer}.kernel"] = (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
-    return merged
 
 
 def save_peft_adapter(

@@ -27,7 +27,7 @@ def learning_rate(config: OptimConfig, step: Int[Array, ""] | int) -> Float[Arra
 
 
 def adamw(config: OptimConfig) -> optax.GradientTransformation:
-    """Clip by global norm, Adam's direction, plus decay: to be multiplied with the learning rate by the caller.
+    """Clip by global norm, Adam's direction, plus decay; the caller multiplies by the learning rate.
 
     Equals torch.optim.AdamW: p -= lr * (m / (sqrt(v) + eps) + decay * p) with bias-corrected moments.
     """

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 import jax
 from flax import nnx
 
+from unibiomed_jax.checkpoint import flatten, unflatten
 from unibiomed_jax.errors import InputError
 
 Parameters = dict[str, jax.Array]
@@ -21,19 +22,12 @@ Parameters = dict[str, jax.Array]
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Parameters]:
     """A model as its structure and its parameters by dotted path (abstract ones stay abstract)."""
     graphdef, state = nnx.split(model)
-    return graphdef, {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+    return graphdef, flatten(state)
 
 
 def merge(graphdef: nnx.GraphDef, *tables: Parameters) -> nnx.Module:
     """The model again, from its structure and one or more disjoint tables of parameters."""
-    tree: dict = {}
-    for path, value in (item for table in tables for item in table.items()):
-        *parents, name = (int(part) if part.isdigit() else part for part in path.split("."))
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return nnx.merge(graphdef, tree)
+    return nnx.merge(graphdef, unflatten({path: value for table in tables for path, value in table.items()}))
 
 
 def matches(path: str, patterns: Iterable[str]) -> bool:

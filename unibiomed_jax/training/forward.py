@@ -1,0 +1,189 @@
+"""The training forward: a batch of arrays to answers, masks and the sums of the losses."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from unibiomed_jax.models.ops import normalize_pixels
+from unibiomed_jax.models.unibiomed import UniBiomedModel
+from unibiomed_jax.training.config import LossConfig, RematConfig
+from unibiomed_jax.training.losses import (
+    IGNORE,
+    MASK_EPS,
+    TokenLoss,
+    choose_points,
+    cyclic_copies,
+    mask_losses,
+    next_token_labels,
+    sample_bilinear,
+    token_cross_entropy,
+)
+
+# Names and shapes of a batch; B samples, T tokens, O object slots, F frame slots, S and M the sides of SAM2's
+# image and of its masks (S / 4). Valid tiles, frames and objects come first in their row.
+#   pixel_values (B, tiles, side, side, 3)   bytes, or normalised floats
+#   input_ids, labels (B, T)                 label -100: not learned; labels are not shifted
+#   sam_pixels (B, F, S, S, 3)               bytes, or normalised floats
+#   masks (B, O, F, M, M)                    0 or 1
+#   object_valid (B, O), frame_valid (B, F)  bool
+Batch = dict[str, Array]
+
+
+class TokenIds(NamedTuple):
+    """Ids of the two tokens that mean more than text; the tokenizer knows them."""
+
+    # Stands for one visual token.
+    image: int
+    # Asks for a mask.
+    seg: int
+
+
+class Prediction(NamedTuple):
+    """What the model says about a batch, with the true answers as input."""
+
+    answers: TokenLoss
+    # Logits of the mask with the highest predicted IoU.
+    masks: Float[Array, "batch objects frames M M"]
+    # Where there is a [SEG] and a true mask.
+    masks_valid: Bool[Array, "batch objects frames"]
+
+
+class LossSums(NamedTuple):
+    """Sums over a batch; they add up over batches."""
+
+    tokens: Float[Array, ""]
+    tokens_correct: Int[Array, ""]
+    masks: Float[Array, ""]
+    dice: Float[Array, ""]
+
+
+class LossCounts(NamedTuple):
+    """What the sums are divided by; known from the batch alone, before any model runs."""
+
+    tokens: Int[Array, ""]
+    masks: Int[Array, ""]
+
+
+def predict(
+    model: UniBiomedModel,
+    batch: Batch,
+    ids: TokenIds,
+    *,
+    token_chunk: int = 256,
+    remat: RematConfig = RematConfig("none", "none", "none"),
+    dropout_key: Array | None = None,
+) -> Prediction:
+    """Run the whole model on a batch; `dropout_key` switches on the dropout of adapters."""
+    embeds = embed_batch(model, batch, ids, remat.vision)
+    hidden = model.language_model(embeds, remat=remat.language, lora_dropout_key=dropout_key)
+    language = model.language_model
+    head = language.embed_tokens[...].T if language.lm_head is None else language.lm_head.kernel[...]
+    answers = token_cross_entropy(
+        hidden, head, batch["labels"], vocab_size=model.config.language.vocab_size, chunk=token_chunk
+    )
+    masks = predict_masks(model, batch, hidden, ids, remat.sam2_encoder)
+    return Prediction(answers, masks, masks_to_learn(batch, ids))
+
+
+def embed_batch(
+    model: UniBiomedModel, batch: Batch, ids: TokenIds, remat: str
+) -> Float[Array, "batch tokens embed"]:
+    """Token embeddings, with the visual tokens of a row's tiles in order in place of its image tokens."""
+    tiles = normalised(batch["pixel_values"])
+    visual = model.encode_tiles(tiles.reshape(-1, *tiles.shape[2:]), remat=remat)
+    visual = visual.reshape(tiles.shape[0], -1, visual.shape[-1])
+    text = model.language_model.embed(batch["input_ids"]).astype(model.config.precision.language)
+    is_image = batch["input_ids"] == ids.image
+    index = jnp.maximum(jnp.cumsum(is_image, axis=1) - 1, 0)
+    rows = jnp.take_along_axis(visual, index[..., None], axis=1).astype(text.dtype)
+    return jnp.where(is_image[..., None], rows, text)
+
+
+def predict_masks(
+    model: UniBiomedModel, batch: Batch, hidden: Float[Array, "batch tokens embed"], ids: TokenIds, remat: str
+) -> Float[Array, "batch objects frames M M"]:
+    """Masks of the first [SEG] tokens of every row in every frame; object slot k takes the k-th [SEG]."""
+    size, objects, frames = batch["sam_pixels"].shape[0], *batch["masks"].shape[1:3]
+    if objects * frames == 0:
+        return jnp.zeros(batch["masks"].shape, jnp.float32)
+    order = jnp.argsort(batch["input_ids"] != ids.seg, axis=1, stable=True)[:, :objects]
+    states = jnp.take_along_axis(hidden, order[..., None], axis=1)
+    language = jnp.repeat(model.prompt_vectors(states), frames, axis=0)
+    pixels = normalised(batch["sam_pixels"])
+    features = model.sam2.encode_image(pixels.reshape(-1, *pixels.shape[2:]), remat=remat)
+    masks = model.sam2.decode(features, language).masks
+    return masks.reshape(size, frames, *masks.shape[1:]).swapaxes(1, 2)
+
+
+def normalised(pixels: Array) -> Array:
+    """Bytes become normalised floats; floats are taken as normalised."""
+    return normalize_pixels(pixels) if pixels.dtype == jnp.uint8 else pixels
+
+
+def masks_to_learn(batch: Batch, ids: TokenIds) -> Bool[Array, "batch objects frames"]:
+    """Object slots that have both a true mask and a [SEG], in the frames that exist."""
+    slots = jnp.arange(batch["object_valid"].shape[1])
+    said = slots < (batch["input_ids"] == ids.seg).sum(1, keepdims=True)
+    return (batch["object_valid"] & said)[:, :, None] & batch["frame_valid"][:, None, :]
+
+
+def count_targets(batch: Batch, ids: TokenIds, config: LossConfig) -> LossCounts:
+    """How many tokens and mask rows the losses of a batch sum over."""
+    tokens = (next_token_labels(batch["labels"]) != IGNORE).sum()
+    valid = masks_to_learn(batch, ids)
+    if config.copies is not None:
+        return LossCounts(tokens, config.copies * valid.any(1).sum())
+    return LossCounts(tokens, valid.sum())
+
+
+def loss_sums(
+    prediction: Prediction,
+    batch: Batch,
+    config: LossConfig,
+    key: Array,
+    points: Float[Array, "masks points 2"] | None = None,
+) -> LossSums:
+    """Sums of the three losses; mask rows are ordered by sample, frame and object.
+
+    `points` replaces the random sampling points: the way to compare with numbers of another implementation.
+    """
+    answers = prediction.answers
+    logits, targets = prediction.masks, batch["masks"].astype(jnp.float32)
+    valid = prediction.masks_valid
+    if config.copies is not None:
+        index, _ = cyclic_copies(valid.any(2), config.copies)
+        logits, targets, valid = (
+            jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
+            for x in (logits, targets, valid)
+        )
+    logits, targets, valid = (x.swapaxes(1, 2) for x in (logits, targets, valid))
+    side = logits.shape[-1]
+    logits, targets = logits.reshape(-1, side, side), targets.reshape(-1, side, side)
+    nothing = jnp.zeros(())
+    masks = dice = nothing
+    if len(logits):
+        if points is None:
+            points = choose_points(
+                logits,
+                key,
+                num_points=config.num_points,
+                oversample=config.oversample,
+                importance=config.importance,
+            )
+        masks, dice = mask_losses(
+            sample_bilinear(logits, points), sample_bilinear(targets, points), valid.reshape(-1)
+        )
+    return LossSums(answers.cross_entropy.sum(), answers.correct.sum(), masks, dice)
+
+
+def mean_losses(sums: LossSums, counts: LossCounts, config: LossConfig) -> dict[str, Float[Array, ""]]:
+    """The three weighted losses and their sum, as the reference reports them."""
+    losses = {
+        "loss_tokens": sums.tokens / jnp.maximum(counts.tokens, 1),
+        "loss_mask": config.mask_weight * sums.masks / (counts.masks * config.num_points + MASK_EPS),
+        "loss_dice": config.dice_weight * sums.dice / (counts.masks + MASK_EPS),
+    }
+    return {"loss": sum(losses.values()), **losses}

@@ -1,0 +1,203 @@
+"""One update of the parameters: pure functions over plain trees, compiled once for every shape of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from unibiomed_jax import sharding
+from unibiomed_jax.training.config import StepConfig
+from unibiomed_jax.training.forward import (
+    Batch,
+    LossCounts,
+    LossSums,
+    TokenIds,
+    count_targets,
+    loss_sums,
+    mean_losses,
+    predict,
+)
+from unibiomed_jax.training.optimizer import adamw, learning_rate
+from unibiomed_jax.training.parameters import Parameters, merge
+
+Metrics = dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that an update changes; with the data position, all that a run needs to go on to the bit."""
+
+    # Updates tried so far; random numbers are derived from it.
+    step: Int[Array, ""]
+    # Float32 masters of what trains.
+    trainable: Parameters
+    # State of the optimiser.
+    moments: Any
+    # Running average of `trainable`, if the run keeps one.
+    average: Parameters | None
+    # Updates in a row that were not applied because loss or gradient was not finite.
+    bad_steps: Int[Array, ""]
+    # Root of all random numbers; never changes.
+    key: Array
+
+
+def init_state(trainable: Parameters, config: StepConfig, seed: int) -> TrainState:
+    """The state before the first update."""
+    trainable = {path: value.astype(jnp.float32) for path, value in trainable.items()}
+    average = jax.tree.map(jnp.copy, trainable) if config.optim.ema is not None else None
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        trainable=trainable,
+        moments=adamw(config.optim).init(trainable),
+        average=average,
+        bad_steps=jnp.zeros((), jnp.int32),
+        key=jax.random.key_data(jax.random.key(seed)),
+    )
+
+
+def gradients(
+    graphdef: nnx.GraphDef,
+    config: StepConfig,
+    ids: TokenIds,
+    state: TrainState,
+    frozen: Parameters,
+    batch: Batch,
+    counts: LossCounts,
+    index: Int[Array, ""],
+) -> tuple[Parameters, LossSums]:
+    """Gradients of one batch's share of the loss of an update, and its sums.
+
+    `counts` are those of all batches of the update together and `index` says which of them this one is, so
+    that shares add up to exactly the gradient of one large batch.
+    """
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    dropout_key, points_key = jax.random.split(jax.random.fold_in(key, index))
+
+    def share(trainable):
+        prediction = predict(
+            merge(graphdef, trainable, frozen),
+            batch,
+            ids,
+            token_chunk=config.loss.token_chunk,
+            remat=config.remat,
+            dropout_key=dropout_key if config.lora.rank and config.lora.dropout else None,
+        )
+        sums = loss_sums(prediction, batch, config.loss, points_key)
+        return mean_losses(sums, counts, config.loss)["loss"], sums
+
+    with jax.default_matmul_precision("highest"):  # for what the policy computes in float32
+        return jax.grad(share, has_aux=True)(state.trainable)
+
+
+def update(
+    config: StepConfig, state: TrainState, grads: Parameters, sums: LossSums, counts: LossCounts
+) -> tuple[TrainState, Metrics]:
+    """Apply the gradients, unless the loss or their norm is not finite: then only the counters move."""
+    losses = mean_losses(sums, counts, config.loss)
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(norm)
+    rate = learning_rate(config.optim, state.step)
+    direction, moments = adamw(config.optim).update(grads, state.moments, state.trainable)
+    trainable = jax.tree.map(lambda p, d: p - rate * d, state.trainable, direction)
+    average = state.average
+    if average is not None:
+        decay = config.optim.ema
+        average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, trainable)
+
+    old = (state.trainable, state.moments, state.average)
+    trainable, moments, average = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (trainable, moments, average), old
+    )
+    state = TrainState(
+        step=state.step + 1,
+        trainable=trainable,
+        moments=moments,
+        average=average,
+        bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
+        key=state.key,
+    )
+    metrics = losses | {
+        "learning_rate": rate,
+        "gradient_norm": norm,
+        "bad_steps": state.bad_steps,
+        "tokens": counts.tokens,
+        "masks": counts.masks,
+    }
+    return state, metrics
+
+
+TrainStep = Callable[[TrainState, Parameters, Sequence[Batch]], tuple[TrainState, Metrics]]
+
+
+def build_train_step(
+    graphdef: nnx.GraphDef, config: StepConfig, ids: TokenIds, mesh: Mesh, strategy: sharding.Strategy
+) -> TrainStep:
+    """A compiled `step(state, frozen, batches) -> (state, metrics)`; the old state is given up.
+
+    The batches of an update may differ in shape. With one batch everything is one program; with several,
+    their gradients are summed one after the other and then applied.
+    """
+
+    def layout(tree):
+        return sharding.tree_shardings(tree, strategy, mesh)
+
+    def pin(tree):
+        return jax.lax.with_sharding_constraint(tree, layout(tree))
+
+    def whole(state, frozen, batch):
+        counts = count_targets(batch, ids, config.loss)
+        grads, sums = gradients(graphdef, config, ids, state, frozen, batch, counts, jnp.zeros((), jnp.int32))
+        state, metrics = update(config, state, pin(grads), sums, counts)
+        return pin(state), metrics
+
+    def accumulate(total, state, frozen, batch, counts, index):
+        share = gradients(graphdef, config, ids, state, frozen, batch, counts, index)
+        return pin(jax.tree.map(jnp.add, total, share))
+
+    def finish(state, total, counts):
+        state, metrics = update(config, state, *total, counts)
+        return pin(state), metrics
+
+    whole = jax.jit(whole, donate_argnums=0)
+    accumulate = jax.jit(accumulate, donate_argnums=0)
+    finish = jax.jit(finish, donate_argnums=(0, 1))
+    count = jax.jit(lambda batch: count_targets(batch, ids, config.loss))
+    nothing = jax.jit(lambda trainable: pin((jax.tree.map(jnp.zeros_like, trainable), empty_sums())))
+
+    def step(state: TrainState, frozen: Parameters, batches: Sequence[Batch]):
+        if len(batches) == 1:
+            return whole(state, frozen, batches[0])
+        counts = jax.tree.map(lambda *parts: sum(parts), *(count(batch) for batch in batches))
+        total = nothing(state.trainable)
+        for index, batch in enumerate(batches):
+            total = accumulate(total, state, frozen, batch, counts, jnp.int32(index))
+        return finish(state, total, counts)
+
+    return step
+
+
+def empty_sums() -> LossSums:
+    """The neutral element of adding sums."""
+    zero = jnp.zeros(())
+    return LossSums(zero, jnp.zeros((), jnp.int32), zero, zero)
+
+
+def place(tree: Any, strategy: sharding.Strategy, mesh: Mesh) -> Any:
+    """Put parameters or a state on the devices as the strategy says."""
+    return jax.device_put(tree, sharding.tree_shardings(tree, strategy, mesh))
+
+
+def place_batch(batch: dict[str, np.ndarray], strategy: sharding.Strategy, mesh: Mesh) -> Batch:
+    """This host's share of a batch as global arrays, split over the devices along the first axis."""
+    layout = sharding.batch_sharding(strategy, mesh)
+    return {name: jax.make_array_from_process_local_data(layout, value) for name, value in batch.items()}
