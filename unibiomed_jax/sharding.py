@@ -1,8 +1,7 @@
 """How parameters and batches are laid out over devices.
 
 What an axis of a parameter *means* is said once, in `LOGICAL_AXES`. A strategy is a small table from such a
-meaning to an axis of the device mesh; an axis it does not name is kept whole on every device. Another strategy
-is another small table.
+meaning to an axis of the device mesh; an axis it does not name is kept whole on every device.
 """
 
 from __future__ import annotations

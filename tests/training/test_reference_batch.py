@@ -104,9 +104,8 @@ def test_the_norm_of_every_gradient(golden, result):
     for name, expected in zip(names, golden["grad_norms"], strict=True):
         norm = np.linalg.norm(grads[name].astype(np.float64))
         if "sam_mask_decoder" in name and name.endswith("k_proj.bias"):
-            assert max(norm, expected) < 1e-7, (
-                name
-            )  # softmax ignores a shift of all keys: only rounding is left
+            # Softmax ignores a shift of all keys: what is left is rounding.
+            assert max(norm, expected) < 1e-7, name
         else:
             assert abs(norm - expected) <= 1e-4 * expected, name
 

@@ -31,6 +31,8 @@ from unibiomed_jax.training.losses import (
 #   object_valid (B, O), frame_valid (B, F)  bool
 Batch = dict[str, Array]
 
+NO_REMAT = RematConfig(vision="none", language="none", sam2_encoder="none")
+
 
 class TokenIds(NamedTuple):
     """Ids of the two tokens that mean more than text; the tokenizer knows them."""
@@ -73,7 +75,7 @@ def predict(
     ids: TokenIds,
     *,
     token_chunk: int = 256,
-    remat: RematConfig = RematConfig("none", "none", "none"),
+    remat: RematConfig = NO_REMAT,
     dropout_key: Array | None = None,
 ) -> Prediction:
     """Run the whole model on a batch; `dropout_key` switches on the dropout of adapters."""
