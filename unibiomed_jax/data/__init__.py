@@ -1,0 +1,1 @@
+"""Datasets on disk to batches of arrays."""

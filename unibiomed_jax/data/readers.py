@@ -1,0 +1,342 @@
+"""JSON tables on disk to records, one reader per table format. No pixel is read here."""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from unibiomed_jax.data.records import DatasetConfig, Kind, Record
+from unibiomed_jax.errors import InputError
+
+# In an abnormality, what says that there is nothing to outline: the mask is then all zero, whatever its file
+# holds.
+NO_FINDINGS = "no findings"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several datasets as one list of samples, repeats included."""
+
+    # Every record once, dataset after dataset.
+    records: tuple[Record, ...]
+    # Sample i of the mixture is records[order[i]]; repeats stand here.
+    order: np.ndarray
+    # Title, records and samples (repeats counted) of every dataset, for logs.
+    sizes: tuple[tuple[str, int, int], ...]
+
+
+def read_mixture(datasets: Sequence[DatasetConfig]) -> Mixture:
+    """Read every dataset and lay them end to end, each list repeated as its configuration says.
+
+    Raises:
+        InputError: no datasets, two of one title, or any error of `read_dataset`.
+    """
+    if not datasets:
+        raise InputError("The mixture has no datasets; name at least one.")
+    records: list[Record] = []
+    order: list[np.ndarray] = []
+    sizes = []
+    titles = set()
+    for config in datasets:
+        title = f"{config.title} ({config.split})"
+        if title in titles:
+            raise InputError(
+                f"Two datasets of the mixture are called {title}; give one of them another name."
+            )
+        titles.add(title)
+        found = read_dataset(config)
+        span = np.arange(len(records), len(records) + len(found))
+        order.append(np.tile(span, config.repetitions(len(found))))
+        sizes.append((title, len(found), len(order[-1])))
+        records += found
+    return Mixture(tuple(records), np.concatenate(order), tuple(sizes))
+
+
+def read_dataset(config: DatasetConfig) -> list[Record]:
+    """All records of one dataset in the order of its table.
+
+    Raises:
+        InputError: table missing, not JSON, or of another schema; names file, field and remedy. Or no record
+            in it.
+    """
+    root = Path(config.root)
+    if not root.is_dir():
+        raise InputError(f"The dataset folder {root} does not exist; check the path of {config.title}.")
+    path = config.annotation_path
+    table = _read_table(path)
+    reader = {
+        Kind.SEQUENCE: _read_volumes,
+        Kind.VQA: _read_findings,
+        Kind.REPORT: _read_findings,
+        Kind.CAPTION: _read_captions,
+    }.get(config.kind, _read_targets)
+    records = reader(config, path, table)
+    if not records:
+        raise InputError(
+            f"{path} holds no samples for {config.kind}; add annotations or leave the dataset out."
+        )
+    return records
+
+
+def check_files(records: Iterable[Record]) -> None:
+    """Raise InputError naming the first record whose image or mask file is missing."""
+    listings: dict[str, set[str]] = {}
+    for record in records:
+        for path in (*record.images, *(file for frames in record.masks for file in frames if file)):
+            folder, name = os.path.split(path)
+            if folder not in listings:
+                listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+            if name not in listings[folder]:
+                raise InputError(
+                    f"{record.name} needs the file {path}, which does not exist; add it or remove the "
+                    "annotation."
+                )
+
+
+def image_size(record: Record) -> tuple[int, int]:
+    """(width, height) of the record's images: from the table, else from the first file's header."""
+    if min(record.size) > 0:
+        return record.size
+    try:
+        with Image.open(record.images[0]) as image:
+            return image.size
+    except OSError as error:
+        raise InputError(
+            f"{record.images[0]} of {record.name} cannot be read ({error}); replace the file or remove the "
+            "annotation."
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The four table formats
+
+
+def _read_targets(config: DatasetConfig, path: Path, table) -> list[Record]:
+    """COCO-like table: one record per annotation, grouped by image in the order of `images`.
+
+    Images and annotations are paired by file name, not by id; images without annotations give no record.
+    """
+    images = {}
+    for number, image in enumerate(_get(table, "images", list, path)):
+        images.setdefault(_get(image, "file_name", str, path, f"images[{number}]"), image)
+    grouped: dict[str, list[tuple[int, dict]]] = {name: [] for name in images}
+    for number, annotation in enumerate(_get(table, "annotations", list, path)):
+        name = _get(annotation, "file_name", str, path, f"annotations[{number}]")
+        if name not in grouped:
+            raise InputError(
+                f"{path}: annotations[{number}] belongs to the image {name}, which `images` does not list; "
+                "add it there."
+            )
+        grouped[name].append((number, annotation))
+    names = _Names(config)
+    records = []
+    for file_name, annotations in grouped.items():
+        for number, annotation in annotations:
+            where = f"annotations[{number}]"
+            mask_file = _get(annotation, "mask_file", str, path, where)
+            records.append(
+                Record(
+                    name=names.unique(mask_file),
+                    kind=config.kind,
+                    images=(str(config.image_folder / file_name),),
+                    masks=((str(config.mask_folder / mask_file),),),
+                    texts=_sentences(annotation, path, where),
+                    size=_size(images[file_name]),
+                    patient=str(images[file_name].get("patient", "")),
+                )
+            )
+    return records
+
+
+def _read_findings(config: DatasetConfig, path: Path, table) -> list[Record]:
+    """RadGenome's table, an object of samples; lists in abnormality and mask_file are several objects."""
+    if not isinstance(table, dict):
+        raise InputError(f"{path} must be a JSON object whose values are samples, not a {_type_name(table)}.")
+    names = _Names(config)
+    records = []
+    for key, entry in table.items():
+        where = f"[{key!r}]"
+        image_file = _get(entry, "image_file", str, path, where)
+        findings = _strings(entry, "abnormality", path, where)
+        files = _strings(entry, "mask_file", path, where)
+        if len(findings) != len(files):
+            raise InputError(
+                f"{path}: {where} has {len(findings)} abnormalities but {len(files)} mask files; give one "
+                "mask for each."
+            )
+        masks = tuple(
+            ("" if NO_FINDINGS in finding else str(config.mask_folder / file),)
+            for finding, file in zip(findings, files, strict=True)
+        )
+        report = config.kind is Kind.REPORT
+        records.append(
+            Record(
+                name=names.unique(f"{image_file}[{key}]"),
+                kind=config.kind,
+                images=(str(config.image_folder / image_file),),
+                masks=masks,
+                texts=findings,
+                anatomy="" if report else _text(entry, "anatomy", path, where),
+                report=_get(entry, "report", str, path, where) if report else "",
+                size=_size(entry),
+                patient=str(entry.get("patient", "")),
+            )
+        )
+    return records
+
+
+def _read_volumes(config: DatasetConfig, path: Path, table) -> list[Record]:
+    """Volumes with expressions: one record per volume and expression, with the slices that have a mask of it.
+
+    A mask belongs to the slice whose name without ending, followed by an underscore, begins the mask's name.
+    """
+    names = _Names(config)
+    records = []
+    for volume, entry in _get(table, "volumes", dict, path).items():
+        where = f"volumes[{volume!r}]"
+        slices = sorted(_get(entry, "slices", list, path, where))
+        expressions = _get(entry, "expressions", dict, path, where)
+        for key in sorted(expressions):
+            inner = f"{where}.expressions[{key!r}]"
+            text = _text(expressions[key], "exp", path, inner)
+            files = {Path(file).name: file for file in _get(expressions[key], "mask_file", list, path, inner)}
+            pairs = []
+            for name in slices:
+                matching = [file for base, file in files.items() if base.startswith(Path(name).stem + "_")]
+                if len(matching) > 1:
+                    raise InputError(
+                        f"{path}: {inner} has {len(matching)} masks for the slice {name}; merge them into "
+                        "one file."
+                    )
+                pairs += [(name, file) for file in matching]
+            if not pairs:
+                raise InputError(
+                    f"{path}: {inner} has no mask named after one of the slices (<slice>_<target>.png); "
+                    "rename them."
+                )
+            records.append(
+                Record(
+                    name=names.unique(f"{volume}/{text}"),
+                    kind=config.kind,
+                    images=tuple(str(config.image_folder / volume / name) for name, _ in pairs),
+                    masks=(tuple(str(config.mask_folder / file) for _, file in pairs),),
+                    texts=(text,),
+                    size=_size(entry),
+                    slices=config.slices,
+                    patient=str(entry.get("patient", "")),
+                )
+            )
+    return records
+
+
+def _read_captions(config: DatasetConfig, path: Path, table) -> list[Record]:
+    """Image-text pairs, one record per annotation; `question`, where present, replaces the task's own."""
+    images = (
+        {image.get("file_name"): image for image in table.get("images", [])}
+        if isinstance(table, dict)
+        else {}
+    )
+    names = _Names(config)
+    records = []
+    for number, annotation in enumerate(_get(table, "annotations", list, path)):
+        where = f"annotations[{number}]"
+        file_name = _get(annotation, "file_name", str, path, where)
+        image = images.get(file_name, {})
+        records.append(
+            Record(
+                name=names.unique(file_name),
+                kind=config.kind,
+                images=(str(config.image_folder / file_name),),
+                texts=(_text(annotation, "caption", path, where),),
+                question=_text(annotation, "question", path, where) if "question" in annotation else "",
+                size=_size(image),
+                patient=str(image.get("patient", "")),
+            )
+        )
+    return records
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Fields
+
+
+class _Names:
+    """Names that say where a record comes from; a repeated one gets a number."""
+
+    def __init__(self, config: DatasetConfig):
+        self.prefix = f"{config.title}:{config.split}"
+        self.seen: dict[str, int] = {}
+
+    def unique(self, name: str) -> str:
+        self.seen[name] = self.seen.get(name, 0) + 1
+        count = self.seen[name]
+        return f"{self.prefix}/{name}" + (f"#{count}" if count > 1 else "")
+
+
+def _read_table(path: Path):
+    if not path.is_file():
+        raise InputError(
+            f"{path} does not exist; a dataset needs this table (`unibiomed data build` writes it)."
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}); write it again.") from error
+
+
+def _get(entry, key: str, expected: type, path: Path, where: str = "the table"):
+    if not isinstance(entry, dict):
+        raise InputError(
+            f"{path}: {where} must be an object with the field {key!r}, not a {_type_name(entry)}."
+        )
+    if key not in entry:
+        raise InputError(
+            f"{path}: {where} lacks the field {key!r}; see docs/train_on_your_data.md for the schema."
+        )
+    if not isinstance(entry[key], expected):
+        raise InputError(
+            f"{path}: {key!r} of {where} must be a {_JSON_NAMES[expected]}, not a {_type_name(entry[key])}."
+        )
+    return entry[key]
+
+
+def _text(entry, key: str, path: Path, where: str) -> str:
+    text = _get(entry, key, str, path, where)
+    if not text.strip():
+        raise InputError(
+            f"{path}: {key!r} of {where} is empty; write what the image shows, or remove the entry."
+        )
+    return text
+
+
+def _strings(entry, key: str, path: Path, where: str) -> tuple[str, ...]:
+    if isinstance(entry, dict) and isinstance(entry.get(key), list):
+        entry = {f"{key}[{number}]": value for number, value in enumerate(entry[key])}
+        return tuple(_text(entry, name, path, where) for name in entry)
+    return (_text(entry, key, path, where),)
+
+
+def _sentences(annotation, path: Path, where: str) -> tuple[str, ...]:
+    sentences = _get(annotation, "sentences", list, path, where)
+    if not sentences:
+        raise InputError(f"{path}: 'sentences' of {where} is empty; give at least one name of the target.")
+    return tuple(
+        _text(sentence, "raw", path, f"{where}.sentences[{number}]")
+        for number, sentence in enumerate(sentences)
+    )
+
+
+def _size(entry: dict) -> tuple[int, int]:
+    width, height = entry.get("width", 0), entry.get("height", 0)
+    return (width, height) if isinstance(width, int) and isinstance(height, int) else (0, 0)
+
+
+_JSON_NAMES = {dict: "object", list: "list", str: "string", int: "number", float: "number", bool: "boolean"}
+
+
+def _type_name(value) -> str:
+    return _JSON_NAMES.get(type(value), "null")

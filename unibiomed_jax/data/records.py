@@ -1,0 +1,129 @@
+"""What a dataset is made of: the configuration of one, and one training sample before any pixel is read."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+
+class Kind(StrEnum):
+    """The seven tasks of the reference."""
+
+    # One target in one image: question about it, answer with [SEG].
+    SEGMENTATION = "segmentation"
+    # One target through the slices of a volume.
+    SEQUENCE = "sequence"
+    # "Is anything abnormal?": answer with [SEG] and the name of the finding.
+    DISEASE = "disease"
+    # What is inside the green box drawn on the image; no mask.
+    REGION = "region"
+    # Grounded question about one anatomy: the abnormality as a phrase with [SEG].
+    VQA = "vqa"
+    # Grounded report: abnormality and report as phrases with [SEG].
+    REPORT = "report"
+    # Image and text without a mask: a caption, or an answer to the record's own question.
+    CAPTION = "caption"
+
+
+# Kinds whose answers carry no [SEG] and whose samples have neither a SAM image nor a mask.
+TEXT_ONLY = (Kind.REGION, Kind.CAPTION)
+# The list of a dataset is repeated floor(minimum / n) times while it is shorter (0: never), and always
+# `repeats` times.
+_MINIMUM = {Kind.SEGMENTATION: 5000, Kind.DISEASE: 5000, Kind.REGION: 3000, Kind.CAPTION: 5000}
+_REPEATS = {Kind.SEQUENCE: 10, Kind.VQA: 2, Kind.REPORT: 2}
+_ANNOTATIONS = {
+    Kind.SEQUENCE: "meta_{split}.json",
+    Kind.VQA: "{split}_parse.json",
+    Kind.REPORT: "{split}_parse.json",
+}
+# In these, image paths are relative to the dataset's root.
+_FROM_ROOT = (Kind.SEQUENCE, Kind.VQA, Kind.REPORT, Kind.CAPTION)
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """One dataset of a mixture. `{split}` in a path is replaced by the split."""
+
+    # Task, which decides reader, questions and answers.
+    kind: Kind
+    # Folder of the dataset.
+    root: str
+    # Name in messages; by default the folder's last part and the task.
+    name: str = ""
+    # Which part to read: train, val or test.
+    split: str = "train"
+    # JSON table inside the root; by default the reference's name for the kind.
+    annotations: str | None = None
+    # Folder of images and of masks inside the root; by default {split} and {split}_mask, or the root itself
+    # for the kinds whose tables hold paths from the root.
+    images: str | None = None
+    masks: str | None = None
+    # Repeat the list floor(minimum / n) times when it has fewer than `minimum` records; 0 leaves it as it is.
+    # By default the reference's balancing: 5000, for region understanding 3000, none where `repeats` is
+    # fixed.
+    minimum: int | None = None
+    # Repeat the list so many times; by default the reference's: sequences 10, grounded VQA and reports 2,
+    # others 1.
+    repeats: int | None = None
+    # Slices drawn from a volume at every visit.
+    slices: int = 10
+
+    @property
+    def title(self) -> str:
+        return self.name or f"{Path(self.root).name}/{self.kind}"
+
+    @property
+    def annotation_path(self) -> Path:
+        return Path(self.root) / self._part(self.annotations, _ANNOTATIONS.get(self.kind, "{split}.json"))
+
+    @property
+    def image_folder(self) -> Path:
+        return Path(self.root) / self._part(self.images, "" if self.kind in _FROM_ROOT else "{split}")
+
+    @property
+    def mask_folder(self) -> Path:
+        return Path(self.root) / self._part(self.masks, "" if self.kind in _FROM_ROOT else "{split}_mask")
+
+    def repetitions(self, records: int) -> int:
+        """How many times the list of `records` records stands in the mixture."""
+        repeats = _REPEATS.get(self.kind, 1) if self.repeats is None else self.repeats
+        minimum = _MINIMUM.get(self.kind, 0) if self.minimum is None else self.minimum
+        return repeats * max(1, minimum // records) if 0 < records < minimum else repeats
+
+    def _part(self, given: str | None, default: str) -> str:
+        return (default if given is None else given).replace("{split}", self.split)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One sample: paths and words, no pixels.
+
+    masks[object][frame] is the file of one object in one frame; an empty string stands for an all-zero mask.
+    Kinds without masks have none.
+    """
+
+    # Unique in the mixture and found in every message about this sample.
+    name: str
+    kind: Kind
+    # One image, or the slices of a volume in order.
+    images: tuple[str, ...]
+    masks: tuple[tuple[str, ...], ...] = ()
+    # Wordings of the target, of which one is used; for VQA and reports the abnormality of every object; for
+    # captions the text.
+    texts: tuple[str, ...] = ()
+    # VQA: what the question is about.
+    anatomy: str = ""
+    # Reports: the text after the abnormality.
+    report: str = ""
+    # Captions: the record's own question, if it has one.
+    question: str = ""
+    # Width and height of the images in pixels; (0, 0) if the table does not say.
+    size: tuple[int, int] = (0, 0)
+    # Sequences: how many slices are drawn at every visit.
+    slices: int = 0
+    # Who was imaged, as far as the table says.
+    patient: str = field(default="")
+
+    @property
+    def frames(self) -> int:
+        """SAM frames of the sample: 0 without masks, the drawn slices of a sequence, else 1."""
+        return self.slices if self.kind is Kind.SEQUENCE else 0 if self.kind in TEXT_ONLY else 1
