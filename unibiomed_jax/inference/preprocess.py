@@ -298,6 +298,13 @@ def vit_tiles(
 
     There is no thumbnail when the grid is a single tile, which already is the whole image.
     """
+    return normalize(tile_bytes(image, tile_size, min_tiles, max_tiles, use_thumbnail))
+
+
+def tile_bytes(
+    image: Image.Image, tile_size: int, min_tiles: int, max_tiles: int, use_thumbnail: bool
+) -> UInt8[np.ndarray, "tiles tile_size tile_size 3"]:
+    """`vit_tiles` before they are normalised: a quarter of the memory."""
     columns, rows = tile_grid(*image.size, min_tiles=min_tiles, max_tiles=max_tiles, tile_size=tile_size)
     pixels = _stretch(image, columns * tile_size, rows * tile_size)
     tiles = (
@@ -307,7 +314,7 @@ def vit_tiles(
     )
     if use_thumbnail and len(tiles) > 1:
         tiles = np.concatenate([tiles, _stretch(image, tile_size, tile_size)[None]])
-    return normalize(tiles)
+    return tiles
 
 
 def frame_tiles(
@@ -318,8 +325,15 @@ def frame_tiles(
     Raises:
         InputError: no frames, or frames of different sizes.
     """
+    return normalize(frame_bytes(frames, tile_size))
+
+
+def frame_bytes(
+    frames: Sequence[Image.Image], tile_size: int
+) -> UInt8[np.ndarray, "frames tile_size tile_size 3"]:
+    """`frame_tiles` before they are normalised."""
     check_frames(frames)
-    return normalize(np.stack([_stretch(frame, tile_size, tile_size) for frame in frames]))
+    return np.stack([_stretch(frame, tile_size, tile_size) for frame in frames])
 
 
 def sam_image(image: Image.Image, size: int = 1024) -> Float32[np.ndarray, "size size 3"]:

@@ -1,7 +1,8 @@
 """The few building blocks all parts share.
 
-Compute dtype follows the activations: a component casts its input once, and every layer here casts its
-parameters to the dtype of what flows in. Norms compute in float32 whatever flows in.
+Compute dtype follows the activations: a component casts its input once, and what a layer returns has the
+dtype of what it took. A linear layer multiplies in bfloat16 where its input or its stored kernel is bfloat16,
+and in float32 else, always accumulating in float32. Norms compute in float32 whatever flows in.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ class Linear(nnx.Module):
         self.lora: Lora | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "... in"], key: Array | None = None) -> Float[Array, "... out"]:
-        y = matmul(x, self.kernel[...].astype(x.dtype))
+        kernel = self.kernel[...]
+        operand = jnp.bfloat16 if jnp.bfloat16 in (x.dtype, kernel.dtype) else x.dtype
+        y = matmul(x.astype(operand), kernel.astype(operand))
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
         if self.lora is not None:

@@ -135,7 +135,8 @@ class Sam2(nnx.Module):
         self, pixels: Float[Array, "images size size 3"], *, remat: str = "none"
     ) -> ImageFeatures:
         """Encode normalised images of config.image_size pixels a side, once for all questions about them."""
-        level0, level1, level2 = self.image_encoder(pixels.astype(self.precision.sam2_encoder), remat=remat)
+        dtype = "bfloat16" if self.precision.sam2_encoder == "bfloat16" else "float32"
+        level0, level1, level2 = self.image_encoder(pixels.astype(dtype), remat=remat)
         decoder = self.sam_mask_decoder
         return ImageFeatures(decoder.conv_s0(level0), decoder.conv_s1(level1), level2)
 

@@ -1,0 +1,177 @@
+"""The whole predictor against what the PyTorch reference computed (tests/golden), from the image file on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unibiomed_jax import Request, UniBiomed
+from unibiomed_jax.inference.precision import CPU, FLOAT32
+from unibiomed_jax.inference.predictor import Answer
+
+GOLDEN = Path(__file__).parent / "golden"
+NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def model() -> UniBiomed:
+    return UniBiomed.from_pretrained(GOLDEN / "micro" / "checkpoint", precision=FLOAT32)
+
+
+@pytest.fixture(scope="module")
+def image() -> Image.Image:
+    return Image.open(GOLDEN / "images" / "CT_abdomen.png")
+
+
+def load(case: str) -> dict[str, np.ndarray]:
+    # allow_pickle: the file is the repository's own, and holds its texts as object arrays.
+    with np.load(GOLDEN / "micro" / f"{case}.npz", allow_pickle=True) as arrays:
+        return dict(arrays)
+
+
+def golden_mask(golden: dict, number: int) -> np.ndarray:
+    shape = golden[f"mask{number}_shape"]
+    bits = np.unpackbits(golden[f"mask{number}_bits"])[: np.prod(shape)]
+    return bits.reshape(shape).astype(bool)
+
+
+def request(model: UniBiomed, image: Image.Image, case: str, golden: dict) -> Request:
+    forced = dict(zip(golden["forced_steps"].astype(int).tolist(), golden["forced_ids"].astype(int).tolist()))
+    if case == "image_abdomen":
+        question = (
+            "<image>Could you describe the abnormality in this image? Please highlight the region with "
+            "interleaved segmentation masks."
+        )
+        return Request(question, image, forced=forced)
+    if case == "image_noseg":
+        return Request("<image>Describe this image.", image.crop((0, 0, 410, 200)), forced=forced)
+    if case == "region_abdomen":
+        rectangle = np.zeros((410, 410))
+        rectangle[82:184, 123:246] = 1
+        rows, columns = np.mgrid[:410, :410]
+        disc = (rows - 287) ** 2 + (columns - 205) ** 2 < 61.5**2
+        question = "<image>\nWhat is the region1 in the picture? Is region2 normal?"
+        return Request(question, image, regions=[rectangle, disc], forced=forced)
+    if case == "text_only":
+        past = "<|user|>\nHello!<|end|>\n<|assistant|>\nHi.<|end|>\n"
+        history = Answer("Hello!", "Hi.<|end|>", (), (), past, {})
+        return Request("<image>What is a CT scan?", history=history, forced=forced)
+    frames = [image.convert("RGB").crop((10 * i, 12 * i, 10 * i + 320, 12 * i + 240)) for i in range(8)]
+    return Request("<image>Please segment the liver in this video.", model.open_volume(frames), forced=forced)
+
+
+CASES = ["image_abdomen", "image_noseg", "region_abdomen", "text_only", "video8"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_words_and_masks_as_the_reference(model, image, case):
+    golden = load(case)
+    asked = request(model, image, case, golden)
+    answer = model.predict_batch([asked], max_new_tokens=NEW_TOKENS)[0]
+    assert answer.text == str(golden["prediction"])
+    assert answer.transcript.startswith(str(golden["input_text"]))
+    assert len(answer.segments) == int(golden["n_masks"])
+    for number, segment in enumerate(answer.segments):
+        expected = golden_mask(golden, number)
+        differs = segment.mask.reshape(expected.shape) != expected
+        assert not differs.any() or np.abs(segment.logits.reshape(expected.shape)[differs]).max() < 1e-3
+        frames = expected.shape[0]
+        ious = golden["sam_ious"].reshape(-1, 3).max(-1)
+        first = number * min(5, frames)
+        prompted = np.atleast_1d(segment.iou)[: min(5, frames)]
+        if case != "video8" or number == 0:
+            np.testing.assert_allclose(prompted, ious[first : first + len(prompted)], rtol=1e-4)
+        scores = golden["sam_obj_score"].reshape(-1)
+        if frames == 1:
+            np.testing.assert_allclose(segment.object_score, scores[number], rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_prompt_embeddings_and_logits(model, image, case):
+    """The language model's input, its states and its logits, step by step with the reference's own tokens."""
+    golden = load(case)
+    asked = request(model, image, case, golden)
+    if asked.image is not None and isinstance(asked.image, Image.Image):
+        asked = Request(asked.prompt, model.open(asked.image), asked.regions, asked.boxes, asked.history)
+    prompt = model.prompt_of(asked)
+    assert prompt.ids == golden["input_ids"].tolist()
+    said = golden["generated_ids"].tolist()
+    forced = dict(enumerate(said))
+    asked = Request(asked.prompt, asked.image, asked.regions, asked.boxes, asked.history, forced)
+    if asked.image is not None:
+        np.testing.assert_allclose(
+            asked.image.tiles.transpose(0, 3, 1, 2), golden["pixel_values"], rtol=0, atol=1e-6
+        )
+        model._encode_visual([asked.image])
+        np.testing.assert_allclose(
+            asked.image.visual.reshape(golden["vit_embeds"].shape), golden["vit_embeds"], rtol=1e-4, atol=1e-5
+        )
+    ids, hidden = model._generate([asked], [prompt], len(said), {"prefill": 0.0, "decode": 0.0})
+    assert ids[0] == said
+    states = hidden[0][: len(said) - 1]
+    np.testing.assert_allclose(states, golden["last_hidden_tail"][1:], rtol=1e-4, atol=1e-4)
+
+
+def test_batch_of_different_requests_answers_as_one_by_one(model, image):
+    cases = ["image_abdomen", "text_only", "region_abdomen", "image_noseg"]
+    golden = {case: load(case) for case in cases}
+    answers = model.predict_batch(
+        [request(model, image, case, golden[case]) for case in cases], max_new_tokens=NEW_TOKENS
+    )
+    for case, answer in zip(cases, answers, strict=True):
+        assert answer.text == str(golden[case]["prediction"])
+        for number, segment in enumerate(answer.segments):
+            expected = golden_mask(golden[case], number)[0]
+            differs = segment.mask != expected
+            assert not differs.any() or np.abs(segment.logits[differs]).max() < 1e-3
+
+
+def test_default_precision_of_a_cpu_keeps_words_and_masks(image):
+    model = UniBiomed.from_pretrained(GOLDEN / "micro" / "checkpoint", precision=CPU)
+    for case in CASES:
+        golden = load(case)
+        answer = model.predict_batch([request(model, image, case, golden)], max_new_tokens=NEW_TOKENS)[0]
+        assert answer.text == str(golden["prediction"])
+        for number, segment in enumerate(answer.segments):
+            expected = golden_mask(golden, number)
+            mask = segment.mask.reshape(expected.shape)
+            assert (mask & expected).sum() / (mask | expected).sum() >= 0.999
+
+
+def test_nothing_compiles_again_once_warm(model, image):
+    def programs() -> int:
+        return sum(stage.compiled._cache_size() for stage in model.stages.values())
+
+    def ask(width: int) -> None:
+        golden = load("image_abdomen")
+        asked = request(model, image.crop((0, 0, width, 400)), "image_abdomen", golden)
+        model.predict_batch([asked], max_new_tokens=NEW_TOKENS)
+
+    ask(410)
+    before = programs()
+    for width in (409, 405, 402):  # the same tile grid and text bucket; other pixels, other sizes
+        ask(width)
+    assert programs() == before
+
+
+def test_object_score_hides_masks_only_when_asked(model, image):
+    golden = load("image_abdomen")
+    asked = request(model, image, "image_abdomen", golden)
+    shown = model.predict_batch([asked], max_new_tokens=NEW_TOKENS)[0].segments[0]
+    hidden = model.predict_batch([asked], max_new_tokens=NEW_TOKENS, hide_absent=True)[0].segments[0]
+    assert shown.mask.any()
+    assert hidden.mask.any() == (shown.object_score > 0)
+
+
+def test_second_turn_reuses_the_encoded_image(model, image):
+    opened = model.open(image)
+    first = model.predict(opened, "<image>Describe this image.", max_new_tokens=4)
+    visual = opened.visual
+    second = model.predict(opened, "And the liver?", history=first, max_new_tokens=4)
+    assert opened.visual is visual
+    assert second.transcript.startswith(first.transcript)
+    again = model.predict(image, "And the liver?", history=first, max_new_tokens=4)
+    assert again.text == second.text

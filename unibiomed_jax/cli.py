@@ -1,0 +1,149 @@
+"""The command `unibiomed`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from unibiomed_jax.errors import InputError
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+
+console = Console()
+errors = Console(stderr=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Predict:
+    """Ask every image the same question; write text, masks and overlays."""
+
+    # An image, or a folder of images (its subfolders included).
+    image_or_folder: Annotated[Path, tyro.conf.Positional]
+    # The question; write <image> where the image goes: "<image>Please segment the liver."
+    prompt: str
+    # A converted checkpoint directory, or a released one.
+    checkpoint: Path
+    # Where the answers go, a folder an image.
+    out: Path
+    # The folder is one volume: its images, sorted by name, are the slices.
+    volume: bool = False
+    # Slices that the language model sees (default: the first five).
+    conditioning: tuple[int, ...] | None = None
+    # Mask images of the regions that the question refers to (a single image only).
+    region: tuple[Path, ...] = ()
+    # Empty the masks of objects that the model itself thinks are absent (score not above 0).
+    hide_absent: bool = False
+    # Longest answer, tokens.
+    max_new_tokens: int = 2048
+    # Images answered in one go.
+    batch_size: int = 1
+    # "auto": the fastest policy of this machine that keeps the answers of float32.
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    # Answer again what is already answered.
+    overwrite: bool = False
+
+
+def predict(options: Predict) -> int:
+    """Run `unibiomed predict`; the number of images that failed."""
+    from unibiomed_jax.inference import report  # JAX starts only when it is needed
+    from unibiomed_jax.inference.precision import BFLOAT16, FLOAT32
+    from unibiomed_jax.inference.predictor import INTENDED_USE, UniBiomed
+
+    sources = _sources(options)
+    precision = {"auto": None, "float32": FLOAT32, "bfloat16": BFLOAT16}[options.precision]
+    with console.status(f"Loading {options.checkpoint}"):
+        model = UniBiomed.from_pretrained(options.checkpoint, precision=precision)
+
+    todo = {
+        name: source
+        for name, source in sources.items()
+        if options.overwrite
+        or not report.is_done(
+            options.out / name, prompt=options.prompt, checkpoint_hash=model.checkpoint_hash
+        )
+    }
+    if len(todo) < len(sources):
+        console.print(f"{len(sources) - len(todo)} of {len(sources)} already answered in {options.out}.")
+    failures: dict[str, str] = {}
+    names = list(todo)
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with bar as progress:
+        task = progress.add_task("Answering", total=len(names))
+        for start in range(0, len(names), options.batch_size):
+            group = names[start : start + options.batch_size]
+            failures |= _answer(model, options, {name: todo[name] for name in group})
+            progress.advance(task, len(group))
+
+    done = len(names) - len(failures)
+    console.print(f"{done} answered, {len(failures)} failed; results in {options.out}")
+    for name, reason in failures.items():
+        errors.print(f"[red]{name}[/red]: {reason}", highlight=False)
+    console.print(INTENDED_USE, style="italic")
+    return len(failures)
+
+
+def _answer(model, options: Predict, group: dict[str, list[Path]]) -> dict[str, str]:
+    """Answer a group of images in one call and write the results; the reasons of those that failed."""
+    from unibiomed_jax.inference import report
+    from unibiomed_jax.inference.predictor import Request
+    from unibiomed_jax.inference.preprocess import open_mask
+
+    failures: dict[str, str] = {}
+    requests: dict[str, Request] = {}
+    for name, paths in group.items():
+        try:
+            if options.volume:
+                image = model.open_volume(paths, conditioning=options.conditioning)
+            else:
+                image = model.open(paths[0])
+            request = Request(options.prompt, image, [open_mask(path) for path in options.region])
+            model.prompt_of(request)  # a request that does not fit fails alone, not with its group
+            requests[name] = request
+        except InputError as error:
+            failures[name] = str(error)
+    answers = model.predict_batch(
+        list(requests.values()), max_new_tokens=options.max_new_tokens, hide_absent=options.hide_absent
+    )
+    for (name, request), answer in zip(requests.items(), answers, strict=True):
+        description = report.describe(
+            answer, checkpoint_hash=model.checkpoint_hash, precision=model.config.precision
+        )
+        report.write(options.out / name, request.image, answer, description)
+    return failures
+
+
+def _sources(options: Predict) -> dict[str, list[Path]]:
+    """Name of the answer's folder -> the image, or all slices of the volume."""
+    path = options.image_or_folder
+    if not path.exists():
+        raise InputError(f"{path} does not exist; check the path.")
+    if path.is_file():
+        if options.volume:
+            raise InputError(f"{path} is a file; --volume needs a folder of slices.")
+        return {path.name: [path]}
+    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not found:
+        raise InputError(f"{path} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}); check the folder.")
+    if options.volume:
+        return {path.resolve().name: found}
+    return {str(p.relative_to(path)): [p] for p in found}
+
+
+def main() -> None:
+    """Entry point: a sentence on standard error and exit code 1 (2 for the command line) when it fails."""
+    try:
+        options = tyro.extras.subcommand_cli_from_dict({"predict": Predict})
+        sys.exit(1 if predict(options) else 0)
+    except InputError as error:
+        errors.print(f"[red]Error:[/red] {error}", highlight=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Answers on disk: a folder an image with answer.json, one PNG a mask and an overlay to look at."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco
+
+from unibiomed_jax.config import Precision, to_dict
+from unibiomed_jax.errors import InputError
+from unibiomed_jax.inference.overlay import overlay
+from unibiomed_jax.inference.predictor import Answer, OpenedImage, Segment
+from unibiomed_jax.inference.prompt import clean_answer
+
+ANSWER_FILE = "answer.json"
+
+
+def run_length(mask: np.ndarray) -> dict:
+    """A (height, width) mask as COCO compressed run-length encoding, ready for JSON."""
+    encoded = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
+
+
+def describe(answer: Answer, *, checkpoint_hash: str, precision: Precision) -> dict:
+    """The answer as JSON-ready values; masks of a volume are lists, one entry a frame."""
+    return {
+        "notice": answer.notice,
+        "prompt": answer.prompt,
+        "text": answer.text,
+        "readable_text": clean_answer(answer.text),
+        "segments": [
+            {
+                "phrase": segment.phrase,
+                "predicted_iou": segment.iou,
+                "object_score": segment.object_score,
+                "pixels": int(segment.mask.sum()),
+                "mask": run_length(segment.mask)
+                if segment.mask.ndim == 2
+                else [run_length(frame) for frame in segment.mask],
+            }
+            for segment in answer.segments
+        ],
+        "preprocessing": [vars(record) for record in answer.records],
+        "checkpoint": checkpoint_hash,
+        "precision": to_dict(precision),
+        "versions": {name: version(name) for name in ("unibiomed-jax", "jax", "flax", "numpy", "pillow")},
+        "device": jax.devices()[0].device_kind,
+        "seconds": {stage: round(value, 4) for stage, value in answer.seconds.items()},
+    }
+
+
+def write(folder: Path, image: OpenedImage, answer: Answer, description: dict) -> None:
+    """Write everything beside `folder`, then put it in its place: it is complete or not there.
+
+    Raises:
+        InputError: the disk is full or the folder may not be written.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for number, segment in enumerate(answer.segments):
+            _write_masks(partial, f"mask_{number}_{_slug(segment.phrase)}", segment)
+        _write_overlays(partial, image, answer)
+        text = json.dumps(description, indent=2, ensure_ascii=False)
+        (partial / ANSWER_FILE).write_text(text + "\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(
+            f"{folder} could not be written ({error.strerror}); free space or choose another --out."
+        ) from error
+
+
+def is_done(folder: Path, *, prompt: str, checkpoint_hash: str) -> bool:
+    """Whether `folder` holds the answer of this checkpoint to this prompt."""
+    try:
+        found = json.loads((folder / ANSWER_FILE).read_text(encoding="utf-8"))
+        return found["prompt"] == prompt and found["checkpoint"] == checkpoint_hash
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _write_masks(folder: Path, name: str, segment: Segment) -> None:
+    if segment.mask.ndim == 2:
+        Image.fromarray(segment.mask.astype(np.uint8) * 255).save(folder / f"{name}.png")
+        return
+    (folder / name).mkdir()
+    for index, frame in enumerate(segment.mask):
+        Image.fromarray(frame.astype(np.uint8) * 255).save(folder / name / f"{index:04d}.png")
+
+
+def _write_overlays(folder: Path, image: OpenedImage, answer: Answer) -> None:
+    labels = [segment.phrase for segment in answer.segments]
+    if not image.is_volume:
+        masks = [segment.mask for segment in answer.segments]
+        overlay(image.frames[0], masks, labels).save(folder / "overlay.png")
+        return
+    (folder / "overlay").mkdir()
+    for index, frame in enumerate(image.frames):
+        masks = [segment.mask[index] for segment in answer.segments]
+        overlay(frame, masks, labels).save(folder / "overlay" / f"{index:04d}.png")
+
+
+def _slug(phrase: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", phrase.lower()).strip("_")[:40] or "region"
