@@ -7,11 +7,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 # A score that is masked out becomes this. Finite, so that a row without any valid key gives
 # the mean of the values and not NaN.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+# Attention scores (float32) held at a time; 2**26 of them are 256 MiB.
+MAX_SCORES = 2**26
 
 # Mean and standard deviation of ImageNet's RGB, on a scale of 0 to 1.
 PIXEL_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
@@ -29,6 +33,13 @@ def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return (0.5 * x32 * (1 + jax.lax.erf(x32 * 0.5**0.5))).astype(x.dtype)
 
 
+def row_major(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Make a transpose move memory on a CPU, where XLA would otherwise leave its fused attention kernel."""
+    if jax.default_backend() != "cpu":
+        return x
+    return with_layout_constraint(jnp.asarray(x), Layout(tuple(range(x.ndim))))
+
+
 def attention(
     q: Float[Array, "batch queries heads dim"],
     k: Float[Array, "batch keys kv_heads dim"],
@@ -41,24 +52,52 @@ def attention(
     """Scaled dot-product attention with the softmax in float32; the scale is dim ** -0.5.
 
     Query head h reads key-value head h * kv_heads // heads. `causal` lets query i see keys 0..i. All masks
-    that are given apply together; True means "may be seen".
+    that are given apply together; True means "may be seen". Queries are taken in chunks when there are so
+    many scores that memory matters; the backward pass then computes a chunk's scores again.
 
     Equals torch.nn.functional.scaled_dot_product_attention on (batch, heads, tokens, dim) tensors.
     """
     batch, queries, heads, dim = q.shape
     keys, kv_heads = k.shape[1:3]
-    grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, dim)
-    scores = jnp.einsum("bqgrd,bkgd->bgrqk", grouped, k, preferred_element_type=jnp.float32) * dim**-0.5
-    if causal:
-        scores = jnp.where(jnp.tri(queries, keys, dtype=bool), scores, MASKED)
-    if key_valid is not None:
-        scores = jnp.where(key_valid[:, None, None, None, :], scores, MASKED)
+    q = q.reshape(batch, queries, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)
+    k, v = (row_major(x.swapaxes(1, 2)) for x in (k, v))
     if mask is not None:
-        mask = jnp.broadcast_to(mask, (batch, heads, queries, keys))
-        scores = jnp.where(mask.reshape(scores.shape), scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bgrqk,bkgd->bqgrd", weights, v, preferred_element_type=jnp.float32)
-    return out.reshape(batch, queries, heads, v.shape[-1]).astype(q.dtype)
+        mask = mask.reshape(batch, min(mask.shape[1], kv_heads), -1, queries, keys)
+
+    def attend(q, rows, mask):
+        """Heads as (batch, kv_heads, group, rows, dim) for the queries with these row numbers."""
+        shape = (*q.shape[:-1], keys)
+        q = row_major(q.reshape(batch, kv_heads, -1, dim))
+        scores = jnp.einsum("bgqd,bgkd->bgqk", q, k, preferred_element_type=jnp.float32) * dim**-0.5
+        visible = [] if mask is None else [mask]
+        if causal:
+            visible.append(jnp.arange(keys) <= rows[:, None])
+        if key_valid is not None:
+            visible.append(key_valid[:, None, None, None])
+        if visible:
+            visible = functools.reduce(jnp.logical_and, visible)
+            scores = jnp.where(visible, scores.reshape(shape), MASKED).reshape(scores.shape)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        out = jnp.einsum("bgqk,bgkd->bgqd", weights, v, preferred_element_type=jnp.float32)
+        return out.astype(v.dtype).reshape(*shape[:-1], v.shape[-1])
+
+    # On a CPU the whole batch is in one memory; elsewhere its rows are usually spread over devices.
+    rows_in_memory = batch if jax.default_backend() == "cpu" else 1
+    chunks = -(-queries // max(1, MAX_SCORES // (rows_in_memory * heads * keys)))
+    if chunks == 1:
+        out = attend(q, jnp.arange(queries), mask)
+    else:
+        size = -(-queries // chunks)
+
+        def cut(x, axis):
+            """Split the query axis into chunks that lead; the last one is filled up with zeros."""
+            filled = jnp.pad(x, [(0, chunks * size - queries if i == axis else 0) for i in range(x.ndim)])
+            return jnp.moveaxis(filled.reshape(*x.shape[:axis], chunks, size, *x.shape[axis + 1 :]), axis, 0)
+
+        cuts = (cut(q, 3), cut(jnp.arange(queries), 0), None if mask is None else cut(mask, 3))
+        out = jax.lax.map(jax.checkpoint(lambda args: attend(*args)), cuts)
+        out = jnp.moveaxis(out, 0, 3).reshape(*q.shape[:3], chunks * size, -1)[..., :queries, :]
+    return row_major(out.transpose(0, 3, 1, 2, 4)).reshape(batch, queries, heads, -1)
 
 
 def decode_attention(

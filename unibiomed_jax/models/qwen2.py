@@ -14,53 +14,38 @@ from jaxtyping import Array, Bool, Float, Int
 
 from unibiomed_jax.config import LanguageConfig
 from unibiomed_jax.models.layers import LINEAR_INIT, Linear, RMSNorm, matmul, scan_layers, stack_layers
-from unibiomed_jax.models.ops import apply_rope, attention, rope_table
+from unibiomed_jax.models.ops import apply_rope, attention, decode_attention, rope_table
 
-# Keys and values, each (layers, batch, kv_heads, slots, head_dim) when the layers are a stack, else a list of
-# (batch, kv_heads, slots, head_dim).
-Cache = dict[str, Array | list[Array]]
+# Keys or values of all layers.
+Slots = Float[Array, "layers batch kv_heads slots head_dim"]
+
+# {"k": keys, "v": values}
+Cache = dict[str, Slots]
 
 # (cosine, sine), each (batch, tokens, head_dim).
 Rope = tuple[Float[Array, "batch tokens head_dim"], Float[Array, "batch tokens head_dim"]]
 
 
 def write_prompt(
-    cache: Cache, layer: int | Array, **new: Float[Array, "batch tokens kv_heads head_dim"]
-) -> Cache:
-    """Put the keys and values (`k`, `v`) of whole prompts into the first slots of a layer."""
-
-    def put(slots, value):
-        value = value.swapaxes(1, 2).astype(slots.dtype)
-        if slots.ndim == 4:
-            return jax.lax.dynamic_update_slice(slots, value, (0, 0, 0, 0))
-        return jax.lax.dynamic_update_slice(slots, value[None], (layer, 0, 0, 0, 0))
-
-    return _update(cache, layer, new, put)
+    slots: Slots, layer: int | Array, new: Float[Array, "batch tokens kv_heads head_dim"]
+) -> Slots:
+    """Put the keys (or values) of whole prompts into the first slots of a layer."""
+    new = new.swapaxes(1, 2)[None].astype(slots.dtype)
+    return jax.lax.dynamic_update_slice(slots, new, (layer, 0, 0, 0, 0))
 
 
 def write_token(
-    cache: Cache,
+    slots: Slots,
     layer: int | Array,
+    new: Float[Array, "batch 1 kv_heads head_dim"],
     positions: Int[Array, " batch"],
-    **new: Float[Array, "batch 1 kv_heads head_dim"],
-) -> Cache:
-    """Put the key and value (`k`, `v`) of one token a row into the slot `positions[row]` of a layer."""
-
-    def put(slots, value):
-        rows = jnp.arange(value.shape[0])
-        index = (rows, slice(None), positions) if slots.ndim == 4 else (layer, rows, slice(None), positions)
-        return slots.at[index].set(value[:, 0].astype(slots.dtype))
-
-    return _update(cache, layer, new, put)
-
-
-def _update(cache: Cache, layer, new, put) -> Cache:
-    def update(slots, value):
-        if isinstance(slots, list):
-            return [*slots[:layer], put(slots[layer], value), *slots[layer + 1 :]]
-        return put(slots, value)
-
-    return {name: update(cache[name], value) for name, value in new.items()}
+) -> Slots:
+    """Put the key (or value) of one token a row into the slot `positions[row]` of a layer."""
+    new = new.swapaxes(1, 2).astype(slots.dtype)
+    for row in range(new.shape[0]):
+        start = (layer, row, 0, positions[row], 0)
+        slots = jax.lax.dynamic_update_slice(slots, new[None, row : row + 1], start)
+    return slots
 
 
 def projection_key(key: Array | None, index: int) -> Array | None:
@@ -190,10 +175,8 @@ class Qwen2(nnx.Module):
     def init_cache(self, batch: int, length: int, dtype=jnp.float32) -> Cache:
         """An empty cache with `length` slots a row: prompt and answer together."""
         config = self.config
-        shape = (batch, config.num_kv_heads, length, config.head_dim)
-        if isinstance(self.layers, nnx.List):
-            return {name: [jnp.zeros(shape, dtype) for _ in self.layers] for name in ("k", "v")}
-        return {name: jnp.zeros((config.num_layers, *shape), dtype) for name in ("k", "v")}
+        shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
+        return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
     def prefill(
         self, embeds: Float[Array, "batch tokens width"], lengths: Int[Array, " batch"], cache: Cache
@@ -206,7 +189,7 @@ class Qwen2(nnx.Module):
         """
 
         def attend(q, k, v, cache, layer):
-            cache = write_prompt(cache, layer, k=k, v=v)
+            cache = {"k": write_prompt(cache["k"], layer, k), "v": write_prompt(cache["v"], layer, v)}
             return attention(q, k, v, causal=True), cache
 
         x, cache = self._run_cached(embeds, jnp.arange(embeds.shape[1])[None], cache, attend)
@@ -225,9 +208,14 @@ class Qwen2(nnx.Module):
         visible = jnp.arange(slots) <= positions[:, None]
 
         def attend(q, k, v, cache, layer):
-            cache = write_token(cache, layer, positions, k=k, v=v)
-            keys, values = (cache[name][layer].swapaxes(1, 2) for name in ("k", "v"))
-            return attention(q, keys, values, key_valid=visible), cache
+            # Without the barrier XLA merges the write into the reads below and copies the cache.
+            cache = {
+                "k": write_token(cache["k"], layer, k, positions),
+                "v": write_token(cache["v"], layer, v, positions),
+            }
+            cache = jax.lax.optimization_barrier(cache)
+            heads = decode_attention(q[:, 0], cache["k"][layer], cache["v"][layer], visible)
+            return heads[:, None], cache
 
         x, cache = self._run_cached(embeds, positions[:, None], cache, attend)
         return self.norm(x[:, 0]), cache
