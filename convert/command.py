@@ -1,0 +1,27 @@
+"""What the conversion commands share: one-line errors and a report of time and memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable
+
+from unibiomed_jax.errors import InputError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a command; an InputError becomes one line on stderr and exit code 1, ctrl-C exit code 130."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,25 @@
+"""What every tensor of a released checkpoint is called, its shape, and where it lives in our tree."""
+
+from convert.layout import Row
+from convert.tables import heads, internvit, qwen2, sam2
+from unibiomed_jax.config import ModelConfig
+
+
+def model_rows(config: ModelConfig) -> list[Row]:
+    """One row for every leaf of the model's parameter tree, part by part."""
+    bridges = heads.rows(config)
+    return [
+        *internvit.rows(config.vision),
+        *(row for row in bridges if row.path.startswith("mlp1.")),
+        *qwen2.rows(config.language),
+        *(row for row in bridges if row.path.startswith("text_hidden_fcs.")),
+        *sam2.rows(config.sam2),
+    ]
+
+
+def by_component(rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows grouped by the first name of their path, the part of the model they belong to."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.path.partition(".")[0], []).append(row)
+    return groups

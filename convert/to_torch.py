@@ -1,0 +1,172 @@
+"""Write a converted checkpoint in the released layout: python -m convert.to_torch SRC DST
+
+Names, shapes and number formats are those of the release, the vocabulary has its original size, and tokenizer
+and config.json lie beside, so that the original code loads the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from convert import command
+from convert.assemble import split_leaf
+from convert.layout import Row
+from convert.reading import DTYPES, read_json
+from convert.tables import by_component, model_rows
+from convert.tables.qwen2 import EMBEDDING, HEAD, lora_rows, projections
+from convert.writing import SHARD_BYTES, write_safetensors
+from unibiomed_jax import checkpoint
+from unibiomed_jax.checkpoint import LoraInfo, Manifest
+from unibiomed_jax.config import ModelConfig
+from unibiomed_jax.errors import InputError
+from unibiomed_jax.hf_config import release_config
+
+Plan = dict[str, tuple[np.dtype, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Args:
+    """Write a converted checkpoint in the released layout."""
+
+    # The converted checkpoint.
+    src: Annotated[Path, tyro.conf.Positional]
+    # The folder to create.
+    dst: Annotated[Path, tyro.conf.Positional]
+    # Write adapters that are kept apart as a PEFT adapter in DST/adapter instead of merging them.
+    adapter: bool = False
+    # Replace DST if it exists.
+    overwrite: bool = False
+
+
+def convert(
+    src: Path, dst: Path, *, adapter: bool = False, overwrite: bool = False, shard_bytes: int = SHARD_BYTES
+) -> Plan:
+    """Write the checkpoint folder `src` as a released one; it appears complete or not at all.
+
+    Args:
+        adapter: write adapters that are kept apart for PEFT, in `adapter/`, instead of merging them.
+        shard_bytes: size above which the weights are cut into several files.
+
+    Returns:
+        Number format and shape of every tensor written.
+
+    Raises:
+        InputError: `src` is damaged, `adapter` is asked for where there is none, `dst` exists, or the disk is
+            full.
+    """
+    config, manifest = checkpoint.read_config(src), checkpoint.read_manifest(src)
+    if adapter and manifest.lora is None:
+        raise InputError(f"{src} has no adapters apart from its kernels; leave out --adapter.")
+    rows = model_rows(config)
+    extra = lora_rows(config.language, manifest.lora.rank) if manifest.lora else []
+    checkpoint.check_shapes(manifest.shapes, {row.path: row.leaf_shape for row in rows + extra}, str(src))
+    layout = _read_layout(src)
+    plan = {
+        name: (_dtype(layout, name, manifest.leaves[row.path]["dtype"]), row.shape)
+        for row in rows
+        for name in row.names
+    }
+    if layout["stores_tied_head"]:
+        plan[HEAD] = plan[EMBEDDING]
+    checkpoint.require_space(dst, sum(int(np.prod(shape)) * dtype.itemsize for dtype, shape in plan.values()))
+    with checkpoint.new_folder(dst, overwrite=overwrite) as folder:
+        _copy_files(src, folder, config)
+        merge = manifest.lora.scale if manifest.lora and not adapter else None
+        write_safetensors(folder, plan, _tensors(src, manifest, rows, plan, merge), shard_bytes=shard_bytes)
+        if adapter:
+            _write_adapter(src, folder / "adapter", config, manifest)
+    return plan
+
+
+def _read_layout(src: Path) -> dict:
+    path = src / "release" / "layout.json"
+    return read_json(path) if path.exists() else {"stores_tied_head": False, "dtypes": {}}
+
+
+def _dtype(layout: dict, name: str, stored: str) -> np.dtype:
+    if name in layout["dtypes"]:
+        return DTYPES[layout["dtypes"][name]]
+    return checkpoint.dtype_of(stored)
+
+
+def _tensors(
+    src: Path, manifest: Manifest, rows: list[Row], plan: Plan, scale: float | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of the plan, reading one part of the checkpoint at a time."""
+    dtypes = {name: dtype for name, (dtype, _) in plan.items()}
+    for part, part_rows in by_component(rows).items():
+        leaves = checkpoint.read_part(src, part, manifest)
+        if scale is not None:
+            leaves = checkpoint.merge_adapters(leaves, scale)
+        for row in part_rows:
+            leaf = leaves.pop(row.path.removeprefix(f"{part}."))
+            for name, tensor in split_leaf(row, leaf, dtypes):
+                yield name, tensor
+                if name == EMBEDDING and HEAD in plan and not any(HEAD in r.names for r in part_rows):
+                    yield HEAD, tensor
+
+
+def _copy_files(src: Path, folder: Path, config: ModelConfig) -> None:
+    if not (src / "tokenizer").is_dir():
+        raise InputError(f"{src} is not a complete checkpoint (tokenizer/ is missing); {checkpoint.REMEDY}.")
+    for path in (src / "tokenizer").iterdir():
+        shutil.copyfile(path, folder / path.name)
+    original = None
+    for path in (src / "release").iterdir() if (src / "release").is_dir() else ():
+        if path.name == "config.json":
+            original = read_json(path)
+        elif path.name != "layout.json":
+            shutil.copyfile(path, folder / path.name)
+    text = json.dumps(release_config(config, original), indent=2)
+    (folder / "config.json").write_text(text + "\n")
+
+
+def _write_adapter(src: Path, folder: Path, config: ModelConfig, manifest: Manifest) -> None:
+    """The adapters as PEFT stores them, relative to the language model."""
+    folder.mkdir()
+    info: LoraInfo = manifest.lora
+    rows = lora_rows(config.language, info.rank)
+    leaves = checkpoint.read_part(src, "language_model", manifest)
+    tensors = {}
+    for row in rows:
+        for name, tensor in split_leaf(row, leaves[row.path.removeprefix("language_model.")], {}):
+            tensors[name.replace("language_model.", "base_model.model.", 1)] = tensor
+    plan = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    write_safetensors(folder, plan, tensors.items(), file_name="adapter_model.safetensors")
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": info.rank,
+        "lora_alpha": info.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": [name.rpartition(".")[2] for name in projections(config.language)],
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    start = time.perf_counter()
+    plan = convert(args.src, args.dst, adapter=args.adapter, overwrite=args.overwrite)
+    seconds = time.perf_counter() - start
+    size = sum(int(np.prod(shape)) * dtype.itemsize for dtype, shape in plan.values())
+    print(
+        f"Wrote {len(plan):,} tensors, {size / 1e9:.2f} GB in {seconds:.1f} s "
+        f"({size / 1e9 / seconds:.2f} GB/s), peak memory {command.peak_memory() / 1e9:.2f} GB, to {args.dst}."
+    )
+
+
+if __name__ == "__main__":
+    command.run(main)

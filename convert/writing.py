@@ -1,0 +1,104 @@
+"""Safetensors files written tensor by tensor, so that a checkpoint never has to fit in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from convert.layout import contiguous
+from convert.reading import DTYPE_NAMES, DTYPES, INDEX
+from unibiomed_jax.errors import InputError
+
+# A checkpoint larger than this is cut into shards.
+SHARD_BYTES = 5_000_000_000
+
+
+def write_safetensors(
+    folder: Path,
+    plan: dict[str, tuple[np.dtype, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    file_name: str = "model.safetensors",
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write tensors as one safetensors file, or as numbered shards with an index.
+
+    Args:
+        folder: where the files go.
+        plan: dtype and shape of every tensor.
+        tensors: the contents, in any order, each exactly once.
+        file_name: the single file's name.
+        shard_bytes: size above which a new shard begins.
+
+    Raises:
+        InputError: `tensors` does not deliver exactly what `plan` says.
+    """
+    shards: list[list[str]] = [[]]
+    filled = 0
+    # The order of the safetensors library: wide numbers first, so that every tensor is aligned, then by name.
+    order = list(DTYPES.values())
+    for name, spec in sorted(plan.items(), key=lambda item: (order.index(item[1][0]), item[0])):
+        if shards[-1] and filled + _size(spec) > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += _size(spec)
+    stem = Path(file_name).stem
+    names = [file_name]
+    if len(shards) > 1:
+        names = [f"{stem}-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)]
+        _write_index(folder, plan, dict(zip(names, shards, strict=True)))
+
+    places = {}
+    for file, shard in zip(names, shards, strict=True):
+        start = _write_header(folder / file, {name: plan[name] for name in shard})
+        for name in shard:
+            places[name] = (folder / file, start)
+            start += _size(plan[name])
+    files = {path: path.open("r+b") for path in {path for path, _ in places.values()}}
+    try:
+        for name, values in tensors:
+            path, offset = places.pop(name, (None, 0))
+            dtype, shape = plan[name] if path else (None, None)
+            if path is None or values.dtype != dtype or values.shape != shape:
+                raise InputError(
+                    f"{name} is written twice, or not with the number format and shape announced."
+                )
+            files[path].seek(offset)
+            files[path].write(contiguous(values).reshape(-1).view(np.uint8).data)
+    finally:
+        for file in files.values():
+            file.close()
+    if places:
+        raise InputError(f"{next(iter(places))} was announced but never written.")
+
+
+def _size(spec: tuple[np.dtype, tuple[int, ...]]) -> int:
+    return spec[0].itemsize * math.prod(spec[1])
+
+
+def _write_header(path: Path, plan: dict[str, tuple[np.dtype, tuple[int, ...]]]) -> int:
+    """Write the header of a file that holds the tensors of `plan` in this order; return where they start."""
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, spec in plan.items():
+        end = position + _size(spec)
+        header[name] = {"dtype": DTYPE_NAMES[spec[0]], "shape": spec[1], "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    return 8 + len(text)
+
+
+def _write_index(folder: Path, plan: dict, shards: dict[str, list[str]]) -> None:
+    index = {
+        "metadata": {"total_size": sum(_size(spec) for spec in plan.values())},
+        "weight_map": {name: file for file, names in sorted(shards.items()) for name in names},
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
