@@ -9,7 +9,7 @@ WORKERS ?= 2
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.installed
-	$(BIN)/unibiomed demo --out demo_output
+	$(BIN)/python examples/demo.py --out demo_output
 
 test: $(VENV)/.installed-test lint
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS)

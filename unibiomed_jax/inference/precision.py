@@ -20,19 +20,18 @@ def default_precision() -> Precision:
     return CPU if jax.default_backend() == "cpu" else BFLOAT16
 
 
-def cast_parameters(params: dict, config: ModelConfig) -> dict:
+def cast_parameters(params: dict, config: ModelConfig, precision: Precision) -> dict:
     """Store every matrix in the dtype it is multiplied in; vectors stay in float32, where they are used."""
 
     def cast(path, leaf):
         names = tuple(key.key for key in path)
         matrix = names[-1] in ("kernel", "embed_tokens")
-        return jnp.asarray(leaf, _kernel_dtype(names, config) if matrix else jnp.float32)
+        return jnp.asarray(leaf, _kernel_dtype(names, config, precision) if matrix else jnp.float32)
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def _kernel_dtype(names: tuple, config: ModelConfig) -> str:
-    precision = config.precision
+def _kernel_dtype(names: tuple, config: ModelConfig, precision: Precision) -> str:
     match names:
         case ("vision_model" | "mlp1", *_):
             return precision.vision

@@ -20,6 +20,7 @@ from unibiomed_jax import checkpoint, runtime
 from unibiomed_jax.config import ModelConfig, Precision
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inference import generate
+from unibiomed_jax.inference.cpu import split_linears, stored_in_bfloat16
 from unibiomed_jax.inference.masks import upscale_masks
 from unibiomed_jax.inference.precision import cast_parameters, default_precision
 from unibiomed_jax.inference.preprocess import (
@@ -167,11 +168,16 @@ class UniBiomed:
         self.checkpoint_hash = checkpoint_hash
         model = nnx.eval_shape(lambda: UniBiomedModel(self.config, rngs=nnx.Rngs(0)))
         graphdef, state = nnx.split(model)
-        nnx.replace_by_pure_dict(state, cast_parameters(params, self.config))
+        on_cpu = jax.default_backend() == "cpu"
+        splits = on_cpu and precision.language == "float32" and stored_in_bfloat16(params["language_model"])
+        stored = dataclasses.replace(precision, language="bfloat16") if splits else precision
+        nnx.replace_by_pure_dict(state, cast_parameters(params, self.config, stored))
         model = nnx.merge(graphdef, state)
-        if jax.default_backend() == "cpu":
+        if on_cpu:
             # A scan would copy every layer's weights out of the stack for every token.
             model.language_model.layers = unstack_layers(model.language_model.layers)
+        if splits:
+            split_linears(model.language_model)
         self.graphdef, self.params = nnx.split(model)
         self._compile()
 
