@@ -138,7 +138,7 @@ def _sources(options: Predict) -> dict[str, list[Path]]:
 def main() -> None:
     """Entry point: a sentence on standard error and exit code 1 (2 for the command line) when it fails."""
     try:
-        options = tyro.extras.subcommand_cli_from_dict({"predict": Predict})
+        options = tyro.extras.subcommand_cli_from_dict({"predict": Predict}, prog="unibiomed")
         sys.exit(1 if predict(options) else 0)
     except InputError as error:
         errors.print(f"[red]Error:[/red] {error}", highlight=False)

@@ -1,0 +1,163 @@
+"""`unibiomed predict`: what it leaves on disk, and one clear sentence for whatever goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco
+
+from unibiomed_jax import InputError, Request, UniBiomed, cli
+from unibiomed_jax.inference import report
+
+GOLDEN = Path(__file__).parent / "golden"
+CHECKPOINT = GOLDEN / "micro" / "checkpoint"
+IMAGE = GOLDEN / "images" / "CT_abdomen.png"
+PROMPT = "<image>Please segment the liver."
+SAID = "<p> the liver </p> [SEG]. Also [SEG].<|end|>"
+
+
+@pytest.fixture(scope="module")
+def model() -> UniBiomed:
+    """The micro model, which is made to say two [SEG] whatever it is asked."""
+    model = UniBiomed.from_pretrained(CHECKPOINT)
+    forced = dict(enumerate(model.tokenizer.encode(SAID)))
+    answer = model.predict_batch
+
+    def predict_batch(requests, **options):
+        dictated = [Request(r.prompt, r.image, r.regions, r.boxes, r.history, forced) for r in requests]
+        return answer(dictated, **options)
+
+    model.predict_batch = predict_batch
+    return model
+
+
+@pytest.fixture
+def loaded(model, monkeypatch):
+    monkeypatch.setattr(UniBiomed, "from_pretrained", lambda *args, **kwargs: model)
+
+
+def options(source: Path, out: Path, **changes) -> cli.Predict:
+    return cli.Predict(source, **{"prompt": PROMPT, "checkpoint": CHECKPOINT, "out": out, **changes})
+
+
+def test_an_image_leaves_json_masks_and_overlay(loaded, tmp_path):
+    assert cli.predict(options(IMAGE, tmp_path / "out")) == 0
+    folder = tmp_path / "out" / IMAGE.name
+    answer = json.loads((folder / "answer.json").read_text())
+    assert answer["prompt"] == PROMPT and answer["text"] == SAID
+    assert [segment["phrase"] for segment in answer["segments"]] == ["the liver", "Also"]
+    assert "research use only" in answer["notice"]
+    assert answer["preprocessing"][0]["width"] == 410
+    assert answer["seconds"].keys() >= {"encode tiles", "prefill", "decode", "encode image", "decode masks"}
+    assert len(answer["checkpoint"]) == 64 and answer["versions"]["jax"]
+    mask = np.asarray(Image.open(folder / "mask_0_the_liver.png")) > 0
+    rle = answer["segments"][0]["mask"]
+    assert (coco.decode({**rle, "counts": rle["counts"].encode()}) == mask).all()
+    assert mask.sum() == answer["segments"][0]["pixels"]
+    assert Image.open(folder / "overlay.png").size[0] >= 410
+
+
+def test_failed_images_are_named_and_the_others_done_once(loaded, tmp_path, capsys):
+    source, out = tmp_path / "in", tmp_path / "out"
+    (source / "sub").mkdir(parents=True)
+    shutil.copy(IMAGE, source / "sub" / "good.png")
+    (source / "cut.png").write_bytes(IMAGE.read_bytes()[:5000])
+    (source / "text.png").write_text("not an image")
+    (source / "notes.txt").write_text("left alone")
+    assert cli.predict(options(source, out)) == 2
+    said = capsys.readouterr()
+    assert "cut.png" in said.err and "truncated" in said.err and "text.png" in said.err
+    assert "1 answered, 2 failed" in said.out
+    assert sorted(p.name for p in out.rglob("answer.json")) == ["answer.json"]
+    written = (out / "sub" / "good.png" / "answer.json").stat().st_mtime_ns
+    assert cli.predict(options(source, out)) == 2
+    assert "1 of 3 already answered" in capsys.readouterr().out
+    assert (out / "sub" / "good.png" / "answer.json").stat().st_mtime_ns == written
+    assert cli.predict(options(source, out, prompt="<image>Where is it?")) == 2
+    assert (out / "sub" / "good.png" / "answer.json").stat().st_mtime_ns != written
+
+
+def test_a_volume_leaves_a_mask_and_an_overlay_a_slice(loaded, tmp_path):
+    source = tmp_path / "ct"
+    source.mkdir()
+    for i in range(3):
+        Image.open(IMAGE).convert("RGB").crop((i, i, 200 + i, 180 + i)).save(source / f"{i}.png")
+    assert cli.predict(options(source, tmp_path / "out", volume=True, conditioning=(1,))) == 0
+    folder = tmp_path / "out" / "ct"
+    assert len(list((folder / "mask_0_the_liver").iterdir())) == 3
+    assert len(list((folder / "overlay").iterdir())) == 3
+    assert len(json.loads((folder / "answer.json").read_text())["segments"][0]["mask"]) == 3
+
+
+def test_a_full_disk_leaves_nothing_half_written(loaded, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(report.os, "replace", full)
+    with pytest.raises(InputError, match="No space left on device.*--out"):
+        cli.predict(options(IMAGE, tmp_path / "out"))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"prompt": "<image> "}, "prompt is empty"),
+        ({"prompt": "<image>Is <image> alike?"}, "2 times"),
+        ({"prompt": "Please segment the liver."}, "has no <image>"),
+        ({"prompt": "<image>" + "a" * 33_000}, "context holds 32768"),
+        ({"region": (GOLDEN / "images" / "missing.png",)}, "does not exist"),
+    ],
+)
+def test_a_request_that_does_not_fit_is_refused(loaded, tmp_path, capsys, changes, reason):
+    assert cli.predict(options(IMAGE, tmp_path / "out", **changes)) == 1
+    assert reason in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_regions_must_fit_the_image(loaded, tmp_path, capsys):
+    Image.new("L", (100, 100), 255).save(tmp_path / "small.png")
+    Image.new("L", (410, 410), 0).save(tmp_path / "empty.png")
+    for name, reason in (("small.png", "resize the mask"), ("empty.png", "is empty")):
+        assert cli.predict(options(IMAGE, tmp_path / "out", region=(tmp_path / name,))) == 1
+        assert reason in " ".join(capsys.readouterr().err.split())
+
+
+def test_slices_of_different_sizes_are_refused(loaded, tmp_path, capsys):
+    source = tmp_path / "ct"
+    source.mkdir()
+    Image.new("RGB", (100, 100)).save(source / "0.png")
+    Image.new("RGB", (100, 90)).save(source / "1.png")
+    assert cli.predict(options(source, tmp_path / "out", volume=True)) == 1
+    assert "resample all frames to one size" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("source", "checkpoint", "reason"),
+    [
+        ("nowhere.png", CHECKPOINT, "nowhere.png does not exist"),
+        (".", CHECKPOINT, "holds no image"),
+        (IMAGE, "no_checkpoint", "no_checkpoint"),
+    ],
+)
+def test_the_command_fails_with_one_sentence(tmp_path, source, checkpoint, reason):
+    run = subprocess.run(
+        [sys.executable, "-m", "unibiomed_jax.cli", "predict", str(source), "--prompt", PROMPT]
+        + ["--checkpoint", str(checkpoint), "--out", "out"],
+        cwd=tmp_path,
+        env={**os.environ, "COLUMNS": "500"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert reason in run.stderr and "Traceback" not in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1
