@@ -29,6 +29,63 @@ class Mixture:
     sizes: tuple[tuple[str, int, int], ...]
 
 
+# Table names by which `find_datasets` knows a task.
+_TASK_TABLES = (
+    ("{split}.json", (Kind.SEGMENTATION,)),
+    ("meta_{split}.json", (Kind.SEQUENCE,)),
+    ("{split}_disease.json", (Kind.DISEASE,)),
+    ("{split}_region.json", (Kind.REGION,)),
+    ("{split}_parse.json", (Kind.VQA, Kind.REPORT)),
+    ("{split}_captions.json", (Kind.CAPTION,)),
+)
+_BESIDE_IMAGES = (Kind.SEGMENTATION, Kind.DISEASE, Kind.REGION)
+
+
+def find_datasets(root: str | os.PathLike, split: str = "train", **choices) -> tuple[DatasetConfig, ...]:
+    """The datasets of a folder and its sub-folders, recognised by the names of their tables.
+
+    `{split}.json` segmentation, `meta_{split}.json` sequences, `{split}_disease.json`, `{split}_region.json`,
+    `{split}_parse.json` (grounded questions and reports), `{split}_captions.json`. Where there is no folder
+    `{split}`, image paths are relative to the dataset's folder.
+
+    Args:
+        root: searched with all folders below it.
+        split: which tables.
+        choices: further fields of every DatasetConfig (minimum, repeats, slices).
+
+    Raises:
+        InputError: no such folder, or no table in it.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"The dataset folder {root} does not exist; check the path.")
+    found = []
+    for folder in sorted({path.parent for path in root.rglob(f"*{split}*.json")}):
+        for pattern, kinds in _TASK_TABLES:
+            name = pattern.format(split=split)
+            for kind in kinds if (folder / name).is_file() else ():
+                flat = kind in _BESIDE_IMAGES and not (folder / split).is_dir()
+                place = "" if flat else None
+                found.append(
+                    DatasetConfig(
+                        kind,
+                        str(folder),
+                        name=f"{folder.relative_to(root.parent).as_posix()}/{kind}",
+                        split=split,
+                        annotations=name,
+                        images=place,
+                        masks=place,
+                        **choices,
+                    )
+                )
+    if not found:
+        raise InputError(
+            f"{root} holds no table for the split {split!r} (such as {split}.json); see "
+            "docs/train_on_your_data.md, or write one with `unibiomed data build`."
+        )
+    return tuple(found)
+
+
 def read_mixture(datasets: Sequence[DatasetConfig]) -> Mixture:
     """Read every dataset and lay them end to end, each list repeated as its configuration says.
 

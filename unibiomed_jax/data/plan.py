@@ -1,0 +1,175 @@
+"""Which samples make up which batch: a pure function of seed and step, and the same on every host."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from unibiomed_jax.data.readers import Mixture
+from unibiomed_jax.data.transforms import SampleBuilder
+from unibiomed_jax.errors import InputError
+
+# Stands in a batch for a row without a sample.
+BLANK = -1
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """The static sizes of a batch beside its number of rows."""
+
+    # SAM frames and object slots; none in batches of text-only samples.
+    frames: int
+    objects: int
+    # Tile slots.
+    tiles: int
+    # Token slots.
+    tokens: int
+
+
+@dataclass(frozen=True)
+class BucketConfig:
+    """Sizes to which samples are rounded up, so that few shapes occur; samples of one shape share batches."""
+
+    # Tiles of an image. A sequence has exactly one tile a frame.
+    tiles: tuple[int, ...] = (1, 5, 10, 13)
+    # Tokens beside those of the tiles; longer samples get max_tokens.
+    text: tuple[int, ...] = (128, 512, 2048)
+    # Objects of a sample.
+    objects: tuple[int, ...] = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One batch: its shape and, row by row, which sample of the mixture; BLANK for none."""
+
+    shape: Shape
+    samples: np.ndarray
+
+
+class BatchPlan:
+    """The batches of every epoch.
+
+    Samples are grouped by shape. Every epoch shuffles each group, cuts it into batches and shuffles the
+    batches. The last batch of a group is filled with samples of the group (`repeat`) or left partly blank. No
+    sample is left out.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        shapes: Sequence[Shape],
+        batch_size: int,
+        seed: int,
+        *,
+        shuffle: bool = True,
+        repeat: bool = True,
+    ):
+        """Lay the plan.
+
+        Args:
+            mixture: what to plan.
+            shapes: of every record of the mixture.
+            batch_size: rows of a batch, all hosts together.
+            seed: of the order.
+            shuffle: False keeps the order of the mixture within a shape.
+            repeat: fill the last batch of a shape with repeated samples instead of blank rows.
+        """
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size} is no batch; use at least 1.")
+        self.batch_size, self.seed, self.shuffle, self.repeat = batch_size, seed, shuffle, repeat
+        self.shapes = sorted(set(shapes))
+        numbers = {shape: number for number, shape in enumerate(self.shapes)}
+        group = np.array([numbers[shape] for shape in shapes])[mixture.order]
+        self.groups = [np.flatnonzero(group == number) for number in range(len(self.shapes))]
+        self.batches_per_epoch = sum(-(-len(members) // batch_size) for members in self.groups)
+        names = [record.name for record in mixture.records]
+        table = repr((self.shapes, batch_size, seed, shuffle, repeat, names))
+        digest = hashlib.sha256(table.encode())
+        digest.update(mixture.order.astype("<i8").tobytes())
+        # Equal plans, and only those, have equal fingerprints.
+        self.fingerprint = digest.hexdigest()
+        self._layout = lru_cache(maxsize=2)(self._lay_out)
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in vars(self).items() if key != "_layout"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._layout = lru_cache(maxsize=2)(self._lay_out)
+
+    def rows(self, step: int) -> Rows:
+        """The batch of a step, counted from 0 through all epochs."""
+        epoch, position = divmod(step, self.batches_per_epoch)
+        groups, samples = self._layout(epoch)
+        return Rows(self.shapes[groups[position]], samples[position])
+
+    def substitute(self, step: int, row: int, attempt: int) -> int:
+        """A sample of the same shape to try where the planned one of `row` cannot be read."""
+        shape = self.rows(step).shape
+        members = self.groups[self.shapes.index(shape)]
+        return int(members[scramble(np.array([attempt]), self.seed, step, row)[0] % np.uint64(len(members))])
+
+    def _lay_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Group number and samples of every batch of an epoch."""
+        groups, batches = [], []
+        for number, members in enumerate(self.groups):
+            if self.shuffle:
+                members = members[permutation(len(members), self.seed, epoch, number)]
+            missing = -len(members) % self.batch_size
+            fill = np.resize(members, missing) if self.repeat else np.full(missing, BLANK)
+            batches.append(np.concatenate([members, fill]).reshape(-1, self.batch_size))
+            groups += [number] * len(batches[-1])
+        order = np.arange(self.batches_per_epoch)
+        if self.shuffle:
+            order = permutation(self.batches_per_epoch, self.seed, epoch, len(self.groups))
+        return np.array(groups)[order], np.concatenate(batches)[order]
+
+
+def record_shapes(mixture: Mixture, builder: SampleBuilder, buckets: BucketConfig) -> list[Shape]:
+    """The shape of every record: tiles, frames, objects, longest text, each rounded up to its bucket.
+
+    Needs image sizes, from the tables or else from file headers.
+
+    Raises:
+        InputError: more tiles or objects than the largest bucket, or a text that would lose a [SEG].
+    """
+    config = builder.config
+    shapes = []
+    for record in mixture.records:
+        tiles = builder.tiles(record)
+        tokens = builder.longest(record, tiles)
+        slots = record.slices or _bucket(tiles, buckets.tiles, "tiles", record.name)
+        text = tokens - tiles * config.tokens_per_tile
+        fitting = [size for size in buckets.text if size >= text]
+        room = slots * config.tokens_per_tile + min(fitting) if fitting else config.max_tokens
+        grounded = record.frames > 0
+        objects = _bucket(len(record.masks), buckets.objects, "objects", record.name) if grounded else 0
+        shapes.append(Shape(record.frames, objects, slots, min(room, config.max_tokens)))
+    return shapes
+
+
+def permutation(count: int, *key: int) -> np.ndarray:
+    """A permutation of range(count) that depends on nothing but `key`, NumPy's version included."""
+    return np.argsort(scramble(np.arange(count), *key), kind="stable")
+
+
+def scramble(values: np.ndarray, *key: int) -> np.ndarray:
+    """64-bit hashes of integers under a key (SplitMix64, once per word of the key)."""
+    state = values.astype(np.uint64)
+    for word in (*key, 0):
+        state = state + np.uint64(0x9E3779B97F4A7C15 * (word + 1) % 2**64)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def _bucket(count: int, buckets: tuple[int, ...], what: str, name: str) -> int:
+    fitting = [size for size in buckets if size >= count]
+    if not fitting:
+        raise InputError(
+            f"{name} has {count} {what} but the largest bucket is {max(buckets)}; add a larger one."
+        )
+    return min(fitting)

@@ -1,0 +1,310 @@
+"""One record to the arrays of one sample: pixels, tokens, labels, masks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Bool, Int32, UInt8
+from PIL import Image
+from scipy import ndimage
+
+from unibiomed_jax.config import ModelConfig
+from unibiomed_jax.data.prompts import Conversation, PromptConfig, draw, variants
+from unibiomed_jax.data.readers import image_size
+from unibiomed_jax.data.records import TEXT_ONLY, Kind, Record
+from unibiomed_jax.errors import InputError
+from unibiomed_jax.inference.preprocess import frame_bytes, open_frames, sam_bytes, tile_bytes, tile_grid
+from unibiomed_jax.inference.prompt import INFERENCE_TURN, STOP_TEXT, TRAINING_TURN, build_prompt
+from unibiomed_jax.inference.tokenizer import PHRASE_END, PHRASE_START, UNIBIOMED_TOKENS, Tokenizer
+
+# Labels of tokens that are not learned.
+IGNORE = -100
+# After the answer of these the reference writes a newline, which is not learned.
+_NEWLINE_AT_END = (Kind.VQA, Kind.REPORT, Kind.SEQUENCE)
+_BOX_COLOUR = (0, 255, 0)
+# A region whose bounding box has this many pixels or fewer is boxed only if no other is left.
+_SMALL_BOX = 400
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Sizes of the arrays; `from_model` takes them from the model."""
+
+    # Side of a tile, pixels, and the visual tokens it becomes.
+    tile_size: int = 448
+    tokens_per_tile: int = 256
+    # Limits of the number of tiles an image is cut into, and the whole image as a last one.
+    min_tiles: int = 1
+    max_tiles: int = 12
+    use_thumbnail: bool = True
+    # The same limit for region understanding and captions, which the weights saw as a single tile.
+    text_only_max_tiles: int = 1
+    # Sides of SAM2's image and of its masks, pixels.
+    sam_size: int = 1024
+    mask_size: int = 256
+    # Longest sample, tokens.
+    max_tokens: int = 8192
+    # Questions and answers.
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+
+    @classmethod
+    def from_model(cls, model: ModelConfig, **choices) -> "SampleConfig":
+        """The sizes of a model; `choices` are further fields."""
+        return cls(
+            tile_size=model.vision.image_size,
+            tokens_per_tile=model.tokens_per_tile,
+            min_tiles=model.min_tiles,
+            max_tiles=model.max_tiles,
+            use_thumbnail=model.use_thumbnail,
+            sam_size=model.sam2.image_size,
+            mask_size=model.sam2.image_size // 4,
+            **choices,
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The arrays of one record. Pixels are bytes, normalised on the device."""
+
+    name: str
+    pixel_values: UInt8[np.ndarray, "tiles side side 3"]
+    input_ids: Int32[np.ndarray, " tokens"]
+    labels: Int32[np.ndarray, " tokens"]
+    sam_pixels: UInt8[np.ndarray, "frames size size 3"]
+    masks: UInt8[np.ndarray, "objects frames mask mask"]
+
+
+class SampleBuilder:
+    """Turns records into samples; the only randomness comes from the generator of each call."""
+
+    def __init__(self, config: SampleConfig, tokenizer: Tokenizer, seed: int):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.seed = seed
+        phrase_marks = (PHRASE_START, PHRASE_END) if config.prompts.phrase_marks == "text" else ()
+        # Special tokens that are ordinary text in the words of a task.
+        self._plain = dict.fromkeys((Kind.VQA, Kind.REPORT), phrase_marks)
+        self._plain |= dict.fromkeys(TEXT_ONLY, UNIBIOMED_TOKENS)
+        # Tokenizers that read them so, made when first needed.
+        self._plain_tokenizers: dict[tuple[str, ...], Tokenizer] = {}
+        # Token counts, since most texts occur many times.
+        self._lengths: dict[tuple[Kind, str, int], int] = {}
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Sample:
+        """Read and build one sample.
+
+        Raises:
+            InputError: a file that cannot be read, a mask of another size than its image, or a text that does
+                not fit; the message names the record.
+        """
+        config = self.config
+        chosen = _draw_slices(record, rng) if record.kind is Kind.SEQUENCE else [0]
+        frames = open_frames([record.images[index] for index in chosen])[0]
+        masks = np.stack(
+            [
+                np.stack([load_mask(files[index], frames[0].size, record.name) for index in chosen])
+                for files in record.masks
+            ]
+            or [np.zeros((0, *frames[0].size[::-1]), bool)]
+        )
+        if record.kind is Kind.SEQUENCE:
+            tiles = frame_bytes(frames, config.tile_size)
+        else:
+            image = frames[0]
+            if record.kind is Kind.REGION:
+                image = Image.fromarray(draw_box(np.asarray(image), masks[0, 0], rng))
+            limit = self._max_tiles(record)
+            least = min(config.min_tiles, limit)
+            tiles = tile_bytes(image, config.tile_size, least, limit, config.use_thumbnail)
+        ids, labels = self.encode(record, draw(record, rng, self.seed, config.prompts), len(tiles))
+        grounded = record.kind not in TEXT_ONLY
+        size = config.sam_size
+        sam = [sam_bytes(frame, size) for frame in frames] if grounded else []
+        return Sample(
+            record.name,
+            tiles,
+            ids,
+            labels,
+            np.stack(sam) if sam else np.zeros((0, size, size, 3), np.uint8),
+            resize_nearest(masks, config.mask_size) if grounded else self._no_masks(),
+        )
+
+    def encode(
+        self, record: Record, conversation: Conversation, tiles: int
+    ) -> tuple[Int32[np.ndarray, " tokens"], Int32[np.ndarray, " tokens"]]:
+        """Token ids and labels of one turn.
+
+        The instruction (question in its template) and the answer with its end mark are tokenised as one
+        string each, because byte pairs merge across what looks like their parts. The answer and the end mark
+        are learned. What exceeds max_tokens is cut off at the end.
+
+        Raises:
+            InputError: the cut would lose a [SEG], or the record's own words contain one.
+        """
+        instruction, answer, end = self._segments(record, conversation, tiles)
+        ids = np.array(instruction + answer + end, np.int32)
+        labels = np.array([IGNORE] * len(instruction) + answer + [IGNORE] * len(end), np.int32)
+        ids, labels = ids[: self.config.max_tokens], labels[: self.config.max_tokens]
+        wanted = len(record.masks) if record.kind not in TEXT_ONLY else 0
+        found = int((ids == self.tokenizer.seg_id).sum())
+        if found < wanted and len(instruction) + len(answer) > self.config.max_tokens:
+            raise InputError(
+                f"{record.name} has {len(instruction) + len(answer)} tokens, and cutting it to max_tokens="
+                f"{self.config.max_tokens} would lose a [SEG]; raise max_tokens or shorten its text."
+            )
+        if found != wanted:
+            raise InputError(
+                f"{record.name} makes {found} [SEG] for {wanted} masks; remove [SEG] from its own words."
+            )
+        return ids, labels
+
+    def tiles(self, record: Record) -> int:
+        """Tiles that the record will have, thumbnail included."""
+        if record.kind is Kind.SEQUENCE:
+            return record.slices
+        limit = self._max_tiles(record)
+        columns, rows = tile_grid(
+            *image_size(record),
+            min_tiles=min(self.config.min_tiles, limit),
+            max_tiles=limit,
+            tile_size=self.config.tile_size,
+        )
+        count = columns * rows
+        return count + (count > 1 and self.config.use_thumbnail)
+
+    def longest(self, record: Record, tiles: int) -> int:
+        """Tokens of the longest sample that any draw of question, answer and wording can give.
+
+        Raises:
+            InputError: it exceeds max_tokens and cutting it would lose a [SEG].
+        """
+        asked, answered = variants(record, self.config.prompts)
+        try:
+            longest = max(self._length(record.kind, text, tiles) for text in asked)
+        except InputError as error:
+            raise InputError(f"{record.name}: {error}") from error
+        longest += max(self._length(record.kind, text, 0) for text in answered)
+        longest += len(self._end(record.kind))
+        if longest > self.config.max_tokens:
+            for question in asked:
+                for answer in answered:
+                    self.encode(record, Conversation(question, answer), tiles)
+        return min(longest, self.config.max_tokens)
+
+    def _length(self, kind: Kind, text: str, tiles: int) -> int:
+        key = (kind, text, tiles)
+        if key not in self._lengths:
+            tokens = self._instruction(kind, text, tiles) if tiles else self._answer(kind, text)
+            self._lengths[key] = len(tokens)
+        return self._lengths[key]
+
+    def _segments(
+        self, record: Record, conversation: Conversation, tiles: int
+    ) -> tuple[list[int], list[int], list[int]]:
+        kind = record.kind
+        return (
+            self._instruction(kind, conversation.question, tiles),
+            self._answer(kind, conversation.answer),
+            self._end(kind),
+        )
+
+    def _instruction(self, kind: Kind, question: str, tiles: int) -> list[int]:
+        turn = TRAINING_TURN if self.config.prompts.turn == "training" else INFERENCE_TURN
+        # One image token stands for all of a tile while the text is tokenised: it never merges with its
+        # neighbours.
+        shape = {"frames": tiles} if kind is Kind.SEQUENCE else {"tiles": 1}
+        repeats = self.config.tokens_per_tile * (1 if kind is Kind.SEQUENCE else tiles)
+        text = build_prompt(question.strip(), **shape, tokens_per_tile=1, turn=turn)
+        ids: list[int] = []
+        for token in self._encode(kind, text):
+            ids += [token] * (repeats if token == self.tokenizer.image_context_id else 1)
+        return ids
+
+    def _answer(self, kind: Kind, answer: str) -> list[int]:
+        return self._encode(kind, answer.strip() + STOP_TEXT)
+
+    def _end(self, kind: Kind) -> list[int]:
+        return self.tokenizer.encode("\n") if kind in _NEWLINE_AT_END else []
+
+    def _encode(self, kind: Kind, text: str) -> list[int]:
+        plain = self._plain.get(kind, ())
+        if not any(token in text for token in plain):
+            return self.tokenizer.encode(text)
+        if plain not in self._plain_tokenizers:
+            self._plain_tokenizers[plain] = self.tokenizer.with_plain_text(*plain)
+        return self._plain_tokenizers[plain].encode(text)
+
+    def _max_tiles(self, record: Record) -> int:
+        return self.config.text_only_max_tiles if record.kind in TEXT_ONLY else self.config.max_tiles
+
+    def _no_masks(self) -> np.ndarray:
+        return np.zeros((0, 0, self.config.mask_size, self.config.mask_size), np.uint8)
+
+
+def load_mask(path: str, size: tuple[int, int], name: str) -> Bool[np.ndarray, "height width"]:
+    """Where the first channel of a mask file is not zero; an empty path is an all-zero mask.
+
+    Raises:
+        InputError: the file cannot be read, or is not of the image's `size` (width, height).
+    """
+    if not path:
+        return np.zeros(size[::-1], bool)
+    try:
+        with Image.open(path) as image:
+            mask = np.asarray(image)
+    except Exception as error:  # Pillow's plugins raise whatever their parser met
+        raise InputError(f"The mask {path} of {name} cannot be read ({error}); replace the file.") from error
+    mask = (mask[..., 0] if mask.ndim == 3 else mask) > 0
+    if mask.shape != size[::-1]:
+        raise InputError(
+            f"The mask {path} of {name} is {mask.shape[1]}x{mask.shape[0]} pixels but its image "
+            f"{size[0]}x{size[1]}; resize the mask to the image."
+        )
+    return mask
+
+
+def resize_nearest(
+    masks: Bool[np.ndarray, "*batch height width"], side: int
+) -> UInt8[np.ndarray, "*batch side side"]:
+    """0/1 bytes as torch's interpolate(mode="nearest"): row i reads row floor(i * float32(height / side))."""
+    rows, columns = (
+        (np.arange(side, dtype=np.float32) * np.float32(length / side)).astype(np.int64)
+        for length in masks.shape[-2:]
+    )
+    return masks[..., rows[:, None], columns].astype(np.uint8)
+
+
+def draw_box(
+    pixels: UInt8[np.ndarray, "height width 3"],
+    mask: Bool[np.ndarray, "height width"],
+    rng: np.random.Generator,
+) -> UInt8[np.ndarray, "height width 3"]:
+    """The image with a green box around one connected region of the mask, as the region task shows it.
+
+    A random region among those whose bounding box has more than 400 pixels, else any; an empty mask leaves
+    the image as it is. The line equals OpenCV's rectangle of thickness 2: three pixels wide, without its four
+    outermost corners.
+    """
+    labels, count = ndimage.label(ndimage.binary_fill_holes(mask), np.ones((3, 3)))
+    if not count:
+        return pixels
+    boxes = [
+        (columns.start, rows.start, columns.stop, rows.stop) for rows, columns in ndimage.find_objects(labels)
+    ]
+    boxes = [boxes[index] for index in rng.permutation(count)]
+    large = [box for box in boxes if (box[2] - box[0]) * (box[3] - box[1]) > _SMALL_BOX]
+    left, top, right, bottom = (large or boxes)[0]
+    height, width = mask.shape
+    rows, columns = np.arange(height)[:, None], np.arange(width)
+    outer = (rows >= top - 1) & (rows <= bottom + 1) & (columns >= left - 1) & (columns <= right + 1)
+    inner = (rows > top + 1) & (rows < bottom - 1) & (columns > left + 1) & (columns < right - 1)
+    corner = ((rows == top - 1) | (rows == bottom + 1)) & ((columns == left - 1) | (columns == right + 1))
+    pixels = pixels.copy()
+    pixels[outer & ~inner & ~corner] = _BOX_COLOUR
+    return pixels
+
+
+def _draw_slices(record: Record, rng: np.random.Generator) -> Sequence[int]:
+    """Sorted slice numbers: without repeats when the volume has more than one slice to spare, else with."""
+    spare = len(record.images) > record.slices + 1
+    return np.sort(rng.choice(len(record.images), record.slices, replace=not spare)).tolist()
