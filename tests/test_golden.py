@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from unibiomed_jax import Request, UniBiomed
+from unibiomed_jax.inference.generate import ground
 from unibiomed_jax.inference.precision import CPU, FLOAT32
 from unibiomed_jax.inference.predictor import Answer
+from unibiomed_jax.inference.preprocess import sam_image
 
 GOLDEN = Path(__file__).parent / "golden"
 NEW_TOKENS = 24
@@ -39,7 +43,8 @@ def golden_mask(golden: dict, number: int) -> np.ndarray:
 
 
 def request(model: UniBiomed, image: Image.Image, case: str, golden: dict) -> Request:
-    forced = dict(zip(golden["forced_steps"].astype(int).tolist(), golden["forced_ids"].astype(int).tolist()))
+    steps, tokens = (golden[name].astype(int).tolist() for name in ("forced_steps", "forced_ids"))
+    forced = dict(zip(steps, tokens, strict=True))
     if case == "image_abdomen":
         question = (
             "<image>Could you describe the abnormality in this image? Please highlight the region with "
@@ -175,3 +180,40 @@ def test_second_turn_reuses_the_encoded_image(model, image):
     assert second.transcript.startswith(first.transcript)
     again = model.predict(image, "And the liver?", history=first, max_new_tokens=4)
     assert again.text == second.text
+
+
+def test_the_whole_model_as_one_jitted_function(model, image):
+    """Two copies of the golden image as a batch: ids, states and masks of the reference from one call."""
+    golden = load("image_abdomen")
+    asked = request(model, image, "image_abdomen", golden)
+    opened = model.open(asked.image)
+    prompt = model.prompt_of(Request(asked.prompt, opened))
+    new = len(golden["generated_ids"]) + 1
+    ids = np.tile(np.asarray(prompt.ids, np.int32), (2, 1))
+    context = ids[0] == model.tokenizer.image_context_id
+    source = np.where(context, np.cumsum(context) - 1, -1)[None] + np.array([[0], [context.sum()]]) * context
+    forced = np.full((2, new), -1, np.int32)
+    for step, token in asked.forced.items():
+        forced[:, step] = token
+    names = model.tokenizer
+
+    @jax.jit
+    def run(params, *inputs):
+        whole = nnx.merge(model.graphdef, params)
+        return ground(whole, *inputs, objects=2, end_id=names.eos_id, seg_id=names.seg_id)
+
+    result = run(
+        model.params,
+        np.concatenate([opened.tiles] * 2),
+        ids,
+        source.astype(np.int32),
+        np.full(2, len(prompt.ids), np.int32),
+        np.stack([sam_image(opened.frames[0], model.config.sam2.image_size)] * 2),
+        forced,
+    )
+    assert np.asarray(result.valid).tolist() == [[True, False]] * 2
+    for row in range(2):
+        assert result.ids[row, : new - 1].tolist() == golden["generated_ids"].tolist()
+        np.testing.assert_allclose(result.hidden[row, 0], golden["seg_hidden"][0], rtol=1e-4, atol=1e-5)
+        low = golden["sam_lowres"].reshape(result.masks.masks.shape[2:])
+        np.testing.assert_allclose(result.masks.masks[row, 0], low, rtol=1e-4, atol=1e-4)

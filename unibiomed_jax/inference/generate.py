@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from unibiomed_jax.models.mask_decoder import MaskDecoding
 from unibiomed_jax.models.unibiomed import UniBiomedModel
 
 
@@ -97,6 +98,55 @@ def advance(
 
     done = done | jnp.any((state.ids == end_id) & (jnp.arange(new) < state.step), axis=1)
     return jax.lax.while_loop(going, say, (state, done, jnp.asarray(False)))[0]
+
+
+class Grounding(NamedTuple):
+    """What the whole model says about a batch of images."""
+
+    # Tokens said; column t of a row is valid when t < count.
+    ids: Int[Array, "batch new"]
+    # Tokens of a row up to its end token, that included.
+    count: Int[Array, " batch"]
+    # State at each of the first `objects` [SEG] of a row, and whether there is one.
+    hidden: Float[Array, "batch objects embed"]
+    valid: Bool[Array, "batch objects"]
+    # The mask of each of them.
+    masks: MaskDecoding
+
+
+def ground(
+    model: UniBiomedModel,
+    tiles: Float[Array, "tiles side side 3"],
+    ids: Int[Array, "batch length"],
+    source: Int[Array, "batch length"],
+    lengths: Int[Array, " batch"],
+    images: Float[Array, "batch size size 3"],
+    forced: Int[Array, "batch new"],
+    *,
+    objects: int,
+    end_id: int,
+    seg_id: int,
+) -> Grounding:
+    """Pixels and tokens to words, [SEG] states and masks: all of the model as one function to jit and shard.
+
+    The predictor runs the same stages one by one, because only the host can see the stop text and because
+    most answers need fewer tokens and masks than a fixed shape has room for. `source` indexes the rows of all
+    tiles, (tiles * tokens); see `start` for the other arguments.
+    """
+    new = forced.shape[1]
+    visual = model.encode_tiles(tiles)
+    state = start(model, ids, source, lengths, visual.reshape(-1, visual.shape[-1]), forced)
+    nobody = jnp.zeros(len(ids), bool)
+    state = advance(model, state, nobody, jnp.asarray(new), end_id=end_id, pause_id=-1)
+
+    steps = jnp.arange(new)
+    ended = (state.ids == end_id) & (steps < state.step)
+    count = jnp.where(ended.any(1), jnp.argmax(ended, axis=1) + 1, state.step)
+    is_seg = (state.ids == seg_id) & (steps < count[:, None] - 1)
+    places = jax.vmap(lambda row: jnp.nonzero(row, size=objects, fill_value=0)[0])(is_seg)
+    hidden = jnp.take_along_axis(state.hidden, places[..., None], axis=1)
+    valid = jnp.arange(objects) < is_seg.sum(1, keepdims=True)
+    return Grounding(state.ids, count, hidden, valid, model.segment(model.encode_image(images), hidden))
 
 
 def _choose(logits: Float[Array, "batch vocab"], forced: Int[Array, "batch"]) -> Int[Array, "batch"]:
