@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from measured import assert_close
 from PIL import Image
 
 from unibiomed_jax import Request, UniBiomed
@@ -88,10 +89,10 @@ def test_same_words_and_masks_as_the_reference(model, image, case):
         first = number * min(5, frames)
         prompted = np.atleast_1d(segment.iou)[: min(5, frames)]
         if case != "video8" or number == 0:
-            np.testing.assert_allclose(prompted, ious[first : first + len(prompted)], rtol=1e-4)
+            assert_close(prompted, ious[first : first + len(prompted)], 1e-4)
         scores = golden["sam_obj_score"].reshape(-1)
         if frames == 1:
-            np.testing.assert_allclose(segment.object_score, scores[number], rtol=1e-4)
+            assert_close(np.array(segment.object_score), scores[number], 1e-4)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -111,13 +112,11 @@ def test_prompt_embeddings_and_logits(model, image, case):
             asked.image.tiles.transpose(0, 3, 1, 2), golden["pixel_values"], rtol=0, atol=1e-6
         )
         model._encode_visual([asked.image])
-        np.testing.assert_allclose(
-            asked.image.visual.reshape(golden["vit_embeds"].shape), golden["vit_embeds"], rtol=1e-4, atol=1e-5
-        )
+        assert_close(asked.image.visual.reshape(golden["vit_embeds"].shape), golden["vit_embeds"], 1e-5)
     ids, hidden = model._generate([asked], [prompt], len(said), {"prefill": 0.0, "decode": 0.0})
     assert ids[0] == said
     states = hidden[0][: len(said) - 1]
-    np.testing.assert_allclose(states, golden["last_hidden_tail"][1:], rtol=1e-4, atol=1e-4)
+    assert_close(states, golden["last_hidden_tail"][1:], 1e-4)
 
 
 def test_batch_of_different_requests_answers_as_one_by_one(model, image):
@@ -214,6 +213,6 @@ def test_the_whole_model_as_one_jitted_function(model, image):
     assert np.asarray(result.valid).tolist() == [[True, False]] * 2
     for row in range(2):
         assert result.ids[row, : new - 1].tolist() == golden["generated_ids"].tolist()
-        np.testing.assert_allclose(result.hidden[row, 0], golden["seg_hidden"][0], rtol=1e-4, atol=1e-5)
+        assert_close(result.hidden[row, 0], golden["seg_hidden"][0], 1e-4)
         low = golden["sam_lowres"].reshape(result.masks.masks.shape[2:])
-        np.testing.assert_allclose(result.masks.masks[row, 0], low, rtol=1e-4, atol=1e-4)
+        assert_close(result.masks.masks[row, 0], low, 1e-4)

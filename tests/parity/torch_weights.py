@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
+from measured import assert_all_close, assert_close, relative_error  # noqa: F401 (for the tests)
 
 
 def arrays(tensors, prefix=""):
@@ -96,24 +97,3 @@ def value_and_gradients(module, call, inputs, cotangent):
 
     (_, result), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(state, inputs)
     return result, paths(nnx.to_pure_dict(grads[0])), grads[1]
-
-
-def relative_error(ours, theirs):
-    """Largest absolute difference over the largest absolute value of `theirs`."""
-    ours, theirs = (
-        np.asarray(x.detach().float() if hasattr(x, "detach") else x, np.float64) for x in (ours, theirs)
-    )
-    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
-    return np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-30)
-
-
-def assert_close(ours, theirs, tolerance, what=""):
-    error = relative_error(ours, theirs)
-    assert error <= tolerance, f"{what}: relative error {error:.2e} above {tolerance:.0e}"
-
-
-def assert_all_close(ours, theirs, tolerance):
-    """Compare two dictionaries of arrays by path; they must have the same paths."""
-    assert set(ours) == set(theirs), set(ours) ^ set(theirs)
-    for path in ours:
-        assert_close(ours[path], theirs[path], tolerance, path)

@@ -1,0 +1,41 @@
+"""Tests run without a persistent cache of other runs, and can write down the errors they measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import measured
+
+HEADER = """# Parity
+
+What the comparisons of `tests/` measured. Written by
+
+```sh
+pytest tests --parity-page docs/parity.md
+```
+
+and checked by `tests/test_parity_page.py`: every comparison is listed and none is above its tolerance. Errors
+are relative: the largest difference over the largest value of the reference. All in float32 on a CPU, random
+weights; the row nearest to its tolerance is shown for a test of several arrays.
+
+- `tests/parity/*`: against the torch modules of transformers and of sam2, gradients included.
+- `tests/test_golden.py`: the whole predictor against recordings of the reference implementation. It asserts
+  more than this table shows: equal token ids and texts, and masks equal but where |logit| < 1e-3.
+
+| test | largest relative error | tolerance |
+|---|---|---|
+"""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--parity-page", metavar="FILE", help="write the errors that were measured to FILE")
+
+
+def pytest_sessionfinish(session, exitstatus):
+    page = session.config.getoption("--parity-page")
+    if page and exitstatus == 0:
+        rows = [
+            f"| {test} | {error:.1e} | {tolerance:.0e} |"
+            for test, (error, tolerance) in sorted(measured.WORST.items())
+        ]
+        Path(page).write_text(HEADER + "\n".join(rows) + "\n", encoding="utf-8")
