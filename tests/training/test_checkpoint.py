@@ -1,0 +1,142 @@
+import errno
+import os
+import shutil
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from unibiomed_jax.errors import InputError
+from unibiomed_jax.training.checkpoint import Checkpointer, find_damage
+from unibiomed_jax.training.config import CheckpointConfig
+
+
+def state(seed):
+    parameters = {
+        "a.b.0.kernel": jax.random.normal(jax.random.key(seed), (300, 40)),
+        "a.norm": jnp.full((3,), seed, jnp.bfloat16),
+    }
+    return {
+        "step": jnp.int32(seed),
+        "trainable": parameters,
+        "moments": optax.adam(1e-3).init(parameters),
+        "key": jax.random.key_data(jax.random.key(seed)),
+    }
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def save(checkpointer, step, **measures):
+    checkpointer.save(step, state(step), position={"step": step}, config={}, measures=measures)
+
+
+def equal(first, second):
+    return jax.tree.structure(first) == jax.tree.structure(second) and all(
+        map(np.array_equal, jax.tree.leaves(first), jax.tree.leaves(second))
+    )
+
+
+@pytest.fixture
+def checkpointer(tmp_path):
+    return Checkpointer(tmp_path / "run", CheckpointConfig(keep_last=2, keep_best=1))
+
+
+def test_what_was_saved_comes_back_to_the_bit(checkpointer):
+    assert checkpointer.restore(abstract(state(0))) is None
+    save(checkpointer, 3)
+    save(checkpointer, 7)
+    checkpointer.wait()
+    restored = checkpointer.restore(abstract(state(0)))
+    assert restored.step == 7 and restored.position == {"step": 7}
+    assert equal(restored.state, state(7))
+
+
+def test_the_state_may_be_given_up_while_it_is_written(checkpointer):
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)
+    current = state(5)
+    checkpointer.save(5, current, position={}, config={})
+    for _ in range(20):
+        current = overwrite(current)
+    checkpointer.wait()
+    assert equal(checkpointer.restore(abstract(state(0))).state, state(5))
+
+
+def test_the_newest_and_the_best_stay(checkpointer):
+    for step, dice in [(1, 0.3), (2, 0.9), (3, 0.5), (4, None), (5, 0.4)]:
+        save(checkpointer, step, **({} if dice is None else {"dice": dice}))
+    checkpointer.wait()
+    assert checkpointer.steps() == [2, 4, 5]
+    assert checkpointer.best() == 2
+    assert {path.name for path in checkpointer.folder.iterdir()} == {"00000002", "00000004", "00000005"}
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "manifest"])
+def test_a_damaged_newest_is_said_and_the_one_before_is_used(checkpointer, caplog, harm):
+    save(checkpointer, 1)
+    save(checkpointer, 2)
+    checkpointer.wait()
+    newest = checkpointer.path(2)
+    data = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    if harm == "flip":
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 1
+        data.write_bytes(content)
+    elif harm == "truncate":
+        os.truncate(data, 100)
+    elif harm == "remove":
+        data.unlink()
+    else:
+        (newest / "manifest.json").write_text("{")
+    assert find_damage(newest)
+    restored = checkpointer.restore(abstract(state(0)))
+    assert restored.step == 1 and equal(restored.state, state(1))
+    assert "00000002 is damaged" in caplog.text
+    shutil.rmtree(checkpointer.path(1))
+    with pytest.raises(InputError, match="Every checkpoint"):
+        checkpointer.restore(abstract(state(0)))
+
+
+def test_a_checkpoint_of_another_model_names_the_leaf(checkpointer):
+    save(checkpointer, 1)
+    checkpointer.wait()
+    other = abstract(state(0))
+    other["trainable"]["a.norm"] = jax.ShapeDtypeStruct((4,), jnp.bfloat16)
+    with pytest.raises(InputError, match=r"trainable/a\.norm is \[\[3\], 'bfloat16'\] there and \[\[4\]"):
+        checkpointer.restore(other)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(checkpointer, monkeypatch):
+    save(checkpointer, 1)
+    checkpointer.wait()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("unibiomed_jax.training.checkpoint.digests", full)
+    save(checkpointer, 2)
+    with pytest.raises(InputError, match=r"full \(checkpoint 1 is intact\)"):
+        checkpointer.wait()
+    monkeypatch.undo()
+    assert {path.name for path in checkpointer.folder.iterdir()} == {"00000001"}
+    assert checkpointer.restore(abstract(state(0))).step == 1
+
+
+def test_an_error_of_the_background_shows_without_waiting(checkpointer, monkeypatch):
+    monkeypatch.setattr("unibiomed_jax.training.checkpoint.digests", lambda _: 1 / 0)
+    save(checkpointer, 1)
+    with pytest.raises(ZeroDivisionError):
+        for _ in range(200):
+            checkpointer.check()
+            time.sleep(0.05)
+
+
+def test_leftovers_of_a_killed_run_are_removed(checkpointer):
+    leftover = checkpointer.folder / "00000009.partial"
+    leftover.mkdir()
+    again = Checkpointer(checkpointer.folder, checkpointer.config)
+    assert not leftover.exists() and again.steps() == []

@@ -1,0 +1,270 @@
+"""Checkpoints that a run resumes from, to the bit.
+
+    <folder>/00000500/
+        state/           an Orbax checkpoint of the train state (and of the frozen parameters, at choice)
+        config.json      the run's configuration
+        position.json    where the data pipeline stood
+        tokenizer/       the tokenizer's files
+        manifest.json    measures, and size and sha256 of every file above; written last
+
+A checkpoint is written beside its place and moved there when it is complete, so that a folder with that name
+is either whole or was damaged later, which the manifest shows. Older ones go only after that.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint.experimental import v1 as ocp
+
+from unibiomed_jax.errors import InputError
+from unibiomed_jax.training.config import CheckpointConfig
+
+logger = logging.getLogger(__name__)
+
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a run goes on from."""
+
+    # The tree that was asked for, laid out as asked.
+    state: Any
+    # State of the data iterator.
+    position: dict
+    # Update at which it was saved.
+    step: int
+
+
+class Checkpointer:
+    """Saves in the background and keeps the newest and the best.
+
+    One save runs at a time; the next one waits for it. An error of the background (a full disk, say) is
+    raised by the next call of `save`, `wait` or `check`.
+    """
+
+    def __init__(self, folder: str | os.PathLike, config: CheckpointConfig):
+        self.folder = Path(folder).absolute()
+        self.config = config
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._primary = jax.process_index() == 0
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        if self._primary:
+            for leftover in self.folder.glob(f"*{PARTIAL}"):
+                shutil.rmtree(leftover)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        position: dict,
+        config: dict,
+        tokenizer: str | os.PathLike | None = None,
+        measures: Mapping[str, float] | None = None,
+    ) -> None:
+        """Start to save `state` (any tree of arrays); returns when it may be changed again.
+
+        Args:
+            step: names the checkpoint.
+            position: state of the data iterator, as JSON values.
+            config: the run's configuration, as JSON values.
+            tokenizer: folder with the tokenizer's files.
+            measures: validation results of this very state; say which checkpoint is best.
+
+        Raises:
+            InputError: this save or the one before could not be written.
+        """
+        self.wait()
+        partial = self.folder / f"{step:08d}{PARTIAL}"
+        try:
+            if self._primary:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                _write_json(partial / "config.json", config)
+                _write_json(partial / "position.json", position)
+                if tokenizer is not None:
+                    shutil.copytree(tokenizer, partial / "tokenizer")
+            response = ocp.save_async(partial / "state", nested(state))
+        except Exception as error:
+            raise self._explain(error) from error
+        manifest = {"step": step, "measures": dict(measures or {}), "leaves": describe(state)}
+        self._thread = threading.Thread(target=self._finish, args=(step, partial, response, manifest))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the save that runs, if any.
+
+        Raises:
+            InputError: it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise what went wrong in the background, without waiting."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise self._explain(error) from error
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+
+    def measures(self, step: int) -> dict[str, float]:
+        """Validation results of a checkpoint."""
+        return _read_json(self.path(step) / "manifest.json")["measures"]
+
+    def best(self) -> int | None:
+        """The step with the highest `config.best`, if any was measured."""
+        measured = {step: self.measures(step).get(self.config.best) for step in self.steps()}
+        measured = {step: value for step, value in measured.items() if value is not None}
+        return max(measured, key=lambda step: (measured[step], step), default=None)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"{step:08d}"
+
+    def restore(self, abstract: Any) -> Restored | None:
+        """Load the newest undamaged checkpoint; None if there is none.
+
+        Args:
+            abstract: the state's tree with shape, dtype and sharding in place of arrays; the mesh may be
+                another than the one that saved.
+
+        Raises:
+            InputError: the checkpoint is of another model or optimiser, or all are damaged.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            damage = find_damage(self.path(step))
+            if damage:
+                logger.warning(
+                    "Checkpoint %s is damaged (%s); the one before is used.", self.path(step), damage
+                )
+                continue
+            return self._load(step, abstract)
+        if steps:
+            raise InputError(
+                f"Every checkpoint in {self.folder} is damaged; delete them to start from the beginning."
+            )
+        return None
+
+    def _load(self, step: int, abstract: Any) -> Restored:
+        path = self.path(step)
+        stored, wanted = _read_json(path / "manifest.json")["leaves"], describe(abstract)
+        for name in [*wanted, *stored]:
+            if stored.get(name) != wanted.get(name):
+                raise InputError(
+                    f"{path} was saved by another model, adapter or optimiser: {name} is "
+                    f"{stored.get(name, 'missing')} there and {wanted.get(name, 'missing')} here; "
+                    "resume with the configuration in its config.json, or choose another run folder."
+                )
+        loaded = leaves_by_name(ocp.load(path / "state", nested(abstract)))
+        state = jax.tree.unflatten(jax.tree.structure(abstract), [loaded[name] for name in wanted])
+        return Restored(state, _read_json(path / "position.json"), step)
+
+    def _finish(self, step: int, partial: Path, response, manifest: dict) -> None:
+        try:
+            response.result()
+            if self._primary:
+                _write_json(partial / "manifest.json", manifest | {"files": digests(partial)})
+                shutil.rmtree(self.path(step), ignore_errors=True)
+                os.replace(partial, self.path(step))
+                self._prune()
+        except BaseException as error:
+            self._error = error
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _prune(self) -> None:
+        """Delete what is neither among the newest nor among the best."""
+        steps = self.steps()
+        values = {step: self.measures(step).get(self.config.best) for step in steps}
+        ranked = sorted((s for s in steps if values[s] is not None), key=lambda s: (values[s], s))
+        keep = {*steps[-self.config.keep_last :], *ranked[len(ranked) - self.config.keep_best :]}
+        for step in set(steps) - keep:
+            # Out of sight first: a half-deleted checkpoint must not look like a damaged one.
+            doomed = self.path(step).with_suffix(PARTIAL)
+            os.replace(self.path(step), doomed)
+            shutil.rmtree(doomed)
+
+    def _explain(self, error: BaseException) -> BaseException:
+        text = str(error)
+        if (
+            getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+            or "No space left" in text
+        ):
+            steps = self.steps()
+            kept = f"checkpoint {steps[-1]} is intact" if steps else "there is no checkpoint yet"
+            return InputError(f"The disk of {self.folder} is full ({kept}); free some space and run again.")
+        return error
+
+
+def leaves_by_name(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by the slash-joined names of the fields that lead to them."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
+
+
+def nested(tree: Any) -> dict:
+    """A tree of any containers as nested dictionaries, which mean the same to every version of Orbax."""
+    result: dict = {}
+    for name, leaf in leaves_by_name(tree).items():
+        *parents, last = name.split("/")
+        node = result
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return result
+
+
+def describe(tree: Any) -> dict[str, list]:
+    """Shape and dtype of every leaf by name, as JSON values."""
+    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaves_by_name(tree).items()}
+
+
+def digests(folder: Path) -> dict[str, list]:
+    """Size and sha256 of every file below a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+
+    def digest(path: Path) -> list:
+        with path.open("rb") as file:
+            return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+    with ThreadPoolExecutor(4) as pool:
+        return dict(
+            zip((str(path.relative_to(folder)) for path in files), pool.map(digest, files), strict=True)
+        )
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        expected = _read_json(checkpoint / "manifest.json")["files"]
+        found = digests(checkpoint)
+    except (OSError, ValueError, KeyError) as error:
+        return str(error)
+    return next((f"{name} has changed" for name in expected if found.get(name) != expected[name]), None)
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
