@@ -1,0 +1,95 @@
+"""A model with random weights, and questions to it: speed does not depend on the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import lzma
+import shutil
+import tempfile
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from unibiomed_jax import Request, UniBiomed
+from unibiomed_jax.config import LanguageConfig, ModelConfig, VisionConfig
+from unibiomed_jax.inference.precision import BFLOAT16, FLOAT32, default_precision
+from unibiomed_jax.inference.tokenizer import Tokenizer
+from unibiomed_jax.models.unibiomed import UniBiomedModel
+from unibiomed_jax.presets import SAM2_VARIANTS
+
+TOKENIZER = Path(__file__).parents[1] / "tests" / "data" / "qwen2_tokenizer"
+# "full" is UniBiomed-1B; "micro" only shows that a benchmark works.
+SIZES = {
+    "full": ModelConfig(),
+    "micro": ModelConfig(
+        vision=VisionConfig(hidden_size=64, num_layers=2, num_heads=4, mlp_dim=128, image_size=112),
+        language=LanguageConfig(hidden_size=64, num_layers=2, num_heads=4, mlp_dim=128),
+        sam2=SAM2_VARIANTS["micro"],
+    ),
+}
+# The release stores these parts in bfloat16 and SAM2 in float32.
+STORED_BFLOAT16 = ("vision_model", "mlp1", "language_model")
+# 25 tokens around the image's.
+PROMPT = "<image>Please segment the liver in abdomen CT."
+
+
+def random_parameters(config: ModelConfig) -> dict:
+    """A parameter tree of sane scale, made at the speed of memory: one piece of noise repeats."""
+    model = nnx.eval_shape(lambda: UniBiomedModel(config, rngs=nnx.Rngs(0)))
+    # A prime length, so that the rows of a matrix differ.
+    noise = np.random.default_rng(0).standard_normal(1_000_003, np.float32)
+
+    def fill(path, leaf):
+        part, name, shape = path[0].key, path[-1].key, leaf.shape
+        if name == "scale":
+            return np.ones(shape, np.float32)
+        std = 0.02
+        if name == "kernel":
+            std = np.prod(shape[-2:-1] if len(shape) <= 3 else shape[-4:-1]) ** -0.5
+        dtype = ml_dtypes.bfloat16 if part in STORED_BFLOAT16 else np.float32
+        return np.resize((noise * np.float32(std)).astype(dtype), shape)
+
+    return jax.tree_util.tree_map_with_path(fill, nnx.to_pure_dict(nnx.state(model)))
+
+
+def random_model(size: str, precision: str, tokenizer: Path | None = None) -> UniBiomed:
+    """The predictor at one of SIZES; `precision` is auto, float32 or bfloat16."""
+    config = SIZES[size]
+    policy = {"auto": default_precision(), "float32": FLOAT32, "bfloat16": BFLOAT16}[precision]
+    with tempfile.TemporaryDirectory() as folder:
+        if tokenizer is None:
+            (tokenizer := Path(folder)).joinpath("tokenizer.json").write_bytes(
+                lzma.decompress((TOKENIZER / "tokenizer.json.xz").read_bytes())
+            )
+            shutil.copy(TOKENIZER / "tokenizer_config.json", tokenizer)
+        loaded = Tokenizer.from_folder(tokenizer)
+    return UniBiomed(config, random_parameters(config), loaded, precision=policy)
+
+
+def seg_steps(segments: int, new_tokens: int) -> list[int]:
+    """The steps at which `[SEG]` is said, spread over the answer and never last."""
+    return [(i + 1) * new_tokens // (segments + 1) for i in range(segments)]
+
+
+def question(
+    model: UniBiomed, segments: int, new_tokens: int, size: tuple[int, int] = (410, 410), seed: int = 0
+) -> Request:
+    """Ask about a random image of `size` = (width, height); every token of the answer is set beforehand.
+
+    The model computes its own choice all the same. So no answer ends early, and `[SEG]` is said where wanted.
+    """
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    word = model.tokenizer.encode(" liver")[0]
+    forced = dict.fromkeys(range(new_tokens), word)
+    forced |= dict.fromkeys(seg_steps(segments, new_tokens), model.tokenizer.seg_id)
+    return Request(PROMPT, Image.fromarray(pixels), forced=forced)
+
+
+def describe(model: UniBiomed) -> str:
+    """Precision policy in words."""
+    precision = dataclasses.asdict(model.config.precision)
+    return ", ".join(f"{name} {value}" for name, value in precision.items() if isinstance(value, str))
