@@ -182,12 +182,6 @@ def read_torch(path: Path, entry: str) -> dict[str, Tensor]:
     Raises:
         InputError: torch is not installed, or the file is missing, damaged, or holds more than plain tensors.
     """
-    try:
-        import torch
-    except ImportError:
-        raise InputError(
-            f"Reading {path.name} needs PyTorch; install it with: pip install 'unibiomed-jax[parity]'."
-        ) from None
     if path.is_dir():
         raise InputError(
             f"{path} is a folder of DeepSpeed shards; join them first with the script inside it: "
@@ -195,6 +189,12 @@ def read_torch(path: Path, entry: str) -> dict[str, Tensor]:
         )
     if not path.is_file():
         raise InputError(f"{path} is missing; give the file with the trained weights.")
+    try:
+        import torch
+    except ImportError:
+        raise InputError(
+            f"Reading {path.name} needs PyTorch; install it with: pip install 'unibiomed-jax[parity]'."
+        ) from None
     content = _load(torch, path)
     if isinstance(content, dict) and isinstance(content.get(entry), dict):
         content = content[entry]

@@ -392,8 +392,7 @@ def check_shapes(
     """Raise InputError unless the parameters have the paths and shapes of the model of config.json."""
     for path in [*expected, *found]:
         if expected.get(path) != found.get(path):
-            should = expected.get(path, "not exist")
-            has = found.get(path, "missing")
+            should, has = expected.get(path, "absent"), found.get(path, "missing")
             raise InputError(
                 f"{where}: config.json describes another model than the parameters: {path} should be "
                 f"{should} but is {has}; restore the config.json that was written with them."
