@@ -364,8 +364,11 @@ def load(
     if not path.is_dir():
         raise InputError(f"{path} is not a folder; give a converted checkpoint or {REMEDY}.")
     config, manifest = read_config(path), read_manifest(path)
-    kernels = {p: shape for p, shape in manifest.shapes.items() if ".lora." not in p}
-    check_shapes(kernels, {p: leaf.shape for p, leaf in abstract_params(config).items()}, str(path))
+    try:
+        expected = {p: leaf.shape for p, leaf in abstract_params(config).items()}
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: no model can be built from config.json ({error}); {REMEDY}.") from None
+    check_shapes({p: s for p, s in manifest.shapes.items() if ".lora." not in p}, expected, str(path))
     place = sharding or (lambda path, shape: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     params: dict = {}
     for name in dict.fromkeys(p.partition(".")[0] for p in manifest.leaves):
