@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 # the mean of the values and not NaN.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
-# Attention scores (float32) held at a time; 2**26 of them are 256 MiB.
-MAX_SCORES = 2**26
+# Attention scores (float32) that one row of a batch holds at a time; 2**25 of them are 128 MiB.
+MAX_SCORES = 2**25
 
 # Mean and standard deviation of ImageNet's RGB, on a scale of 0 to 1.
 PIXEL_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
@@ -34,10 +34,12 @@ def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def row_major(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Make a transpose move memory on a CPU, where XLA would otherwise leave its fused attention kernel."""
-    if jax.default_backend() != "cpu":
-        return x
-    return with_layout_constraint(jnp.asarray(x), Layout(tuple(range(x.ndim))))
+    """Make a transpose move memory on a CPU, where XLA's fused attention kernel needs it; a no-op elsewhere.
+
+    Decided by the platform that is compiled for, which need not be the one that runs this.
+    """
+    constrain = functools.partial(with_layout_constraint, layouts=Layout(tuple(range(x.ndim))))
+    return jax.lax.platform_dependent(jnp.asarray(x), cpu=constrain, default=lambda x: x)
 
 
 def attention(
@@ -59,31 +61,30 @@ def attention(
     """
     batch, queries, heads, dim = q.shape
     keys, kv_heads = k.shape[1:3]
-    q = q.reshape(batch, queries, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)
+    group = heads // kv_heads
+    q = q.reshape(batch, queries, kv_heads, group, dim).transpose(0, 2, 3, 1, 4)
     k, v = (row_major(x.swapaxes(1, 2)) for x in (k, v))
     if mask is not None:
         mask = mask.reshape(batch, min(mask.shape[1], kv_heads), -1, queries, keys)
 
     def attend(q, rows, mask):
-        """Heads as (batch, kv_heads, group, rows, dim) for the queries with these row numbers."""
-        shape = (*q.shape[:-1], keys)
-        q = row_major(q.reshape(batch, kv_heads, -1, dim))
-        scores = jnp.einsum("bgqd,bgkd->bgqk", q, k, preferred_element_type=jnp.float32) * dim**-0.5
+        """The queries with these row numbers, as (batch, kv_heads, group, rows, dim)."""
         visible = [] if mask is None else [mask]
         if causal:
-            visible.append(jnp.arange(keys) <= rows[:, None])
+            visible.append((jnp.arange(keys) <= rows[:, None])[None, None, None])
         if key_valid is not None:
             visible.append(key_valid[:, None, None, None])
-        if visible:
-            visible = functools.reduce(jnp.logical_and, visible)
-            scores = jnp.where(visible, scores.reshape(shape), MASKED).reshape(scores.shape)
+        folded = row_major(q.reshape(batch, kv_heads, -1, dim))
+        scores = jnp.einsum("bgqd,bgkd->bgqk", folded, k, preferred_element_type=jnp.float32) * dim**-0.5
+        if visible:  # added, because a select would break XLA's fused kernel on a CPU
+            bias = jnp.where(functools.reduce(jnp.logical_and, visible), 0, MASKED)
+            bias = jnp.broadcast_to(bias, (*bias.shape[:2], group, len(rows), keys))
+            scores = scores + bias.reshape(*bias.shape[:2], -1, keys)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         out = jnp.einsum("bgqk,bgkd->bgqd", weights, v, preferred_element_type=jnp.float32)
-        return out.astype(v.dtype).reshape(*shape[:-1], v.shape[-1])
+        return out.astype(v.dtype).reshape(*q.shape[:-1], v.shape[-1])
 
-    # On a CPU the whole batch is in one memory; elsewhere its rows are usually spread over devices.
-    rows_in_memory = batch if jax.default_backend() == "cpu" else 1
-    chunks = -(-queries // max(1, MAX_SCORES // (rows_in_memory * heads * keys)))
+    chunks = -(-queries // max(1, MAX_SCORES // (heads * keys)))
     if chunks == 1:
         out = attend(q, jnp.arange(queries), mask)
     else:
