@@ -136,13 +136,12 @@ class Conv2d(nnx.Module):
         *,
         stride: int = 1,
         padding: int = 0,
-        groups: int = 1,
         rngs: nnx.Rngs,
     ):
-        shape = (size, size, in_features // groups, out_features)
+        shape = (size, size, in_features, out_features)
         self.kernel = nnx.Param(LINEAR_INIT(rngs.params(), shape, jnp.float32))
         self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32))
-        self.stride, self.padding, self.groups = stride, padding, groups
+        self.stride, self.padding = stride, padding
 
     def __call__(self, x: Float[Array, "batch rows columns in"]) -> Float[Array, "batch rows2 columns2 out"]:
         kernel = self.kernel[...].astype(x.dtype)
@@ -154,7 +153,6 @@ class Conv2d(nnx.Module):
             (self.stride, self.stride),
             [(self.padding, self.padding)] * 2,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=self.groups,
         )
         return y + self.bias[...].astype(x.dtype)
 

@@ -114,6 +114,8 @@ def plan_frames(
 
 class Sam2(nnx.Module):
     def __init__(self, config: Sam2Config, precision: Precision, *, rngs: nnx.Rngs):
+        if config.image_size % 32:
+            raise InputError(f"SAM2's image_size must be a multiple of 32, not {config.image_size}.")
         dim = config.d_model
         self.config, self.precision = config, precision
         self.image_encoder = ImageEncoder(config.hiera, dim, rngs=rngs)
@@ -134,7 +136,17 @@ class Sam2(nnx.Module):
     def encode_image(
         self, pixels: Float[Array, "images size size 3"], *, remat: str = "none"
     ) -> ImageFeatures:
-        """Encode normalised images of config.image_size pixels a side, once for all questions about them."""
+        """Encode normalised images, once for all questions about them.
+
+        Raises:
+            InputError: the images are not of the configured size.
+        """
+        size = self.config.image_size
+        if pixels.shape[1:3] != (size, size):
+            height, width = pixels.shape[1:3]
+            raise InputError(
+                f"SAM2 reads images of {size}x{size} pixels, not {height}x{width}: resize them first."
+            )
         dtype = "bfloat16" if self.precision.sam2_encoder == "bfloat16" else "float32"
         level0, level1, level2 = self.image_encoder(pixels.astype(dtype), remat=remat)
         decoder = self.sam_mask_decoder
