@@ -148,7 +148,7 @@ def weights_table(differences: list[Difference]) -> Table:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    console = Console()
+    console = Console(width=max(100, Console().width))
     a, b = Opened(args.a), Opened(args.b)
     differences = list(compare(a, b))
     console.print(weights_table(differences))
