@@ -24,7 +24,7 @@ def check_complete(rows: Iterable[Row], tensors: Mapping[str, Tensor], where: st
     missing = [name for name in shapes if name not in tensors]
     problems = []
     for name in unknown[:3]:
-        near = difflib.get_close_matches(name, missing or shapes, n=1, cutoff=0.8)
+        near = difflib.get_close_matches(name, missing or shapes, n=1)
         hint = f" (nearest {'missing' if missing else 'known'} name: {near[0]})" if near else ""
         problems.append(f"{name} has no place in this model{hint}")
     if len(unknown) > 3:

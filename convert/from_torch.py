@@ -22,7 +22,7 @@ from convert import command, sources
 from convert.assemble import build_parts
 from convert.reading import DTYPE_NAMES
 from convert.sources import Source
-from convert.tokenizer_files import add_unibiomed_tokens, copy_tokenizer
+from convert.tokenizer_files import add_unibiomed_tokens, check_tokenizer, copy_tokenizer
 from unibiomed_jax import checkpoint
 from unibiomed_jax.errors import InputError
 
@@ -92,6 +92,7 @@ def convert(source: Source, dst: Path, *, overwrite: bool = False) -> str:
         copy_tokenizer(source.folder, folder / "tokenizer")
         if source.first_new_token is not None:
             add_unibiomed_tokens(folder / "tokenizer", source.first_new_token)
+        check_tokenizer(folder / "tokenizer", source.config.language.vocab_size)
         _write_release(source, folder / "release")
         return checkpoint.write(
             folder, source.config, build_parts(source.rows, source.tensors), lora=source.lora
@@ -124,6 +125,7 @@ def read_released(folder: Path) -> checkpoint.Checkpoint:
         InputError: the folder is incomplete, damaged or of an unsupported kind.
     """
     source = sources.released(Path(folder))
+    check_tokenizer(source.folder, source.config.language.vocab_size)
     params = {part: checkpoint.unflatten(leaves) for part, leaves in build_parts(source.rows, source.tensors)}
     return checkpoint.Checkpoint(source.config, params, Path(folder), checkpoint.hash_of(params), None)
 

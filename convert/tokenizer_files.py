@@ -8,7 +8,7 @@ from pathlib import Path
 
 from convert.reading import read_json
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.inference.tokenizer import UNIBIOMED_TOKENS
+from unibiomed_jax.inference.tokenizer import UNIBIOMED_TOKENS, Tokenizer
 
 FILES = (
     "tokenizer.json",
@@ -74,6 +74,16 @@ def add_unibiomed_tokens(folder: Path, vocab_size: int) -> None:
             {"id": number, "content": token, **flags} for token, number in numbers.items()
         ]
         _write(folder / "tokenizer.json", whole)
+
+
+def check_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Raise InputError unless the tokenizer in `folder` can be read and every id of it has an embedding."""
+    found = Tokenizer.from_folder(folder).vocab_size
+    if found > vocab_size:
+        raise InputError(
+            f"The tokenizer in {folder} has {found} tokens but the embedding only {vocab_size} rows; use the "
+            "tokenizer files that belong to the checkpoint."
+        )
 
 
 def _write(path: Path, values) -> None:

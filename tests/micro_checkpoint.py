@@ -22,7 +22,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SMALL = ModelConfig(
     vision=VisionConfig(hidden_size=16, num_layers=2, num_heads=2, mlp_dim=24, image_size=28),
     language=LanguageConfig(
-        vocab_size=37, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=24
+        vocab_size=300, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=24
     ),
     sam2=SAM2_VARIANTS["micro"],
 )

@@ -168,11 +168,11 @@ def test_vocabulary_is_padded_with_zeros_inside_and_trimmed_outside(tmp_path):
     manifest = checkpoint.read_manifest(tmp_path / "converted")
     params = checkpoint.read_part(tmp_path / "converted", "language_model", manifest)
     embedding, head = params["embed_tokens"], params["lm_head.kernel"]
-    assert embedding.shape == (128, 16) and head.shape == (16, 128)
-    assert np.array_equal(embedding[:37], tensors[EMBEDDING]) and not embedding[37:].any()
-    assert np.array_equal(head[:, :37], tensors[HEAD].T) and not head[:, 37:].any()
+    assert embedding.shape == (384, 16) and head.shape == (16, 384)
+    assert np.array_equal(embedding[:300], tensors[EMBEDDING]) and not embedding[300:].any()
+    assert np.array_equal(head[:, :300], tensors[HEAD].T) and not head[:, 300:].any()
     plan = to_torch.convert(tmp_path / "converted", tmp_path / "back")
-    assert plan[EMBEDDING][1] == plan[HEAD][1] == (37, 16)
+    assert plan[EMBEDDING][1] == plan[HEAD][1] == (300, 16)
 
 
 def test_gamma_and_g_weight_are_one_name(tmp_path):
@@ -216,7 +216,7 @@ def test_a_tied_head_that_differs_is_refused(tmp_path):
 def test_the_family_converts_at_reduced_width(tmp_path, name):
     full = LANGUAGE_MODELS[name]
     language = dataclasses.replace(
-        full, hidden_size=8 * full.num_heads, mlp_dim=24, num_layers=2, vocab_size=37
+        full, hidden_size=8 * full.num_heads, mlp_dim=24, num_layers=2, vocab_size=300
     )
     config = dataclasses.replace(SMALL, language=language)
     tensors = random_tensors(config)
@@ -246,7 +246,7 @@ def test_a_changed_vocabulary_changes_the_exported_config(tmp_path):
         part: checkpoint.unflatten(checkpoint.read_part(converted, part, manifest))
         for part in {path.split(".")[0] for path in manifest.leaves}
     }
-    config = dataclasses.replace(SMALL, language=dataclasses.replace(SMALL.language, vocab_size=41))
+    config = dataclasses.replace(SMALL, language=dataclasses.replace(SMALL.language, vocab_size=310))
     checkpoint.save(
         tmp_path / "changed", config, params, converted / "tokenizer", release=converted / "release"
     )

@@ -1,7 +1,9 @@
 """Conversion: what is refused, with the reason, and that nothing is left half-written."""
 
+import dataclasses
 import errno
 import json
+import os
 import shutil
 import struct
 import sys
@@ -12,8 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from micro_checkpoint import (
     MICRO,
+    SMALL,
     lazy,
     micro_tensors,
+    random_tensors,
     run_command,
     write_released,
 )
@@ -26,25 +30,21 @@ from unibiomed_jax.errors import InputError
 from unibiomed_jax.hf_config import model_config, release_config
 from unibiomed_jax.presets import MODELS, SAM2_VARIANTS
 
+TENSORS = micro_tensors()
 few = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(scope="module")
-def micro():
-    return micro_tensors()
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Tensors
 
 
-names = st.sampled_from(sorted(micro_tensors()))
+names = st.sampled_from(sorted(TENSORS))
 
 
 @given(names)
 @few
-def test_a_dropped_tensor_is_named(tmp_path, micro, name):
-    folder = write_released(tmp_path / "released", {n: v for n, v in micro.items() if n != name})
+def test_a_dropped_tensor_is_named(tmp_path, name):
+    folder = write_released(tmp_path / "released", {n: v for n, v in TENSORS.items() if n != name})
     with pytest.raises(InputError) as error:
         sources.released(folder)
     assert f"{name} is missing" in str(error.value)
@@ -52,9 +52,9 @@ def test_a_dropped_tensor_is_named(tmp_path, micro, name):
 
 @given(names, st.sampled_from(["{}.weight", "x{}", "model.{}", "{}_orig"]))
 @few
-def test_a_renamed_tensor_is_named_with_the_nearest_name(tmp_path, micro, name, pattern):
+def test_a_renamed_tensor_is_named_with_the_nearest_name(tmp_path, name, pattern):
     renamed = pattern.format(name)
-    tensors = {(renamed if n == name else n): v for n, v in micro.items()}
+    tensors = {(renamed if n == name else n): v for n, v in TENSORS.items()}
     with pytest.raises(InputError) as error:
         sources.released(write_released(tmp_path / "released", tensors))
     assert f"{renamed} has no place" in str(error.value)
@@ -63,8 +63,8 @@ def test_a_renamed_tensor_is_named_with_the_nearest_name(tmp_path, micro, name, 
 
 @given(names, st.integers(0, 3))
 @few
-def test_a_reshaped_tensor_is_named(tmp_path, micro, name, way):
-    values = micro[name]
+def test_a_reshaped_tensor_is_named(tmp_path, name, way):
+    values = TENSORS[name]
     axis = way % values.ndim
     changed = (
         np.concatenate([values, values], axis)
@@ -76,18 +76,18 @@ def test_a_reshaped_tensor_is_named(tmp_path, micro, name, way):
     if changed.shape == values.shape:
         changed = changed[None]
     with pytest.raises(InputError) as error:
-        sources.released(write_released(tmp_path / "released", micro | {name: changed}))
+        sources.released(write_released(tmp_path / "released", TENSORS | {name: changed}))
     assert f"{name} has shape {changed.shape}, not {values.shape}" in str(error.value)
 
 
-def test_an_extra_tensor_is_named(tmp_path, micro):
+def test_an_extra_tensor_is_named(tmp_path):
     extra = {"vision_model.encoder.layers.0.attn.q_norm.weight": np.ones(4, np.float32)}
     with pytest.raises(InputError, match="q_norm.weight has no place in this model"):
-        sources.released(write_released(tmp_path / "released", micro | extra))
+        sources.released(write_released(tmp_path / "released", TENSORS | extra))
 
 
-def test_many_offenders_are_counted(tmp_path, micro):
-    kept = {name: values for name, values in micro.items() if not name.startswith("vision_model")}
+def test_many_offenders_are_counted(tmp_path):
+    kept = {name: values for name, values in TENSORS.items() if not name.startswith("vision_model")}
     with pytest.raises(InputError, match="29 more are missing"):
         sources.released(write_released(tmp_path / "released", kept))
 
@@ -104,8 +104,8 @@ def test_an_unknown_size_of_sam2_is_refused():
         sources.recognise_sam2(lazy({"x": np.zeros(3, np.float32)}), "here")
 
 
-def test_recognised_sizes_are_those_of_the_golden_checkpoint(micro):
-    assert sources.recognise_sam2(lazy(micro), "here") == SAM2_VARIANTS["micro"]
+def test_recognised_sizes_are_those_of_the_golden_checkpoint():
+    assert sources.recognise_sam2(lazy(TENSORS), "here") == SAM2_VARIANTS["micro"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -322,13 +322,27 @@ def test_what_is_not_implemented_is_refused_with_the_reason(path, value, reason)
         model_config(values, SAM2_VARIANTS["micro"])
 
 
-def test_a_config_that_lies_about_the_weights_is_refused(tmp_path, micro):
+def test_a_config_that_lies_about_the_weights_is_refused(tmp_path):
     values = json.loads((MICRO / "config.json").read_text())
     for path, value in (("llm_config.vocab_size", 300), ("vision_config.num_hidden_layers", 3)):
         changed = change(json.loads(json.dumps(values)), path, value)
-        folder = write_released(tmp_path / "released", micro, **changed)
+        folder = write_released(tmp_path / "released", TENSORS, **changed)
         with pytest.raises(InputError, match="does not fit its config.json"):
             sources.released(folder)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
+    config = dataclasses.replace(SMALL, language=dataclasses.replace(SMALL.language, vocab_size=291))
+    folder = write_released(tmp_path / "released", random_tensors(config), config)
+    message = "has 292 tokens but the embedding only 291 rows"
+    with pytest.raises(InputError, match=message):
+        from_torch.convert(sources.released(folder), tmp_path / "out")
+    with pytest.raises(InputError, match=message):
+        from_torch.read_released(folder)
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(InputError, match="tokenizer_config.json is missing"):
+        from_torch.convert(sources.released(folder), tmp_path / "out")
+    assert os.listdir(tmp_path) == ["released"]
 
 
 def test_rope_scaling_and_template_spelling_change_nothing():
