@@ -196,8 +196,8 @@ class Precision:
     vision: str = "float32"
     # The language model.
     language: str = "float32"
-    # SAM2's image encoder. "mixed": float32 activations, bfloat16 products in the two coarse stages only, which
-    # hold most of the work; the fine stages decide where a border runs.
+    # SAM2's image encoder. "mixed": float32 activations, bfloat16 products but for the first stage and the
+    # pyramid, which decide where a border runs.
     sam2_encoder: str = "float32"
     # SAM2's mask decoder and memory.
     sam2_decoder: str = "float32"

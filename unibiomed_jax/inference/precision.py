@@ -38,8 +38,8 @@ def _kernel_dtype(names: tuple, config: ModelConfig, precision: Precision) -> st
         case ("language_model", *_):
             return precision.language
         case ("sam2", "image_encoder", "trunk", "runs", run, *_) if precision.sam2_encoder == "mixed":
-            coarse = config.sam2.hiera.runs()[run].dim_out >= config.sam2.hiera.stage_dims[2]
-            return "bfloat16" if coarse else "float32"
+            fine = config.sam2.hiera.runs()[run].dim_out == config.sam2.hiera.embed_dim
+            return "float32" if fine else "bfloat16"
         case ("sam2", "image_encoder", *_) | ("sam2", "sam_mask_decoder", "conv_s0" | "conv_s1", *_):
             return "float32" if precision.sam2_encoder == "mixed" else precision.sam2_encoder
         case ("sam2", *_):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce, repeat
 from flax import nnx
@@ -20,6 +21,9 @@ from unibiomed_jax.models.layers import (
 from unibiomed_jax.models.ops import attention, gelu, resize_bicubic
 
 PATCH_STRIDE = 4
+
+# Cells whose activations stay in the cache of a CPU core at any width of the trunk.
+CELLS_IN_CACHE = 2048
 
 
 def max_pool(
@@ -56,7 +60,10 @@ class HieraAttention(nnx.Module):
         self.num_heads, self.pools = run.num_heads, run.pools
 
     def __call__(self, x: Float[Array, "windows i j dim_in"]) -> Float[Array, "windows i2 j2 dim_out"]:
-        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        qkv = self.qkv(x)
+        if self.qkv.kernel[...].dtype == jnp.bfloat16:
+            qkv = qkv.astype(jnp.bfloat16)  # a layer whose products are bfloat16 attends in it, too
+        q, k, v = jnp.split(qkv, 3, axis=-1)
         if self.pools:
             q = max_pool(q)
         shape = q.shape
@@ -96,7 +103,7 @@ class HieraBlock(nnx.Module):
             residual = max_pool(self.proj(y))
         if valid is not None:
             y = jnp.where(valid, y, 0)
-        x = residual + self.attn(y)
+        x = residual + self.attn(y).astype(x.dtype)
         return x + self.mlp(self.norm2(x))
 
 
@@ -153,10 +160,27 @@ def run_blocks(
         blocks = unstack_layers(
             blocks
         )  # a scan cannot carry a map that shrinks; such a run is one block long
-    x, _ = scan_layers(
-        blocks, lambda block, x, _: (block(x, valid), None), to_windows(x, window), remat=remat
-    )
-    return from_windows(x, grid // 2 if run.pools else grid)
+
+    def run_all(windows, valid):
+        return scan_layers(blocks, lambda block, x, _: (block(x, valid), None), windows, remat=remat)[0]
+
+    windows = to_windows(x, window)
+    count = bands(len(windows), window)
+    if count == 1:
+        windows = run_all(windows, valid)
+    else:
+        split = jax.tree.map(lambda y: y.reshape(count, -1, *y.shape[1:]), (windows, valid))
+        windows = jax.lax.map(lambda band: run_all(*band), split)
+        windows = windows.reshape(-1, *windows.shape[2:])
+    return from_windows(windows, grid // 2 if run.pools else grid)
+
+
+def bands(windows: int, window: int) -> int:
+    """In how many bands to run the windows, one after the other: on a CPU a band should stay in its cache."""
+    count = windows * window**2 // CELLS_IN_CACHE if jax.default_backend() == "cpu" else 1
+    while count > 1 and windows % count:
+        count -= 1
+    return max(count, 1)
 
 
 class ImageEncoder(nnx.Module):
