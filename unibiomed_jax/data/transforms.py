@@ -9,6 +9,7 @@ from PIL import Image
 from scipy import ndimage
 
 from unibiomed_jax.config import ModelConfig
+from unibiomed_jax.data.augment import AugmentConfig, augment
 from unibiomed_jax.data.prompts import Conversation, PromptConfig, draw, variants
 from unibiomed_jax.data.readers import image_size
 from unibiomed_jax.data.records import TEXT_ONLY, Kind, Record
@@ -44,6 +45,8 @@ class SampleConfig:
     mask_size: int = 256
     # Longest sample, tokens.
     max_tokens: int = 8192
+    # Random changes of images and masks; none as in the reference.
+    augment: AugmentConfig | None = None
     # Questions and answers.
     prompts: PromptConfig = field(default_factory=PromptConfig)
 

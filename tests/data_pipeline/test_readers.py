@@ -1,0 +1,189 @@
+"""Tables on disk to records, and every way in which a table can be wrong."""
+
+import json
+
+import pytest
+from small_datasets import coco_table, save_picture, write_table
+
+from unibiomed_jax.data import DatasetConfig, Kind, find_datasets, read_dataset, read_mixture
+from unibiomed_jax.data.readers import check_files, image_size
+from unibiomed_jax.errors import InputError
+
+
+def test_targets(targets):
+    records = read_dataset(DatasetConfig(Kind.SEGMENTATION, str(targets)))
+    assert [record.name for record in records] == [
+        f"liver/segmentation:train/{i}_liver.png" for i in range(5)
+    ]
+    assert records[1].images == (str(targets / "train" / "1.png"),)
+    assert records[1].masks == ((str(targets / "train_mask" / "1_liver.png"),),)
+    assert records[1].texts == ("Liver in abdomen CT.",)
+    assert image_size(records[1]) == (60, 30)
+
+
+def test_targets_are_paired_by_file_name_in_the_order_of_images(targets):
+    table = coco_table(3)
+    table["images"] = [{"file_name": "2.png"}, {"file_name": "0.png"}, {"file_name": "4.png"}]
+    table["annotations"] = [table["annotations"][0], table["annotations"][2], table["annotations"][0]]
+    write_table(targets / "train.json", table)
+    names = [record.name for record in read_dataset(DatasetConfig(Kind.REGION, str(targets)))]
+    prefix = "liver/region:train/"
+    assert names == [f"{prefix}2_liver.png", f"{prefix}0_liver.png", f"{prefix}0_liver.png#2"]
+
+
+def test_volumes_keep_the_slices_with_a_mask(volumes):
+    (record,) = read_dataset(DatasetConfig(Kind.SEQUENCE, str(volumes)))
+    assert len(record.images) == len(record.masks[0]) == 12
+    assert record.images[0] == str(volumes / "v1" / "v1-001.png")
+    assert record.masks[0][0].endswith("v1-001_lung+tumor.png")
+    assert (record.frames, record.slices, record.texts) == (10, 10, ("Lung tumor in chest CT.",))
+
+
+def test_a_mask_belongs_to_the_slice_of_exactly_its_stem(volumes):
+    table = json.loads((volumes / "meta_train.json").read_text())
+    table["volumes"]["v1"]["slices"] = ["v1-1.png", "v1-10.png"]
+    masks = ["mask/v1/v1-10_lung.png"]
+    table["volumes"]["v1"]["expressions"]["0"]["mask_file"] = masks
+    write_table(volumes / "meta_train.json", table)
+    (record,) = read_dataset(DatasetConfig(Kind.SEQUENCE, str(volumes)))
+    assert [path.rsplit("/", 1)[1] for path in record.images] == ["v1-10.png"]
+
+
+def test_expressions_of_one_text_stay_apart(volumes):
+    table = json.loads((volumes / "meta_train.json").read_text())
+    expressions = table["volumes"]["v1"]["expressions"]
+    expressions["1"] = expressions["0"]
+    write_table(volumes / "meta_train.json", table)
+    names = [record.name for record in read_dataset(DatasetConfig(Kind.SEQUENCE, str(volumes)))]
+    assert len(set(names)) == 2
+
+
+def test_findings(findings):
+    one, none, two = read_dataset(DatasetConfig(Kind.VQA, str(findings)))
+    assert one.anatomy == "Lung" and one.texts == ("Nodule",) and one.report == ""
+    assert none.masks == (("",),)
+    assert two.texts == ("Nodule", "Effusion") and len(two.masks) == 2
+    assert read_dataset(DatasetConfig(Kind.REPORT, str(findings)))[0].report == '" A 5 mm nodule. "'
+
+
+def test_captions(captions):
+    caption, answer = read_dataset(DatasetConfig(Kind.CAPTION, str(captions)))
+    assert caption.texts == (" A Chest X-ray. ",) and caption.question == "" and caption.masks == ()
+    assert answer.question == "Is this a chest X-ray?"
+
+
+@pytest.mark.parametrize(
+    ("kind", "records", "expected"),
+    [
+        (Kind.SEGMENTATION, 2600, 1),
+        (Kind.SEGMENTATION, 2500, 2),
+        (Kind.SEGMENTATION, 7, 714),
+        (Kind.SEGMENTATION, 6000, 1),
+        (Kind.DISEASE, 1700, 2),
+        (Kind.CAPTION, 1700, 2),
+        (Kind.REGION, 1700, 1),
+        (Kind.REGION, 1000, 3),
+        (Kind.SEQUENCE, 3, 10),
+        (Kind.VQA, 3, 2),
+        (Kind.REPORT, 9000, 2),
+    ],
+)
+def test_balancing_of_the_reference(kind, records, expected):
+    assert DatasetConfig(kind, "x").repetitions(records) == expected
+
+
+def test_mixture_lays_datasets_end_to_end(mixture):
+    mixed = read_mixture(mixture)
+    assert len(mixed.records) == 5 + 1 + 5 + 5 + 3 + 3 + 2
+    assert mixed.order.tolist() == [*range(5), 5, 5, 5, *range(6, 24)]
+    assert mixed.sizes[1] == ("volumes/sequence (train)", 1, 3)
+    with pytest.raises(InputError, match="liver/segmentation.*another name"):
+        read_mixture([mixture[0], mixture[0]])
+
+
+def test_find_datasets_by_the_names_of_tables(tmp_path, targets, findings, captions, volumes):
+    (captions / "train.json").rename(captions / "train_captions.json")
+    write_table(targets / "train_disease.json", coco_table(5))
+    found = find_datasets(tmp_path, "train", minimum=0)
+    assert {config.title.split("/", 1)[1] for config in found} == {
+        "liver/segmentation", "liver/disease", "findings/vqa", "findings/report", "captions/caption",
+        "volumes/sequence"}  # fmt: skip
+    check_files(read_mixture(found).records)
+    with pytest.raises(InputError, match="no table for the split 'test'"):
+        find_datasets(tmp_path, "test")
+
+
+def test_tables_beside_their_images(volumes):
+    save_picture(volumes / "a.png")
+    save_picture(volumes / "a_mask.png")
+    annotation = {"file_name": "a.png", "mask_file": "a_mask.png", "sentences": [{"raw": "x"}]}
+    table = {"images": [{"file_name": "a.png"}], "annotations": [annotation]}
+    write_table(volumes / "train.json", table)
+    check_files(read_mixture(find_datasets(volumes, "train", minimum=0)).records)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Bad input: one sentence with file, field and remedy.
+
+
+def change(path, edit):
+    table = json.loads(path.read_text())
+    edit(table)
+    path.write_text(json.dumps(table))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop("images"), r"train\.json: the table lacks the field 'images'"),
+        (lambda t: t.update(annotations={}), r"'annotations' of the table must be a list, not a object"),
+        (lambda t: t["images"][0].pop("file_name"), r"images\[0\] lacks the field 'file_name'"),
+        (lambda t: t["annotations"][2].pop("mask_file"), r"annotations\[2\] lacks the field 'mask_file'"),
+        (
+            lambda t: t["annotations"][2].update(file_name="9.png"),
+            r"annotations\[2\] belongs to the image 9\.png",
+        ),
+        (lambda t: t["annotations"][1].update(sentences=[]), r"'sentences' of annotations\[1\] is empty"),
+        (
+            lambda t: t["annotations"][1].update(sentences=[{"raw": " "}]),
+            r"annotations\[1\]\.sentences\[0\] is empty",
+        ),
+        (lambda t: t.update(images=[], annotations=[]), r"holds no samples for segmentation"),
+    ],
+)
+def test_wrong_tables_of_targets(targets, edit, message):
+    change(targets / "train.json", edit)
+    with pytest.raises(InputError, match=message):
+        read_dataset(DatasetConfig(Kind.SEGMENTATION, str(targets)))
+
+
+def test_wrong_tables_of_other_kinds(volumes, findings, captions):
+    change(volumes / "meta_train.json", lambda t: t["volumes"]["v1"]["slices"].clear())
+    with pytest.raises(InputError, match=r"expressions\['0'\] has no mask named after one of the slices"):
+        read_dataset(DatasetConfig(Kind.SEQUENCE, str(volumes)))
+    change(findings / "train_parse.json", lambda t: t["c"].update(mask_file="train_mask/2.png"))
+    with pytest.raises(InputError, match=r"\['c'\] has 2 abnormalities but 1 mask files"):
+        read_dataset(DatasetConfig(Kind.REPORT, str(findings)))
+    write_table(findings / "train_parse.json", [])
+    with pytest.raises(InputError, match="must be a JSON object"):
+        read_dataset(DatasetConfig(Kind.VQA, str(findings)))
+    change(captions / "train.json", lambda t: t["annotations"][0].update(caption=None))
+    with pytest.raises(InputError, match=r"'caption' of annotations\[0\] must be a string, not a null"):
+        read_dataset(DatasetConfig(Kind.CAPTION, str(captions)))
+
+
+def test_missing_folders_and_files(tmp_path, targets):
+    with pytest.raises(InputError, match="folder .*nothing does not exist"):
+        read_dataset(DatasetConfig(Kind.SEGMENTATION, str(tmp_path / "nothing")))
+    with pytest.raises(InputError, match=r"test\.json does not exist"):
+        read_dataset(DatasetConfig(Kind.SEGMENTATION, str(targets), split="test"))
+    records = read_dataset(DatasetConfig(Kind.SEGMENTATION, str(targets)))
+    check_files(records)
+    (targets / "train_mask" / "3_liver.png").unlink()
+    with pytest.raises(InputError, match=r"train/3_liver\.png needs the file .*3_liver\.png, which does not"):
+        check_files(records)
+    (targets / "train.json").write_text("{")
+    with pytest.raises(InputError, match=r"train\.json is not valid JSON"):
+        read_dataset(DatasetConfig(Kind.SEGMENTATION, str(targets)))
+    with pytest.raises(InputError, match="no datasets"):
+        read_mixture([])
