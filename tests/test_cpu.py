@@ -27,7 +27,7 @@ def test_the_parts_of_a_split_add_up_to_the_number_itself():
     np.testing.assert_allclose(parts.sum(1).T, x, rtol=2**-23)
 
 
-@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("rows", [1, 7, 40])
 def test_split_linear_equals_linear(rows):
     linear = Linear(96, 40, rngs=nnx.Rngs(0))
     linear.kernel[...] = linear.kernel[...].astype(jnp.bfloat16).astype(jnp.float32)

@@ -13,9 +13,12 @@ from flax import nnx
 from jaxtyping import Array, BFloat16, Float32
 
 from unibiomed_jax.models.layers import Linear
+from unibiomed_jax.models.ops import row_major
 from unibiomed_jax.models.qwen2 import Qwen2
 
 PARTS = 3
+# With more rows (a prompt) arithmetic costs more than reading the weights: plain float32 is as fast then.
+MAX_SPLIT_ROWS = 16
 
 
 def split(x: Float32[Array, "rows in"]) -> BFloat16[Array, "in parts*rows"]:
@@ -26,7 +29,7 @@ def split(x: Float32[Array, "rows in"]) -> BFloat16[Array, "in parts*rows"]:
         part = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
         parts.append(part)
         x = x - part
-    return jnp.concatenate(parts).T.astype(jnp.bfloat16)
+    return row_major(jnp.concatenate(parts).T.astype(jnp.bfloat16))
 
 
 class SplitLinear(nnx.Module):
@@ -40,8 +43,12 @@ class SplitLinear(nnx.Module):
         """`key` is there because `Linear` takes one; this layer is for inference only."""
         kernel = self.kernel[...]
         rows = x.reshape(-1, x.shape[-1])
-        y = jnp.matmul(kernel, split(rows), preferred_element_type=jnp.float32)
-        y = y.reshape(-1, PARTS, len(rows)).sum(1).T.reshape(*x.shape[:-1], -1)
+        if len(rows) > MAX_SPLIT_ROWS:
+            y = rows @ kernel.astype(jnp.float32).T
+        else:
+            y = jnp.matmul(kernel, split(rows), preferred_element_type=jnp.float32)
+            y = y.reshape(-1, PARTS, len(rows)).sum(1).T
+        y = y.reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
 
 
