@@ -20,7 +20,7 @@ import tyro
 
 from convert import command, sources
 from convert.assemble import build_parts
-from convert.reading import DTYPE_NAMES
+from convert.reading import DTYPE_NAMES, require_torch_file
 from convert.sources import Source
 from convert.tokenizer_files import add_unibiomed_tokens, check_tokenizer, copy_tokenizer
 from unibiomed_jax import checkpoint
@@ -57,6 +57,7 @@ def open_source(args: Args) -> Source:
         InputError: it is incomplete, damaged, of an unknown kind, or options do not fit it.
     """
     if args.src.suffix in (".pth", ".pt"):
+        require_torch_file(args.src)
         if args.base is None:
             raise InputError(
                 f"{args.src} holds only what training changed; add what it was trained from with --base."

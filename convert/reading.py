@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -182,13 +183,7 @@ def read_torch(path: Path, entry: str) -> dict[str, Tensor]:
     Raises:
         InputError: torch is not installed, or the file is missing, damaged, or holds more than plain tensors.
     """
-    if path.is_dir():
-        raise InputError(
-            f"{path} is a folder of DeepSpeed shards; join them first with the script inside it: "
-            f"python {path / 'zero_to_fp32.py'} {path} {path.with_suffix('')}_whole.pth."
-        )
-    if not path.is_file():
-        raise InputError(f"{path} is missing; give the file with the trained weights.")
+    require_torch_file(path)
     try:
         import torch
     except ImportError:
@@ -217,9 +212,18 @@ def read_torch(path: Path, entry: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _load(torch, path: Path):
-    import pickle
+def require_torch_file(path: Path) -> None:
+    """Raise InputError unless `path` is a file; a folder of that name is what DeepSpeed leaves."""
+    if path.is_dir():
+        raise InputError(
+            f"{path} is a folder of DeepSpeed shards; join them first with the script inside it: "
+            f"python {path / 'zero_to_fp32.py'} {path} {path.with_suffix('')}_whole.pth."
+        )
+    if not path.is_file():
+        raise InputError(f"{path} is missing; give the file with the trained weights.")
 
+
+def _load(torch, path: Path):
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

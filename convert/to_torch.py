@@ -22,13 +22,14 @@ from convert.assemble import split_leaf
 from convert.layout import Row
 from convert.reading import DTYPES, read_json
 from convert.tables import by_component, model_rows
-from convert.tables.qwen2 import EMBEDDING, HEAD, lora_rows, projections
+from convert.tables.qwen2 import EMBEDDING, HEAD, lora_rows
 from convert.writing import SHARD_BYTES, write_safetensors
 from unibiomed_jax import checkpoint
-from unibiomed_jax.checkpoint import LoraInfo, Manifest
+from unibiomed_jax.checkpoint import Manifest
 from unibiomed_jax.config import ModelConfig
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.hf_config import release_config
+from unibiomed_jax.training.lora import save_peft_adapter
 
 Plan = dict[str, tuple[np.dtype, tuple[int, ...]]]
 
@@ -83,7 +84,7 @@ def convert(
         merge = manifest.lora.scale if manifest.lora and not adapter else None
         write_safetensors(folder, plan, _tensors(src, manifest, rows, plan, merge), shard_bytes=shard_bytes)
         if adapter:
-            _write_adapter(src, folder / "adapter", config, manifest)
+            _write_adapter(src, folder / "adapter", manifest)
     return plan
 
 
@@ -130,30 +131,10 @@ def _copy_files(src: Path, folder: Path, config: ModelConfig) -> None:
     (folder / "config.json").write_text(text + "\n")
 
 
-def _write_adapter(src: Path, folder: Path, config: ModelConfig, manifest: Manifest) -> None:
-    """The adapters as PEFT stores them, relative to the language model."""
-    folder.mkdir()
-    info: LoraInfo = manifest.lora
-    rows = lora_rows(config.language, info.rank)
+def _write_adapter(src: Path, folder: Path, manifest: Manifest) -> None:
     leaves = checkpoint.read_part(src, "language_model", manifest)
-    tensors = {}
-    for row in rows:
-        for name, tensor in split_leaf(row, leaves[row.path.removeprefix("language_model.")], {}):
-            tensors[name.replace("language_model.", "base_model.model.", 1)] = tensor
-    plan = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    write_safetensors(folder, plan, tensors.items(), file_name="adapter_model.safetensors")
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": info.rank,
-        "lora_alpha": info.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": [name.rpartition(".")[2] for name in projections(config.language)],
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    parameters = {f"language_model.{path}": leaf for path, leaf in leaves.items()}
+    save_peft_adapter(folder, parameters, rank=manifest.lora.rank, alpha=manifest.lora.alpha, dropout=0.0)
 
 
 def main() -> None:

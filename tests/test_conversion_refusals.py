@@ -228,9 +228,11 @@ def test_an_index_cannot_name_a_file_elsewhere(sharded, name):
 
 
 def test_a_deepspeed_folder_is_refused_with_the_remedy(tmp_path):
-    (tmp_path / "iter_1000.pth").mkdir()
-    with pytest.raises(InputError, match=r"DeepSpeed shards; join them .*zero_to_fp32.py"):
-        read_torch(tmp_path / "iter_1000.pth", "state_dict")
+    folder = tmp_path / "iter_1000.pth"
+    folder.mkdir()
+    for call in (read_torch, lambda path, _: from_torch.open_source(from_torch.Args(path, tmp_path / "out"))):
+        with pytest.raises(InputError, match=r"DeepSpeed shards; join them .*zero_to_fp32.py"):
+            call(folder, "state_dict")
 
 
 def test_a_pth_without_torch_or_base_is_explained(tmp_path, monkeypatch, capsys):

@@ -143,13 +143,17 @@ def new_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[
     try:
         partial.chmod(0o755)
         yield partial
+        old = partial.with_name(f"{partial.name}.old")
         if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-            os.replace(path, old / path.name)
+            os.replace(path, old)
+        try:
             os.replace(partial, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(partial, path)
+        except BaseException:
+            if old.exists():
+                os.replace(old, path)
+            raise
+        if old.exists():
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
@@ -222,7 +226,7 @@ def save(
     release: str | os.PathLike | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Save a model as a checkpoint folder that `load` and `convert.to_torch` read.
+    """Save a model as a checkpoint folder that `load` and `convert.to_torch` read, from a single process.
 
     Args:
         path: the folder to create; it appears complete or not at all.
