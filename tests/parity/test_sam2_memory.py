@@ -135,8 +135,8 @@ def test_memory_attention_and_gradients_equal_torch(meta, huggingface, ours):
     result, grads, input_grads = value_and_gradients(ours, call, inputs, cotangent)
     assert_close(result, expected, 1e-5)
     for mine, leaf in zip(input_grads, leaves, strict=True):
-        assert_close(mine, leaf.grad.reshape(mine.shape), 1e-4)
-    assert_gradients_close(grads, our_gradients(meta), 1e-4, ("memory_attention.",))
+        assert_close(mine, leaf.grad.reshape(mine.shape), 1e-5)
+    assert_gradients_close(grads, our_gradients(meta), 1e-5, ("memory_attention.",))
 
     _, arguments = torch_inputs()
     with torch.no_grad():

@@ -203,7 +203,7 @@ class Sam2(nnx.Module):
         are encoded inside the loop, so that memory does not grow with their number. Nothing recompiles while
         the shapes stay: pad the frames with zeros and plan with `padded_to`; padding answers zeros.
         """
-        prompted = self.config.max_conditioning_frames
+        prompted, objects = self.config.max_conditioning_frames, len(language)
 
         def segment(state, step, index, direction):
             frame = jax.lax.dynamic_index_in_dim(frames, index)
@@ -214,18 +214,18 @@ class Sam2(nnx.Module):
                 lambda: self.track(features, self.recall(state, plan, index, direction)),
             )
             memory, pointer = self.remember(features, decoding)[0], self.object_pointer(decoding)[0]
-            return FrameMasks(decoding.masks[0], decoding.ious[0], decoding.object_scores[0]), memory, pointer
+            state = store(state, memory, pointer, step, index * direction, prompted)
+            return state, FrameMasks(decoding.masks[0], decoding.ious[0], decoding.object_scores[0])
 
         def body(state, inputs):
-            step, index, direction, valid = inputs
-            masks, memory, pointer = run_if(valid, lambda: segment(state, step, index, direction))
-            return store(
-                state, memory, pointer, step, jnp.where(valid, index * direction, NEVER), prompted
-            ), masks
+            *place, valid = inputs
+            return jax.lax.cond(valid, lambda: segment(state, *place), lambda: (state, blank))
 
+        side = 4 * self.config.grid
+        blank = FrameMasks(*(jnp.zeros((objects, *shape)) for shape in ((side, side), (3,), ())))
         steps = jnp.arange(len(plan.index))
         inputs = (steps, jnp.asarray(plan.index), jnp.asarray(plan.direction), jnp.asarray(plan.valid))
-        _, masks = jax.lax.scan(body, self.empty_state(language.shape[0]), inputs)
+        _, masks = jax.lax.scan(body, self.empty_state(objects), inputs)
         target = jnp.where(inputs[3], inputs[1], len(frames))  # padding is written nowhere
 
         def in_frame_order(values):
@@ -271,14 +271,6 @@ class Sam2(nnx.Module):
             pointers=rearrange(state.pointers, "p o (t d) -> o (p t) d", t=tokens),
             pointers_valid=jnp.repeat(pointers_valid, tokens),
         )
-
-
-def run_if(condition: Bool[Array, ""], function):
-    """function() where the condition holds; else zeros like its result, at no cost."""
-    shapes = jax.eval_shape(function)
-    return jax.lax.cond(
-        condition, function, lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    )
 
 
 def store(
