@@ -1,7 +1,6 @@
 """A model that compiles in seconds, and batches for it: what the training tests share."""
 
 import numpy as np
-from flax import nnx
 
 from unibiomed_jax.config import (
     HieraConfig,
@@ -10,11 +9,10 @@ from unibiomed_jax.config import (
     Sam2Config,
     VisionConfig,
 )
-from unibiomed_jax.models.unibiomed import UniBiomedModel
-from unibiomed_jax.training import lora
-from unibiomed_jax.training.config import LoraConfig, LossConfig, OptimConfig, RematConfig, StepConfig
+from unibiomed_jax.training.config import LoraConfig, LossConfig, OptimConfig, RematConfig, TrainConfig
 from unibiomed_jax.training.forward import TokenIds
-from unibiomed_jax.training.parameters import partition, split
+from unibiomed_jax.training.initialise import random_parameters, structure
+from unibiomed_jax.training.parameters import partition
 from unibiomed_jax.training.step import init_state
 
 MODEL = ModelConfig(
@@ -40,7 +38,8 @@ MODEL = ModelConfig(
     ),
 )
 IDS = TokenIds(image=28, seg=29)
-STEP = StepConfig(
+STEP = TrainConfig(
+    model=MODEL,
     loss=LossConfig(num_points=64, token_chunk=8),
     lora=LoraConfig(rank=2, alpha=4.0, dropout=0.1),
     optim=OptimConfig(lr=1e-2, steps=20, accumulate=1),
@@ -60,7 +59,7 @@ def random_batch(seed, size=4, tiles=2, tokens=12, objects=2, frames=1):
         ids[row, 8 : 8 + num_objects[row]] = IDS.seg
     learned = np.arange(tokens) >= 6 + rng.integers(0, 3, (size, 1))
     return {
-        "pixel_values": rng.integers(0, 256, (size, tiles, 28, 28, 3)).astype(np.uint8),
+        "pixel_values": rng.normal(size=(size, tiles, 28, 28, 3)).astype(np.float32),
         "input_ids": ids.astype(np.int32),
         "labels": np.where(learned, ids, -100).astype(np.int32),
         "sam_pixels": rng.integers(0, 256, (size, frames, 64, 64, 3)).astype(np.uint8),
@@ -70,18 +69,8 @@ def random_batch(seed, size=4, tiles=2, tokens=12, objects=2, frames=1):
     }
 
 
-def build(config=STEP, seed=0):
+def build(config=STEP):
     """(structure, state, frozen parameters) of the small model."""
-    model = UniBiomedModel(MODEL, rngs=nnx.Rngs(seed))
-    if config.lora.rank:
-        lora.attach(
-            model,
-            config.lora.targets,
-            rank=config.lora.rank,
-            alpha=config.lora.alpha,
-            dropout=config.lora.dropout,
-            rngs=nnx.Rngs(params=seed + 1),
-        )
-    graphdef, parameters = split(model)
-    trainable, frozen = partition(parameters, config.freeze.trainable, config.freeze.frozen)
-    return graphdef, init_state(trainable, config, seed), frozen
+    graphdef, _ = structure(config)
+    trainable, frozen = partition(random_parameters(config), config.freeze.trainable, config.freeze.frozen)
+    return graphdef, init_state(trainable, config), frozen

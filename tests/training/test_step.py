@@ -8,7 +8,7 @@ from small import IDS, STEP, build, random_batch
 
 from unibiomed_jax import sharding
 from unibiomed_jax.training import forward
-from unibiomed_jax.training.step import build_train_step, place, place_batch
+from unibiomed_jax.training.step import TrainStep, place, place_batch
 
 STRATEGY = sharding.DATA_PARALLEL
 NO_DROPOUT = dataclasses.replace(STEP, lora=dataclasses.replace(STEP.lora, dropout=0.0))
@@ -18,7 +18,7 @@ def build_step(config=STEP):
     mesh = sharding.make_mesh(jax.devices()[:1])
     graphdef, state, frozen = build(config)
     state, frozen = place((state, frozen), STRATEGY, mesh)
-    step = build_train_step(graphdef, config, IDS, mesh, STRATEGY)
+    step = TrainStep(graphdef, config, IDS, mesh, STRATEGY)
 
     def on_host(state, *batches):
         return step(state, frozen, [place_batch(batch, STRATEGY, mesh) for batch in batches])

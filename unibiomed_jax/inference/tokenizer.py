@@ -23,7 +23,7 @@ REGION_START, REGION_END = "<vp>", "</vp>"
 UNIBIOMED_TOKENS = (SEG, PHRASE_START, PHRASE_END, REGION_START, REGION_END)
 
 # How Qwen2 splits text before byte-pair merging (only needed when tokenizer.json is absent).
-_QWEN2_SPLIT = (
+QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -177,7 +177,7 @@ def _qwen2_backend(folder: Path, added: dict[str, dict]) -> tokenizers.Tokenizer
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_QWEN2_SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

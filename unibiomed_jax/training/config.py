@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from unibiomed_jax.config import ModelConfig, Precision
+from unibiomed_jax.data.pipeline import PipelineConfig
+from unibiomed_jax.data.records import DatasetConfig
 from unibiomed_jax.training.lora import DECODER_LAYERS
 
 
@@ -122,7 +125,7 @@ class CheckpointConfig:
     every: int = 500
     # Newest checkpoints that stay.
     keep_last: int = 3
-    # Best checkpoints that stay beside them, by `best`.
+    # Best checkpoints that stay beside them, by `best`; a new best one is saved at once.
     keep_best: int = 1
     # Validation measure that says which is best (higher is better).
     best: str = "dice"
@@ -138,7 +141,7 @@ class LogConfig:
     every: int = 10
     # Updates between two validations; 0 never validates.
     validate_every: int = 500
-    # Batches a validation reads.
+    # Batches a validation reads at most.
     validate_batches: int = 50
     # Pictures of predicted masks a validation keeps.
     overlays: int = 4
@@ -147,13 +150,41 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
-class StepConfig:
-    """All that decides what one update computes."""
+class TrainConfig:
+    """A whole experiment."""
 
+    # Folder of the run: checkpoints, logs, pictures, the finished model. The same command goes on in it.
+    folder: str = "runs/unnamed"
+    # Converted checkpoint to start from; none starts from random parameters.
+    initial: str | None = None
+    # Sizes of the model; taken from `initial` where there is one.
+    model: ModelConfig = field(default_factory=ModelConfig)
+    # Folder of the tokenizer's files; that of `initial` if not given.
+    tokenizer: str | None = None
+    # Compute dtype of every part.
+    precision: Precision = field(default_factory=Precision)
+    # Training data. Sizes of the arrays follow from the model.
+    data: PipelineConfig = field(default_factory=lambda: PipelineConfig(datasets=()))
+    # Validation data, read once through in order; none validates nothing.
+    validation: tuple[DatasetConfig, ...] = ()
     loss: LossConfig = field(default_factory=LossConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
     remat: RematConfig = field(default_factory=RematConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    # How parameters and batches are spread over the devices: "data_parallel" or "fsdp".
+    strategy: str = "data_parallel"
+    # Random parameters, dropout and sampling points (the data has its own seed).
+    seed: int = 42
     # Updates in a row that may fail with a loss that is not finite before the run stops.
     max_bad_steps: int = 5
+    # Compile the step of the largest batch and print the memory it needs, without training.
+    dry_run: bool = False
+    # Record a trace of updates 10 to 14 for TensorBoard or Perfetto.
+    profile: bool = False
+    # Number format in which the finished model is stored: "float32" or "bfloat16".
+    export_dtype: str = "float32"
+    # Write the model of a checkpoint ("last", "best" or a step) and stop.
+    export: str | None = None

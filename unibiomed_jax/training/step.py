@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from unibiomed_jax import sharding
-from unibiomed_jax.training.config import StepConfig
+from unibiomed_jax.training.config import TrainConfig
 from unibiomed_jax.training.forward import (
     Batch,
     LossCounts,
@@ -51,7 +51,7 @@ class TrainState:
     key: Array
 
 
-def init_state(trainable: Parameters, config: StepConfig, seed: int) -> TrainState:
+def init_state(trainable: Parameters, config: TrainConfig) -> TrainState:
     """The state before the first update."""
     trainable = {path: value.astype(jnp.float32) for path, value in trainable.items()}
     average = jax.tree.map(jnp.copy, trainable) if config.optim.ema is not None else None
@@ -61,19 +61,19 @@ def init_state(trainable: Parameters, config: StepConfig, seed: int) -> TrainSta
         moments=adamw(config.optim).init(trainable),
         average=average,
         bad_steps=jnp.zeros((), jnp.int32),
-        key=jax.random.key_data(jax.random.key(seed)),
+        key=jax.random.key_data(jax.random.key(config.seed)),
     )
 
 
 def gradients(
     graphdef: nnx.GraphDef,
-    config: StepConfig,
+    config: TrainConfig,
     ids: TokenIds,
     state: TrainState,
     frozen: Parameters,
     batch: Batch,
     counts: LossCounts,
-    index: Int[Array, ""],
+    index: Int[Array, ""] | int,
 ) -> tuple[Parameters, LossSums]:
     """Gradients of one batch's share of the loss of an update, and its sums.
 
@@ -100,7 +100,7 @@ def gradients(
 
 
 def update(
-    config: StepConfig, state: TrainState, grads: Parameters, sums: LossSums, counts: LossCounts
+    config: TrainConfig, state: TrainState, grads: Parameters, sums: LossSums, counts: LossCounts
 ) -> tuple[TrainState, Metrics]:
     """Apply the gradients, unless the loss or their norm is not finite: then only the counters move."""
     losses = mean_losses(sums, counts, config.loss)
@@ -136,54 +136,54 @@ def update(
     return state, metrics
 
 
-TrainStep = Callable[[TrainState, Parameters, Sequence[Batch]], tuple[TrainState, Metrics]]
-
-
-def build_train_step(
-    graphdef: nnx.GraphDef, config: StepConfig, ids: TokenIds, mesh: Mesh, strategy: sharding.Strategy
-) -> TrainStep:
-    """A compiled `step(state, frozen, batches) -> (state, metrics)`; the old state is given up.
+class TrainStep:
+    """The compiled update: `state, metrics = step(state, frozen, batches)`; the old state is given up.
 
     The batches of an update may differ in shape. With one batch everything is one program; with several,
     their gradients are summed one after the other and then applied.
     """
 
-    def layout(tree):
-        return sharding.tree_shardings(tree, strategy, mesh)
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        config: TrainConfig,
+        ids: TokenIds,
+        mesh: Mesh,
+        strategy: sharding.Strategy,
+    ):
+        def pin(tree):
+            return jax.lax.with_sharding_constraint(tree, sharding.tree_shardings(tree, strategy, mesh))
 
-    def pin(tree):
-        return jax.lax.with_sharding_constraint(tree, layout(tree))
+        def whole(state, frozen, batch):
+            counts = count_targets(batch, ids, config.loss)
+            grads, sums = gradients(graphdef, config, ids, state, frozen, batch, counts, 0)
+            state, metrics = update(config, state, pin(grads), sums, counts)
+            return pin(state), metrics
 
-    def whole(state, frozen, batch):
-        counts = count_targets(batch, ids, config.loss)
-        grads, sums = gradients(graphdef, config, ids, state, frozen, batch, counts, jnp.zeros((), jnp.int32))
-        state, metrics = update(config, state, pin(grads), sums, counts)
-        return pin(state), metrics
+        def accumulate(total, state, frozen, batch, counts, index):
+            share = gradients(graphdef, config, ids, state, frozen, batch, counts, index)
+            return pin(jax.tree.map(jnp.add, total, share))
 
-    def accumulate(total, state, frozen, batch, counts, index):
-        share = gradients(graphdef, config, ids, state, frozen, batch, counts, index)
-        return pin(jax.tree.map(jnp.add, total, share))
+        def finish(state, total, counts):
+            state, metrics = update(config, state, *total, counts)
+            return pin(state), metrics
 
-    def finish(state, total, counts):
-        state, metrics = update(config, state, *total, counts)
-        return pin(state), metrics
+        self.whole = jax.jit(whole, donate_argnums=0)
+        self.accumulate = jax.jit(accumulate, donate_argnums=0)
+        self.finish = jax.jit(finish, donate_argnums=(0, 1))
+        self.count = jax.jit(lambda batch: count_targets(batch, ids, config.loss))
+        self.nothing = jax.jit(lambda trainable: pin((jax.tree.map(jnp.zeros_like, trainable), empty_sums())))
 
-    whole = jax.jit(whole, donate_argnums=0)
-    accumulate = jax.jit(accumulate, donate_argnums=0)
-    finish = jax.jit(finish, donate_argnums=(0, 1))
-    count = jax.jit(lambda batch: count_targets(batch, ids, config.loss))
-    nothing = jax.jit(lambda trainable: pin((jax.tree.map(jnp.zeros_like, trainable), empty_sums())))
-
-    def step(state: TrainState, frozen: Parameters, batches: Sequence[Batch]):
+    def __call__(
+        self, state: TrainState, frozen: Parameters, batches: Sequence[Batch]
+    ) -> tuple[TrainState, Metrics]:
         if len(batches) == 1:
-            return whole(state, frozen, batches[0])
-        counts = jax.tree.map(lambda *parts: sum(parts), *(count(batch) for batch in batches))
-        total = nothing(state.trainable)
+            return self.whole(state, frozen, batches[0])
+        counts = jax.tree.map(lambda *parts: sum(parts), *map(self.count, batches))
+        total = self.nothing(state.trainable)
         for index, batch in enumerate(batches):
-            total = accumulate(total, state, frozen, batch, counts, jnp.int32(index))
-        return finish(state, total, counts)
-
-    return step
+            total = self.accumulate(total, state, frozen, batch, counts, jnp.int32(index))
+        return self.finish(state, total, counts)
 
 
 def empty_sums() -> LossSums:

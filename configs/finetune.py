@@ -1,0 +1,24 @@
+"""Go on from a converted checkpoint with your own data (docs/train_on_your_data.md).
+
+python train.py configs/finetune.py --initial CHECKPOINT --folder runs/mine
+"""
+
+from unibiomed_jax.data.pipeline import PipelineConfig
+from unibiomed_jax.data.readers import find_datasets
+from unibiomed_jax.inference.precision import default_precision
+from unibiomed_jax.training.config import CheckpointConfig, LogConfig, LoraConfig, OptimConfig, TrainConfig
+
+# A folder of datasets with tables for `train` and `val`.
+DATASET = "data/mine"
+
+config = TrainConfig(
+    folder="runs/finetune",
+    initial="runs/start",
+    precision=default_precision(),
+    data=PipelineConfig(datasets=find_datasets(DATASET, "train", minimum=0), batch_size=4),
+    validation=find_datasets(DATASET, "val", minimum=0),
+    lora=LoraConfig(rank=16, alpha=32.0),
+    optim=OptimConfig(lr=1e-4, steps=1000, warmup=0.05, accumulate=4),
+    checkpoint=CheckpointConfig(every=100),
+    log=LogConfig(validate_every=100),
+)

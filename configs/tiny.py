@@ -1,0 +1,85 @@
+"""unibiomed-tiny: every part of the model at small width, from random parameters, on the sample dataset.
+
+An hour on two CPU cores, minutes on a GPU. All of it trains; there is no adapter.
+"""
+
+from pathlib import Path
+
+from unibiomed_jax.config import HieraConfig, LanguageConfig, ModelConfig, Sam2Config, VisionConfig
+from unibiomed_jax.data.pipeline import PipelineConfig
+from unibiomed_jax.data.plan import BucketConfig
+from unibiomed_jax.data.prompts import PromptConfig
+from unibiomed_jax.data.readers import find_datasets
+from unibiomed_jax.data.transforms import SampleConfig
+from unibiomed_jax.training.config import (
+    CheckpointConfig,
+    FreezeConfig,
+    LogConfig,
+    LoraConfig,
+    LossConfig,
+    OptimConfig,
+    RematConfig,
+    TrainConfig,
+)
+
+HERE = Path(__file__).parent
+DATASET = HERE.parent / "sample_data"
+
+MODEL = ModelConfig(
+    vision=VisionConfig(hidden_size=192, num_layers=4, num_heads=6, mlp_dim=576, image_size=112),
+    language=LanguageConfig(
+        vocab_size=1024,
+        hidden_size=192,
+        num_layers=4,
+        num_heads=6,
+        num_kv_heads=2,
+        mlp_dim=512,
+        rope_theta=1e4,
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+    ),
+    sam2=Sam2Config(
+        image_size=256,
+        hiera=HieraConfig(
+            embed_dim=32,
+            num_heads=1,
+            stages=(1, 2, 4, 1),
+            global_attention_blocks=(5,),
+            window_spec=(8, 4, 8, 8),
+        ),
+        d_model=96,
+        decoder_heads=4,
+        decoder_mlp_dim=256,
+        memory_dim=32,
+        memory_layers=2,
+        memory_mlp_dim=256,
+    ),
+    # One tile: the model is too small to gain from more.
+    max_tiles=1,
+)
+
+config = TrainConfig(
+    folder="runs/tiny",
+    model=MODEL,
+    tokenizer=str(HERE / "tiny_tokenizer"),
+    data=PipelineConfig(
+        # Every dataset about equally often, however small.
+        datasets=find_datasets(DATASET, "train", minimum=300),
+        sample=SampleConfig(max_tokens=1024, prompts=PromptConfig(turn="inference", phrase_marks="special")),
+        batch_size=8,
+        buckets=BucketConfig(tiles=(1,), text=(64, 128), objects=(1, 4)),
+    ),
+    validation=find_datasets(DATASET, "val", minimum=0, repeats=1),
+    loss=LossConfig(num_points=2048, token_chunk=64),
+    lora=LoraConfig(rank=0),
+    freeze=FreezeConfig(
+        trainable=("*",),
+        frozen=FreezeConfig().frozen,
+        frozen_dtype="float32",
+    ),
+    optim=OptimConfig(lr=1e-3, steps=4000, warmup=0.03, weight_decay=0.05, accumulate=1, ema=0.999),
+    remat=RematConfig(language="none"),
+    checkpoint=CheckpointConfig(every=500),
+    log=LogConfig(every=20, validate_every=500, validate_batches=100, overlays=6),
+    export_dtype="bfloat16",
+)

@@ -1,0 +1,361 @@
+"""Train a model: python train.py configs/tiny.py [--optim.lr=1e-5 ...]
+
+The same command goes on where a run stopped: after its end, a kill, or SIGTERM (which saves and exits with 0).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from unibiomed_jax import runtime, sharding
+from unibiomed_jax.config import to_dict
+from unibiomed_jax.data.pipeline import Batch, Pipeline, PipelineConfig
+from unibiomed_jax.data.transforms import SampleConfig
+from unibiomed_jax.errors import InputError
+from unibiomed_jax.inference.tokenizer import Tokenizer
+from unibiomed_jax.training import flops
+from unibiomed_jax.training.checkpoint import Checkpointer
+from unibiomed_jax.training.config import TrainConfig
+from unibiomed_jax.training.experiment import load_experiment, main_arguments
+from unibiomed_jax.training.export import export_model, trained_parameters
+from unibiomed_jax.training.forward import TokenIds
+from unibiomed_jax.training.initialise import resolve_model, starting_parameters, structure
+from unibiomed_jax.training.log import RunLog, mask_picture
+from unibiomed_jax.training.metrics import build_validation, summarise
+from unibiomed_jax.training.parameters import count, partition
+from unibiomed_jax.training.step import TrainState, TrainStep, init_state, place_batch
+
+console = Console()
+
+
+def main() -> int:
+    # Configuration
+    file, options = main_arguments()
+    config = resolve_model(load_experiment(file, options))
+    runtime.prepare()
+
+    # Mesh
+    mesh, strategy = sharding.make_mesh(), sharding.find_strategy(config.strategy)
+    sharding.require_divisible(config.data.batch_size, strategy, mesh)
+
+    # Data
+    tokenizer_folder = find_tokenizer(config)
+    tokenizer = Tokenizer.from_folder(tokenizer_folder)
+    if tokenizer.vocab_size > config.model.language.vocab_size:
+        raise InputError(
+            f"The tokenizer in {tokenizer_folder} has {tokenizer.vocab_size} tokens but the model only "
+            f"{config.model.language.vocab_size}; set --model.language.vocab-size or use the model's tokenizer."
+        )
+    ids = TokenIds(tokenizer.image_context_id, tokenizer.seg_id)
+    data = open_data(config, tokenizer, training=True)
+    validation = open_data(config, tokenizer, training=False) if config.validation else None
+
+    # State: the newest checkpoint of this run, or the start
+    graphdef, shapes = structure(config)
+    step = TrainStep(graphdef, config, ids, mesh, strategy)
+    abstract = abstract_state(config, shapes, mesh, strategy)
+    if config.dry_run:
+        return report_memory(config, step, abstract, data, mesh, strategy)
+    folder = Path(config.folder)
+    checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint)
+    wanted = abstract if config.checkpoint.save_frozen else {"train": abstract["train"]}
+    restored = checkpointer.restore(wanted)
+    if restored is None or not config.checkpoint.save_frozen:
+        trainable, frozen = starting_parameters(config, mesh, strategy)
+    else:
+        frozen = restored.state["frozen"]
+    iterator = iter(data)
+    if restored is None:
+        layout = jax.tree.map(lambda leaf: leaf.sharding, abstract["train"])
+        state = jax.jit(lambda table: init_state(table, config), out_shardings=layout)(trainable)
+    else:
+        state = restored.state["train"]
+        iterator.set_state(restored.position)
+        console.print(f"Going on after update {restored.step} of {config.optim.steps}.")
+    trainable = None  # the state holds it
+    describe(config, abstract, data, mesh)
+
+    # Loop
+    log = RunLog(folder, tensorboard=config.log.tensorboard, first_step=int(state.step))
+    measure = build_validation(graphdef, config, ids)
+    meter = Meter(config, list(abstract["train"].trainable), mesh.size)
+    stop = stop_on_signals()
+    previous: tuple[dict, list[Batch]] | None = None
+
+    def save(measures: dict | None = None) -> None:
+        tree = {"train": state, "frozen": frozen} if config.checkpoint.save_frozen else {"train": state}
+        checkpointer.save(
+            int(state.step),
+            tree,
+            position=iterator.get_state(),
+            config=to_dict(config),
+            tokenizer=tokenizer_folder,
+            measures=measures,
+        )
+
+    with progress_bar() as bar:
+        task = bar.add_task("training", total=config.optim.steps, completed=int(state.step))
+        start = int(state.step)
+        for update in range(start + 1, config.optim.steps + 1):
+            batches = [next(iterator) for _ in range(config.optim.accumulate)]
+            if config.profile and update == start + 10:
+                jax.profiler.start_trace(str(folder / "profile"))
+            arrays = [place_batch(batch.arrays, strategy, mesh) for batch in batches]
+            state, metrics = step(state, frozen, arrays)
+            if config.profile and update == start + 14:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+            # Looking at the update before keeps the device busy with this one meanwhile.
+            if previous is not None:
+                refuse_bad_steps(config, log, update - 1, *previous)
+            previous = (metrics, batches)
+            meter.add(batches)
+            checkpointer.check()
+
+            last = update == config.optim.steps
+            if update % config.log.every == 0 or last:
+                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                values |= meter.rates()
+                log.write(update, "train", values)
+                bar.update(task, description=f"loss {values['loss']:.4f}")
+            bar.update(task, completed=update)
+            due = config.log.validate_every and (update % config.log.validate_every == 0 or last)
+            measures = None
+            if validation is not None and due:
+                measures = validate(config, measure, validation, state, frozen, log, update, strategy, mesh)
+                meter.restart()
+            best = measures is not None and is_best(checkpointer, config, measures)
+            if update % config.checkpoint.every == 0 or last or best or stop.is_set():
+                refuse_bad_steps(config, log, update, *previous)
+                previous = None
+                save(measures)
+                meter.restart()
+            if stop.is_set() and not last:
+                checkpointer.wait()
+                console.print(f"Stopped by a signal; update {update} is saved, the same command goes on.")
+                return 0
+    checkpointer.wait()
+    iterator.close()
+    log.close()
+    export_model(folder, config, state, frozen, tokenizer_folder)
+    console.print(f"The trained model is in {folder / 'model'}.")
+    return 0
+
+
+def find_tokenizer(config: TrainConfig) -> Path:
+    """The tokenizer's folder: its own field, or the one of the checkpoint the run starts from."""
+    if config.tokenizer:
+        return Path(config.tokenizer)
+    if config.initial:
+        return Path(config.initial) / "tokenizer"
+    raise InputError("A run from random parameters needs --tokenizer, the folder of a tokenizer's files.")
+
+
+def open_data(config: TrainConfig, tokenizer: Tokenizer, *, training: bool) -> Pipeline:
+    """The pipeline of the training or of the validation data; sizes of arrays come from the model."""
+    chosen = config.data.sample
+    sample = SampleConfig.from_model(
+        config.model,
+        text_only_max_tiles=chosen.text_only_max_tiles,
+        max_tokens=chosen.max_tokens,
+        prompts=chosen.prompts,
+    )
+    settings: PipelineConfig = dataclasses.replace(config.data, sample=sample)
+    if not training:
+        settings = dataclasses.replace(settings, datasets=config.validation, training=False)
+    if not settings.datasets:
+        raise InputError("There is no training data: list datasets in the configuration's data.datasets.")
+    return Pipeline(settings, tokenizer, host=jax.process_index(), hosts=jax.process_count())
+
+
+def abstract_state(config: TrainConfig, shapes: dict, mesh, strategy) -> dict:
+    """Shapes, dtypes and layouts of the train state and of what is frozen."""
+    trainable, frozen = partition(shapes, config.freeze.trainable, config.freeze.frozen)
+    frozen = {
+        path: jax.ShapeDtypeStruct(value.shape, np.dtype(config.freeze.frozen_dtype))
+        for path, value in frozen.items()
+    }
+    tree = {"train": jax.eval_shape(lambda: init_state(zeros(trainable), config)), "frozen": frozen}
+    return jax.tree.map(
+        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
+        tree,
+        sharding.tree_shardings(tree, strategy, mesh),
+    )
+
+
+def zeros(table: dict) -> dict:
+    return {path: jax.numpy.zeros(value.shape, value.dtype) for path, value in table.items()}
+
+
+def describe(config: TrainConfig, abstract: dict, data: Pipeline, mesh) -> None:
+    """Say what will run."""
+    language = config.model.language
+    padding = language.padded_vocab_size - language.vocab_size
+    trainable = count(abstract["train"].trainable, padding)
+    total = trainable + count(abstract["frozen"], padding)
+    console.print(
+        f"{trainable:,} of {total:,} parameters train on {mesh.size} {mesh.devices.flat[0].device_kind} device(s), "
+        f"{len(data.mixture.records):,} records, {data.steps_per_epoch:,} batches an epoch, "
+        f"{config.optim.steps:,} updates of {config.optim.accumulate} batches of {config.data.batch_size}."
+    )
+
+
+def report_memory(config, step: TrainStep, abstract: dict, data: Pipeline, mesh, strategy) -> int:
+    """Compile the step for the largest batch and print what a device must hold."""
+    batch = data.read_largest()
+    layout = sharding.batch_sharding(strategy, mesh)
+    arrays = {
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=layout)
+        for name, value in batch.arrays.items()
+    }
+    started = time.perf_counter()
+    compiled = step.whole.lower(abstract["train"], abstract["frozen"], arrays).compile()
+    seconds = time.perf_counter() - started
+    table = Table("part", "MiB a device", title="Memory of one update")
+    parts = {
+        "trainable parameters": abstract["train"].trainable,
+        "optimiser": abstract["train"].moments,
+        "frozen parameters": abstract["frozen"],
+        "batch": arrays,
+    }
+    for name, tree in parts.items():
+        table.add_row(name, f"{device_bytes(tree) / 2**20:,.1f}")
+    analysis = compiled.memory_analysis()
+    table.add_row("gradients and activations", f"{analysis.temp_size_in_bytes / 2**20:,.1f}")
+    console.print(table, f"Compiled in {seconds:.0f} s.")
+    return 0
+
+
+def device_bytes(tree) -> int:
+    """Bytes a device holds of a tree of abstract arrays."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+class Meter:
+    """Speed since the last report, validation and saving not counted."""
+
+    def __init__(self, config: TrainConfig, trainable: list[str], devices: int):
+        self.config, self.trainable = config, trainable
+        peak = flops.peak_flops(jax.devices()[0])
+        self.peak = None if peak is None else peak * devices
+        self.restart()
+
+    def restart(self) -> None:
+        self.started, self.images, self.tokens, self.work = time.perf_counter(), 0, 0, 0.0
+
+    def add(self, batches: list[Batch]) -> None:
+        hosts = jax.process_count()
+        for batch in batches:
+            self.images += hosts * sum(bool(name) for name in batch.names)
+            self.tokens += hosts * int(batch.arrays["token_valid"].sum())
+            work = flops.forward_work(self.config.model, batch.arrays, self.config.lora.rank)
+            self.work += hosts * flops.step_flops(work, self.trainable)
+
+    def rates(self) -> dict[str, float]:
+        """Images, tokens and operations a second, and the share of the devices' peak if that is known."""
+        seconds = time.perf_counter() - self.started
+        rates = {
+            "images_per_second": self.images / seconds,
+            "tokens_per_second": self.tokens / seconds,
+            "teraflops": self.work / seconds / 1e12,
+        }
+        if self.peak is not None:
+            rates["mfu"] = self.work / seconds / self.peak
+        self.restart()
+        return rates
+
+
+def refuse_bad_steps(
+    config: TrainConfig, log: RunLog, update: int, metrics: dict, batches: list[Batch]
+) -> None:
+    """Name the samples of an update that was not applied; stop the run when there are too many in a row."""
+    bad = int(metrics["bad_steps"])
+    if not bad:
+        return
+    names = [name for batch in batches for name in batch.names if name]
+    log.write(update, "skipped", {"bad_steps": bad, "samples": names})
+    console.print(f"Update {update} was skipped: its loss is not finite. Samples: {', '.join(names)}")
+    if bad >= config.max_bad_steps:
+        raise InputError(
+            f"The loss was not finite {bad} times in a row, the last time for {', '.join(names)}; look at these "
+            "samples, lower --optim.lr, or go on from the last checkpoint with another --seed."
+        )
+
+
+def validate(config, measure, data: Pipeline, state: TrainState, frozen, log, update, strategy, mesh) -> dict:
+    """Measure on the validation data and keep a few pictures."""
+    kinds = {record.name: str(record.kind) for record in data.mixture.records}
+    measured, pictures = [], 0
+    for number, batch in zip(range(config.log.validate_batches), data, strict=False):
+        result = measure(trained_parameters(state), frozen, place_batch(batch.arrays, strategy, mesh))
+        if pictures < config.log.overlays and batch.arrays["masks"].size:
+            for row in np.flatnonzero(np.asarray(result.dice_valid)[:, 0, 0])[
+                : config.log.overlays - pictures
+            ]:
+                picture = mask_picture(
+                    batch.arrays["sam_pixels"][row, 0],
+                    batch.arrays["masks"][row, 0, 0] > 0,
+                    np.asarray(result.masks[row, 0, 0]),
+                )
+                log.picture(update, f"{number}-{row}", picture)
+                pictures += 1
+        measured.append((result._replace(masks=None), batch.names))
+    measures = summarise(measured, kinds, config)
+    log.write(update, "validation", measures)
+    shown = {name: value for name, value in measures.items() if name in ("loss", "dice") or "answers" in name}
+    console.print(f"Update {update}: " + ", ".join(f"{name} {value:.3f}" for name, value in shown.items()))
+    return measures
+
+
+def is_best(checkpointer: Checkpointer, config: TrainConfig, measures: dict) -> bool:
+    """Whether a state with these measures should be kept as the best so far."""
+    checkpointer.wait()
+    best, name = checkpointer.best(), config.checkpoint.best
+    if name not in measures or not config.checkpoint.keep_best:
+        return False
+    return best is None or measures[name] > checkpointer.measures(best)[name]
+
+
+def stop_on_signals() -> threading.Event:
+    """An event that the first SIGTERM or SIGINT sets; a second SIGINT interrupts at once."""
+    stop = threading.Event()
+
+    def request(number, _frame):
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGTERM, request)
+    signal.signal(signal.SIGINT, request)
+    return stop
+
+
+def progress_bar() -> Progress:
+    return Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        Console(stderr=True).print(f"Error: {error}", style="red")
+        sys.exit(2)

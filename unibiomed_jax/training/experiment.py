@@ -1,0 +1,79 @@
+"""A Python file is a whole experiment; the command line changes any field of it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from unibiomed_jax.errors import InputError
+from unibiomed_jax.training.config import TrainConfig
+
+
+def load_experiment(path: str, arguments: Sequence[str] = ()) -> TrainConfig:
+    """The `config` that a file defines, with fields replaced as in `--optim.lr=1e-5 --seed 1`.
+
+    Raises:
+        InputError: no such file, a file without a TrainConfig named `config`, an unknown field (names the
+            nearest), or a value that does not fit its field.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path} is not a file; give a configuration such as configs/tiny.py.")
+    config = runpy.run_path(path).get("config")
+    if not isinstance(config, TrainConfig):
+        raise InputError(f"{path} defines no `config = TrainConfig(...)`; see configs/tiny.py.")
+    if any(argument in ("-h", "--help") for argument in arguments):
+        return tyro.cli(TrainConfig, default=config, args=arguments, prog=f"train.py {path}")
+    known = field_names(config)
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        if argument.startswith("--") and name not in known and _positive(name) not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            raise InputError(f"There is no field {name!r}; the nearest is --{near}.")
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            return tyro.cli(TrainConfig, default=config, args=arguments)
+    except SystemExit:
+        lines = [line.strip(" │╭╰─╮╯") for line in messages.getvalue().splitlines()]
+        reason = " ".join(line for line in lines if line)
+        raise InputError(f"The options {' '.join(arguments)} cannot be used: {reason}") from None
+
+
+def field_names(config: object, prefix: str = "") -> list[str]:
+    """Dotted names of all fields; elements of a tuple of tables go by their number."""
+    names = []
+    for field in dataclasses.fields(config):
+        name, value = prefix + field.name, getattr(config, field.name)
+        names.append(name)
+        parts = enumerate(value) if isinstance(value, tuple) else [("", value)]
+        for number, part in parts:
+            if dataclasses.is_dataclass(part):
+                names += field_names(part, f"{name}.{number}.".replace("..", "."))
+    return names
+
+
+def _positive(name: str) -> str:
+    """The field that `--log.no-tensorboard` switches off."""
+    *parents, last = name.split(".")
+    return ".".join([*parents, last.removeprefix("no_")])
+
+
+def main_arguments() -> tuple[str, list[str]]:
+    """Configuration file and options of `python train.py FILE [--field=value ...]`.
+
+    Raises:
+        InputError: no file is given.
+    """
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        raise InputError(
+            "Usage: python train.py configs/tiny.py [--field=value ...]; --help after the file lists all."
+        )
+    return sys.argv[1], sys.argv[2:]

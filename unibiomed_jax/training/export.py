@@ -1,0 +1,48 @@
+"""From a train state to what the predictor, the conversion to PyTorch and peft read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from unibiomed_jax import checkpoint
+from unibiomed_jax.training import lora
+from unibiomed_jax.training.config import TrainConfig
+from unibiomed_jax.training.parameters import Parameters
+from unibiomed_jax.training.step import TrainState
+
+
+def trained_parameters(state: TrainState) -> Parameters:
+    """What the run is for: the running average where there is one."""
+    return state.trainable if state.average is None else state.average
+
+
+def export_model(
+    folder: Path, config: TrainConfig, state: TrainState, frozen: Parameters, tokenizer: Path
+) -> None:
+    """Write `folder/model`, adapters merged, and `folder/adapter` for peft if there are adapters.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    settings = config.lora
+    parameters = trained_parameters(state) | frozen
+    if settings.rank:
+        lora.save_peft_adapter(
+            folder / "adapter",
+            parameters,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            dropout=settings.dropout,
+        )
+        parameters = checkpoint.merge_adapters(parameters, settings.alpha / settings.rank)
+    parameters = {path: jnp.asarray(value, config.export_dtype) for path, value in parameters.items()}
+    checkpoint.save(
+        folder / "model",
+        config.model,
+        checkpoint.unflatten(parameters),
+        tokenizer,
+        release=Path(config.initial) / "release" if config.initial else None,
+        overwrite=True,
+    )
