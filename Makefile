@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py --out demo_output
 
 test: $(VENV)/.installed-test lint
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import measured
+import pytest
 
 HEADER = """# Parity
 
 What the comparisons of `tests/` measured. Written by
 
 ```sh
-pytest tests --parity-page docs/parity.md
+pytest tests/parity tests/test_golden.py --parity-page docs/parity.md
 ```
 
 and checked by `tests/test_parity_page.py`: every comparison is listed and none is above its tolerance. Errors
@@ -31,7 +32,17 @@ def pytest_addoption(parser):
     parser.addoption("--parity-page", metavar="FILE", help="write the errors that were measured to FILE")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """Collect what a worker process of pytest-xdist measured."""
+    for test, (error_found, tolerance) in getattr(node, "workeroutput", {}).get("measured", {}).items():
+        measured.keep(test, error_found, tolerance)
+
+
 def pytest_sessionfinish(session, exitstatus):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["measured"] = measured.WORST
+        return
     page = session.config.getoption("--parity-page")
     if page and exitstatus == 0:
         rows = [

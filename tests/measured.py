@@ -11,11 +11,15 @@ WORST: dict[str, tuple[float, float]] = {}
 
 
 def note(error: float, tolerance: float) -> None:
-    """Remember the comparison that came nearest to its tolerance in the running test."""
-    test = os.environ["PYTEST_CURRENT_TEST"].split(" ")[0].split("[")[0]
+    """Remember a comparison of the running test."""
+    keep(os.environ["PYTEST_CURRENT_TEST"].split(" ")[0].split("[")[0], float(error), tolerance)
+
+
+def keep(test: str, error: float, tolerance: float) -> None:
+    """Of all comparisons of a test, the one that came nearest to its tolerance stays."""
     before = WORST.get(test)
     if before is None or error / tolerance > before[0] / before[1]:
-        WORST[test] = (float(error), tolerance)
+        WORST[test] = (error, tolerance)
 
 
 def relative_error(ours, theirs):
