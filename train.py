@@ -1,6 +1,6 @@
 """Train a model: python train.py configs/tiny.py [--optim.lr=1e-5 ...]
 
-The same command goes on where a run stopped: after its end, a kill, or SIGTERM (which saves and exits with 0).
+The same command goes on where a run stopped: after its end, a kill, or SIGTERM (saved, exit code 0).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> int:
     if tokenizer.vocab_size > config.model.language.vocab_size:
         raise InputError(
             f"The tokenizer in {tokenizer_folder} has {tokenizer.vocab_size} tokens but the model only "
-            f"{config.model.language.vocab_size}; set --model.language.vocab-size or use the model's tokenizer."
+            f"{config.model.language.vocab_size}; set --model.language.vocab-size or take its tokenizer."
         )
     ids = TokenIds(tokenizer.image_context_id, tokenizer.seg_id)
     data = open_data(config, tokenizer, training=True)
@@ -205,7 +205,7 @@ def describe(config: TrainConfig, abstract: dict, data: Pipeline, mesh) -> None:
     trainable = count(abstract["train"].trainable, padding)
     total = trainable + count(abstract["frozen"], padding)
     console.print(
-        f"{trainable:,} of {total:,} parameters train on {mesh.size} {mesh.devices.flat[0].device_kind} device(s), "
+        f"{trainable:,} of {total:,} parameters train on {mesh.size} {mesh.devices.flat[0].device_kind}, "
         f"{len(data.mixture.records):,} records, {data.steps_per_epoch:,} batches an epoch, "
         f"{config.optim.steps:,} updates of {config.optim.accumulate} batches of {config.data.batch_size}."
     )
@@ -291,8 +291,8 @@ def refuse_bad_steps(
     console.print(f"Update {update} was skipped: its loss is not finite. Samples: {', '.join(names)}")
     if bad >= config.max_bad_steps:
         raise InputError(
-            f"The loss was not finite {bad} times in a row, the last time for {', '.join(names)}; look at these "
-            "samples, lower --optim.lr, or go on from the last checkpoint with another --seed."
+            f"The loss was not finite {bad} times in a row, the last time for {', '.join(names)}; look at "
+            "these samples, lower --optim.lr, or go on from the last checkpoint with another --seed."
         )
 
 
