@@ -1,0 +1,65 @@
+"""Random changes: pixels and masks move together, and nothing happens without asking."""
+
+from dataclasses import replace
+
+import numpy as np
+from PIL import Image
+from small_datasets import SMALL
+
+from unibiomed_jax.data import DatasetConfig, Kind, read_dataset
+from unibiomed_jax.data.augment import AugmentConfig, augment
+from unibiomed_jax.data.transforms import SampleBuilder
+
+STILL = AugmentConfig(rotation=0, zoom=1, shift=0, light=0)
+
+
+def disc(size=(80, 60), centre=(50, 20), radius=12):
+    rows, columns = np.mgrid[: size[1], : size[0]]
+    mask = (rows - centre[1]) ** 2 + (columns - centre[0]) ** 2 < radius**2
+    return Image.fromarray(np.repeat(np.where(mask, 200, 40)[..., None], 3, 2).astype(np.uint8)), mask
+
+
+def test_no_change_is_the_identity():
+    image, mask = disc()
+    frames, masks = augment([image], mask[None, None], STILL, np.random.default_rng(0))
+    np.testing.assert_array_equal(np.asarray(frames[0]), np.asarray(image))
+    np.testing.assert_array_equal(masks[0, 0], mask)
+
+
+def test_masks_follow_the_pixels_of_every_frame():
+    image, mask = disc()
+    second, other = disc(centre=(30, 40))
+    for seed in range(20):
+        config = AugmentConfig(rotation=40, zoom=1.5, shift=0.2, light=0)
+        frames, masks = augment(
+            [image, second], np.stack([mask, other])[None], config, np.random.default_rng(seed)
+        )
+        for frame, moved in zip(frames, masks[0], strict=True):
+            seen = np.asarray(frame)[..., 0] > 120
+            assert (seen != moved).mean() < 0.01 and moved.any()
+        assert frames[0].size == image.size
+
+
+def test_what_comes_in_is_mirrored_in_pixels_and_masks():
+    image, mask = disc(centre=(2, 30))
+    config = replace(STILL, shift=0.3)
+    frames, masks = augment([image], mask[None, None], config, np.random.default_rng(1))
+    np.testing.assert_array_equal(np.asarray(frames[0])[..., 0] > 120, masks[0, 0])
+
+
+def test_light_changes_grey_values_only():
+    image, mask = disc()
+    frames, masks = augment([image], mask[None, None], replace(STILL, light=0.3), np.random.default_rng(0))
+    values = np.unique(np.asarray(frames[0]))
+    assert len(values) == 2 and values.tolist() != [40, 200]
+    np.testing.assert_array_equal(masks[0, 0], mask)
+
+
+def test_samples_change_only_where_the_configuration_says_so(targets, byte_tokenizer):
+    (record, *_) = read_dataset(DatasetConfig(Kind.SEGMENTATION, str(targets)))
+    plain = SampleBuilder(SMALL, byte_tokenizer, 0)
+    changed = SampleBuilder(replace(SMALL, augment=AugmentConfig()), byte_tokenizer, 0)
+    first, second = (plain(record, np.random.default_rng(seed)) for seed in (0, 1))
+    np.testing.assert_array_equal(first.sam_pixels, second.sam_pixels)
+    third, fourth = (changed(record, np.random.default_rng(seed)) for seed in (0, 1))
+    assert (third.sam_pixels != fourth.sam_pixels).any() and (third.masks != fourth.masks).any()
