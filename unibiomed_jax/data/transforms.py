@@ -103,13 +103,12 @@ class SampleBuilder:
         config = self.config
         chosen = _draw_slices(record, rng) if record.kind is Kind.SEQUENCE else [0]
         frames = open_frames([record.images[index] for index in chosen])[0]
-        masks = np.stack(
-            [
-                np.stack([load_mask(files[index], frames[0].size, record.name) for index in chosen])
-                for files in record.masks
-            ]
-            or [np.zeros((0, *frames[0].size[::-1]), bool)]
-        )
+        size = frames[0].size
+        masks = np.zeros((len(record.masks), len(chosen), *size[::-1]), bool)
+        for number, files in enumerate(record.masks):
+            masks[number] = [load_mask(files[index], size, record.name) for index in chosen]
+        if config.augment is not None:
+            frames, masks = augment(frames, masks, config.augment, rng)
         if record.kind is Kind.SEQUENCE:
             tiles = frame_bytes(frames, config.tile_size)
         else:
@@ -121,14 +120,13 @@ class SampleBuilder:
             tiles = tile_bytes(image, config.tile_size, least, limit, config.use_thumbnail)
         ids, labels = self.encode(record, draw(record, rng, self.seed, config.prompts), len(tiles))
         grounded = record.kind not in TEXT_ONLY
-        size = config.sam_size
-        sam = [sam_bytes(frame, size) for frame in frames] if grounded else []
+        sam = [sam_bytes(frame, config.sam_size) for frame in frames] if grounded else []
         return Sample(
             record.name,
             tiles,
             ids,
             labels,
-            np.stack(sam) if sam else np.zeros((0, size, size, 3), np.uint8),
+            np.stack(sam) if sam else np.zeros((0, config.sam_size, config.sam_size, 3), np.uint8),
             resize_nearest(masks, config.mask_size) if grounded else self._no_masks(),
         )
 
