@@ -213,3 +213,12 @@ def test_what_is_wrong_is_said_before_the_first_batch(mixture, targets, byte_tok
     (targets / "train_mask" / "0_liver.png").unlink()
     with pytest.raises(InputError, match=r"needs the file .*0_liver\.png"):
         Pipeline(config(mixture), byte_tokenizer)
+
+
+def test_validation_leaves_the_row_of_an_unreadable_sample_blank(targets, byte_tokenizer):
+    dataset = DatasetConfig(Kind.SEGMENTATION, str(targets), minimum=0)
+    pipeline = Pipeline(config((dataset,), training=False, max_unreadable=0.5), byte_tokenizer)
+    (targets / "train" / "1.png").write_bytes(b"")
+    iterator = iter(pipeline)
+    names = [name for batch in iterator for name in batch.names]
+    assert names.count("") == 4 and len(names) == 8 and len(iterator.unreadable) == 1

@@ -44,7 +44,8 @@ class PipelineConfig:
     threads: int = 2
     # Batches read ahead, by each process.
     prefetch: int = 2
-    # The run stops when more than this share of the records cannot be read.
+    # A record that cannot be read is named and counted; another of its shape takes its place in training, a
+    # blank row otherwise. The run stops when more than this share of the records are like that.
     max_unreadable: float = 0.01
 
 
@@ -203,8 +204,8 @@ class _BatchSource:
         names = tuple("" if sample is None else sample.name for sample in samples)
         return {"arrays": arrays, "names": names, "step": step, "unreadable": failures}
 
-    def _read(self, number: int, step: int, row: int, failures: list[tuple[str, str]]) -> Sample:
-        for attempt in range(_MAX_ATTEMPTS):
+    def _read(self, number: int, step: int, row: int, failures: list[tuple[str, str]]) -> Sample | None:
+        for attempt in range(_MAX_ATTEMPTS if self.config.training else 1):
             record = self.mixture.records[self.mixture.order[number]]
             rng = np.random.default_rng([self.config.seed, step, row, attempt])
             try:
@@ -212,6 +213,8 @@ class _BatchSource:
             except (OSError, InputError) as error:
                 failures.append((record.name, str(error)))
             number = self.plan.substitute(step, row, attempt)
+        if not self.config.training:
+            return None
         raise InputError(
             f"{_MAX_ATTEMPTS} samples in a row cannot be read, the last for this reason: {failures[-1][1]}"
         )

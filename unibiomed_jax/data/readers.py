@@ -70,7 +70,7 @@ def find_datasets(root: str | os.PathLike, split: str = "train", **choices) -> t
                     DatasetConfig(
                         kind,
                         str(folder),
-                        name=f"{folder.relative_to(root.parent).as_posix()}/{kind}",
+                        name=f"{folder.resolve().relative_to(root.resolve().parent).as_posix()}/{kind}",
                         split=split,
                         annotations=name,
                         images=place,

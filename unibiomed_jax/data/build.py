@@ -1,0 +1,265 @@
+"""Datasets in the readers' format from what people have: images and masks, or NIfTI volumes and labels."""
+
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from unibiomed_jax.data.transforms import load_mask
+from unibiomed_jax.data.volumes import apply_window, load_nifti, percentile_window, split_labels, write_volume
+from unibiomed_jax.data.writer import (
+    SPLITS,
+    CocoTable,
+    assign_splits,
+    fit_size,
+    mask_name,
+    resize_mask,
+    save_image,
+    save_json,
+    save_mask,
+)
+from unibiomed_jax.errors import InputError
+from unibiomed_jax.inference.preprocess import open_image
+
+_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Make a dataset from images and masks, or from NIfTI volumes and label volumes."""
+
+    # Folder to write; must not exist yet.
+    out: Path
+    # Modality and site, for the sentence "<target> in <site> <modality>".
+    modality: str
+    site: str
+    # Folder of images, and of masks named <image stem>_<target>.<ending> (+ for blanks in the target).
+    images: Path | None = None
+    masks: Path | None = None
+    # Folder of NIfTI volumes, and of label volumes of the same names.
+    volumes: Path | None = None
+    labels: Path | None = None
+    # JSON file of label values and their names: {"1": "liver", "2": "spleen"}.
+    label_names: Path | None = None
+    # Grey values that become black and white; by default the 0.5 and 99.5 percentiles of each volume. Give
+    # the window for CT: -160 240 shows soft tissue.
+    window: tuple[float, float] | None = None
+    # Targets that are findings: also written as grounded disease recognition.
+    findings: tuple[str, ...] = ()
+    # Regular expression whose first group is the patient in a file name; by default every file is one.
+    patient: str = "(.*)"
+    # Shares of images in train, val and test; patients are never divided.
+    fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
+    # Another seed, another split.
+    seed: int = 42
+    # Reduce images to this long side in pixels; by default they keep their size.
+    long_side: int | None = None
+
+
+@dataclass
+class BuildReport:
+    """What `build` wrote."""
+
+    out: Path
+    # By split: patients, images or volumes, annotations.
+    patients: Counter
+    images: Counter
+    annotations: Counter
+    # Files that have no mask and were left out.
+    without_masks: list[Path]
+
+    def table(self) -> Table:
+        """For the terminal: one row a split."""
+        table = Table("split", "patients", "images or volumes", "annotations")
+        for split in SPLITS:
+            counts = (self.patients[split], self.images[split], self.annotations[split])
+            table.add_row(split, *map(str, counts))
+        return table
+
+
+def build(options: BuildOptions) -> BuildReport:
+    """Write the dataset beside its final place, then move it there.
+
+    Tables: {split}.json (segmentation), {split}_region.json, {split}_disease.json for findings, and for
+    volumes meta_{split}.json.
+
+    Raises:
+        InputError: folders that are missing or do not fit together, files that cannot be read, a mask of
+            another size than its image, a name without patient.
+    """
+    pairs = ((options.images, options.masks), (options.volumes, options.labels))
+    given = [pair for pair in pairs if pair != (None, None)]
+    if len(given) != 1 or None in given[0]:
+        raise InputError("Give either images and masks, or volumes and labels.")
+    for folder in given[0]:
+        if not folder.is_dir():
+            raise InputError(f"The folder {folder} does not exist; check the path.")
+    if options.out.exists():
+        raise InputError(f"{options.out} exists already; remove it or choose another place.")
+    beside = options.out.with_name(options.out.name + ".part")
+    if beside.exists():
+        shutil.rmtree(beside)
+    report = (_build_images if options.images else _build_volumes)(options, beside)
+    os.replace(beside, options.out)
+    return report
+
+
+class _Writer:
+    """Tables of all splits, and the counts for the report."""
+
+    def __init__(self, options: BuildOptions, stems: list[str]):
+        self.options = options
+        self.patients = {stem: _patient(options.patient, stem) for stem in stems}
+        self.splits = assign_splits(self.patients.values(), options.fractions, options.seed)
+        self.targets = {split: CocoTable(split) for split in SPLITS}
+        self.volumes: dict[str, dict] = {split: {} for split in SPLITS}
+
+    def place(self, stem: str) -> tuple[str, str]:
+        patient = self.patients[stem]
+        return patient, self.splits[patient]
+
+    def words(self, target: str) -> tuple[str]:
+        return (f"{target} in {self.options.site} {self.options.modality}",)
+
+    def save(self, folder: Path, without_masks: list[Path]) -> BuildReport:
+        report = BuildReport(self.options.out, Counter(), Counter(), Counter(), without_masks)
+        for split, table in self.targets.items():
+            people = {image["patient"] for image in table.images.values()}
+            report.patients[split] = len(people)
+            report.images[split] = len(self.volumes[split]) or len(table.images)
+            report.annotations[split] = len(table.annotations)
+            if not table.annotations:
+                continue
+            table.save(folder / f"{split}.json")
+            table.save(folder / f"{split}_region.json")
+            findings = CocoTable(split)
+            for row in table.annotations:
+                target = row["sentences"][0]["raw"].split(" in ")[0]
+                if target in self.options.findings:
+                    image = table.images[row["file_name"]]
+                    findings.add(
+                        row["file_name"],
+                        (image["width"], image["height"]),
+                        image["patient"],
+                        row["mask_file"],
+                        target,
+                        self.words(target),
+                    )
+            if findings.annotations:
+                findings.save(folder / f"{split}_disease.json")
+            if self.volumes[split]:
+                save_json(folder / f"meta_{split}.json", {"volumes": self.volumes[split]})
+        return report
+
+
+def _build_images(options: BuildOptions, folder: Path) -> BuildReport:
+    images = _by_stem(options.images, lambda path: path.suffix.lower() in _ENDINGS, lambda path: path.stem)
+    masks = sorted(path for path in options.masks.iterdir() if path.suffix.lower() in _ENDINGS)
+    owned: dict[str, dict[str, Path]] = {stem: {} for stem in images}
+    for mask in masks:
+        # The longest image name wins: a_1_x_liver belongs to a_1_x where there is one, else to a_1.
+        parts = mask.stem.split("_")
+        stems = ["_".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
+        stem = next((stem for stem in stems if stem in images), None)
+        if stem is None:
+            raise InputError(
+                f"The mask {mask} belongs to no image in {options.images}; name it <image stem>_<target>"
+                f"{mask.suffix}."
+            )
+        owned[stem][mask.stem[len(stem) + 1 :].replace("+", " ")] = mask
+    with_masks = [stem for stem in images if owned[stem]]
+    if not with_masks:
+        raise InputError(
+            f"{options.masks} holds no mask of an image in {options.images}; check both folders."
+        )
+    writer = _Writer(options, with_masks)
+    for stem in with_masks:
+        patient, split = writer.place(stem)
+        image, _ = open_image(images[stem])
+        size = fit_size(*image.size, options.long_side)
+        save_image(folder / split / f"{stem}.png", np.asarray(image), options.long_side)
+        for target, path in owned[stem].items():
+            mask = resize_mask(load_mask(str(path), image.size, stem), size)
+            mask_file = mask_name(stem, target)
+            save_mask(folder / f"{split}_mask" / mask_file, mask)
+            words = writer.words(target)
+            writer.targets[split].add(f"{stem}.png", size, patient, mask_file, target, words)
+    return writer.save(folder, [images[stem] for stem in images if not owned[stem]])
+
+
+def _build_volumes(options: BuildOptions, folder: Path) -> BuildReport:
+    names = _read_label_names(options.label_names)
+    volumes = _by_stem(options.volumes, _is_nifti, _nifti_stem)
+    labels = _by_stem(options.labels, _is_nifti, _nifti_stem)
+    for stem, path in volumes.items():
+        if stem not in labels:
+            raise InputError(f"{path} has no label volume of its name in {options.labels}; add it.")
+    if not volumes:
+        raise InputError(f"{options.volumes} holds no NIfTI files (.nii, .nii.gz); check the path.")
+    writer = _Writer(options, list(volumes))
+    for stem, path in volumes.items():
+        patient, split = writer.place(stem)
+        voxels, values = load_nifti(path), load_nifti(labels[stem])
+        if voxels.shape != values.shape:
+            raise InputError(
+                f"{labels[stem]} has the shape {values.shape} but {path} {voxels.shape}; resample the labels "
+                "to the volume."
+            )
+        window = options.window or percentile_window(voxels)
+        writer.volumes[split][stem] = write_volume(
+            folder,
+            stem,
+            apply_window(voxels, window),
+            split_labels(values, names, writer.words),
+            patient=patient,
+            window=window,
+            table=writer.targets[split],
+        )
+    return writer.save(folder, [])
+
+
+def _by_stem(folder: Path, wanted: Callable[[Path], bool], stem: Callable[[Path], str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if wanted(path):
+            if stem(path) in found:
+                raise InputError(f"{found[stem(path)]} and {path} have one name; rename one of them.")
+            found[stem(path)] = path
+    return found
+
+
+def _is_nifti(path: Path) -> bool:
+    return path.name.endswith((".nii", ".nii.gz"))
+
+
+def _nifti_stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
+def _read_label_names(path: Path | None) -> dict[int, str]:
+    if path is None:
+        raise InputError('Volumes need label_names, a JSON file such as {"1": "liver"}; write one.')
+    try:
+        return {int(value): str(name) for value, name in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f'{path} must be a JSON object such as {{"1": "liver"}} ({error}).') from error
+
+
+def _patient(pattern: str, stem: str) -> str:
+    try:
+        match = re.search(pattern, stem)
+    except re.error as error:
+        raise InputError(f"patient={pattern!r} is no regular expression ({error}); correct it.") from error
+    if match is None or not match.groups() or not match.group(1):
+        raise InputError(
+            f"patient={pattern!r} finds no patient in the name {stem!r}; give an expression with one group "
+            "that matches every file name."
+        )
+    return match.group(1)
