@@ -51,6 +51,8 @@ class Args:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     # Warm calls; their median is shown.
     repeats: int = 3
+    # Which of the five cases to measure.
+    cases: tuple[Literal[1, 2, 3, 4, 5], ...] = (1, 2, 3, 4, 5)
     # Folder with the tokenizer of a checkpoint; by default the one that the tests use.
     tokenizer: Path | None = None
     # Write all numbers there, too.
@@ -203,14 +205,14 @@ def main() -> None:
         + f", memory {ceilings.bytes / 1e9:,.1f} GB/s",
         highlight=False,
     )
-    results = []
-    for case in CASES:
-        results.append(measure(model, ceilings, case, args.repeats))
-        console.print(table_of(results[-1]))
-    if args.json:
-        report = dict(machine=machine, precision=describe(model), parameters=stored, new_tokens=NEW_TOKENS)
-        report |= dict(ceilings={**ceilings.flops, "memory": ceilings.bytes}, cases=results)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    report = dict(machine=machine, precision=describe(model), parameters=stored, new_tokens=NEW_TOKENS)
+    report |= dict(ceilings={**ceilings.flops, "memory": ceilings.bytes}, cases=[])
+    for number in args.cases:
+        result = measure(model, ceilings, CASES[number - 1], args.repeats)
+        console.print(table_of(result))
+        report["cases"].append(result)
+        if args.json:  # after every case, so that an interrupted run keeps what it has
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

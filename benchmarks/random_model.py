@@ -34,7 +34,7 @@ SIZES = {
 # The release stores these parts in bfloat16 and SAM2 in float32.
 STORED_BFLOAT16 = ("vision_model", "mlp1", "language_model")
 # 25 tokens around the image's.
-PROMPT = "<image>Please segment the liver in abdomen CT."
+PROMPT = "<image>Please segment the liver in this abdomen CT."
 
 
 def random_parameters(config: ModelConfig) -> dict:

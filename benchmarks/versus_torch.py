@@ -26,7 +26,6 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 NEW_TOKENS = 24
-SEGMENTS = (1, 5)
 JAX, ONCE, REFERENCE = "this library", "torch, encodes once", "torch, the reference's way"
 
 
@@ -38,6 +37,8 @@ class Args:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     # Calls of each, after a first one that does not count.
     repeats: int = 3
+    # Numbers of `[SEG]` in an answer, a table each.
+    segments: tuple[int, ...] = (1, 5)
     # Interpreters of the two workers.
     jax_python: str = sys.executable
     torch_python: str = sys.executable
@@ -91,7 +92,7 @@ def table_of(segments: int, medians: dict[str, dict[str, float]]) -> Table:
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     console = Console(width=110, highlight=False)
-    setup = dict(size=args.size, precision=args.precision, new_tokens=NEW_TOKENS, segments=SEGMENTS)
+    setup = dict(size=args.size, precision=args.precision, new_tokens=NEW_TOKENS, segments=args.segments)
     ours = Worker(args.jax_python, "worker_jax.py", setup)
     theirs = Worker(args.torch_python, "worker_torch.py", {**ours.facts, "new_tokens": NEW_TOKENS})
     for worker in (ours, theirs):
@@ -99,7 +100,7 @@ def main() -> None:
     console.print(f"{ours.facts['tiles']} tiles, a prompt of {ours.facts['prompt_tokens']} tokens")
 
     report = {"jax": ours.facts["name"], "torch": theirs.facts["name"], "precision": ours.facts["precision"]}
-    for segments in SEGMENTS:
+    for segments in args.segments:
         in_turn = {
             JAX: lambda n=segments: ours.ask({"segments": n}),
             ONCE: lambda n=segments: theirs.ask({"segments": n, "way": "once"}),
@@ -108,7 +109,7 @@ def main() -> None:
         calls = {name: [] for name in in_turn}
         for turn in range(args.repeats + 1):
             for name, call in in_turn.items():
-                if turn == 0 and name != JAX and segments != SEGMENTS[0]:
+                if turn == 0 and name != JAX and segments != args.segments[0]:
                     continue  # torch compiles nothing: it is warm since the first case
                 seconds = call()
                 if turn > 0:
@@ -119,8 +120,8 @@ def main() -> None:
         }
         console.print(table_of(segments, medians))
         report[f"{segments} [SEG]"] = {"median": medians, "calls": calls}
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
