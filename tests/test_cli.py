@@ -1,4 +1,4 @@
-"""`unibiomed predict`: what it leaves on disk, and one clear sentence for whatever goes wrong."""
+"""The command line: what it leaves on disk, and one clear sentence for whatever goes wrong."""
 
 from __future__ import annotations
 
@@ -150,14 +150,69 @@ def test_slices_of_different_sizes_are_refused(loaded, tmp_path, capsys):
     ],
 )
 def test_the_command_fails_with_one_sentence(tmp_path, source, checkpoint, reason):
-    run = subprocess.run(
-        [sys.executable, "-m", "unibiomed_jax.cli", "predict", str(source), "--prompt", PROMPT]
-        + ["--checkpoint", str(checkpoint), "--out", "out"],
-        cwd=tmp_path,
+    options = ["--prompt", PROMPT, "--checkpoint", str(checkpoint), "--out", "out"]
+    run = command(tmp_path, "predict", str(source), *options)
+    assert run.returncode == 2
+    assert reason in run.stderr and "Traceback" not in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# unibiomed data
+
+
+def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run `unibiomed` as a user does."""
+    return subprocess.run(
+        [sys.executable, "-m", "unibiomed_jax.cli", *arguments],
+        cwd=folder,
         env={**os.environ, "COLUMNS": "500"},
         capture_output=True,
         text=True,
     )
-    assert run.returncode == 1
-    assert reason in run.stderr and "Traceback" not in run.stderr
-    assert len(run.stderr.strip().splitlines()) == 1
+
+
+@pytest.fixture
+def kidneys(tmp_path) -> list[str]:
+    """Three scans with one mask each; the options that build a dataset of them."""
+    for name in ("scans", "masks"):
+        (tmp_path / name).mkdir()
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 256, (20, 30, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "scans" / f"P{number}.png")
+        Image.fromarray(pixels[..., 0] > 128).save(tmp_path / "masks" / f"P{number}_left+kidney.png")
+    return "--out kidneys --modality MRI --site abdomen --images scans --masks masks".split()
+
+
+def test_a_dataset_is_built_and_checked(kidneys, tmp_path):
+    built = command(
+        tmp_path, "data", "build", *kidneys, "--findings", "left kidney", "--fractions", "1", "0", "0"
+    )
+    assert built.returncode == 0, built.stderr
+    assert "left kidney (3)" in built.stdout and (tmp_path / "kidneys" / "train_disease.json").is_file()
+    checked = command(tmp_path, "data", "validate", "kidneys")
+    assert checked.returncode == 0, checked.stderr
+    assert "kidneys/segmentation" in checked.stdout and "0 errors, 0 warnings" in checked.stdout
+    (tmp_path / "kidneys" / "train" / "P1.png").unlink()
+    checked = command(tmp_path, "data", "validate", "kidneys", "--show", "1")
+    assert checked.returncode == 1
+    assert "error (missing) kidneys/segmentation:train/P1_left+kidney.png: the image" in checked.stdout
+    assert "... and 2 more" in checked.stdout and "3 errors, 0 warnings" in checked.stdout
+
+
+def test_what_cannot_be_built_or_checked_is_one_sentence(kidneys, tmp_path):
+    for arguments, reason in (
+        (["build", *kidneys, "--patient", "["], "patient='[' is no regular expression"),
+        (["validate", "[nowhere]"], "The dataset folder [nowhere] does not exist"),
+    ):
+        run = command(tmp_path, "data", *arguments)
+        assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
+        assert reason in run.stderr
+
+
+def test_help_lists_the_commands_without_starting_jax(tmp_path):
+    assert {"predict", "data"} <= set(command(tmp_path, "--help").stdout.split())
+    assert {"build", "validate"} <= set(command(tmp_path, "data", "--help").stdout.split())
+    look = "import sys, unibiomed_jax.cli; print('jax' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"

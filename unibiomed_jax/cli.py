@@ -1,4 +1,4 @@
-"""The command `unibiomed`."""
+"""UniBiomed for research: ask medical images questions, and make datasets to train on."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from unibiomed_jax.data.build import BuildOptions, build
+from unibiomed_jax.data.validate import ValidateOptions, validate
 from unibiomed_jax.errors import InputError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
@@ -135,14 +138,53 @@ def _sources(options: Predict) -> dict[str, list[Path]]:
     return {str(p.relative_to(path)): [p] for p in found}
 
 
+def build_data(options: BuildOptions) -> int:
+    """Run `unibiomed data build`."""
+    with console.status(f"Writing {options.out}"):
+        report = build(options)
+    console.print(report.table())
+    targets = ", ".join(f"{name} ({count})" for name, count in report.targets.items())
+    console.print(f"Targets: {targets}", highlight=False)
+    for path in report.without_masks:
+        console.print(f"{path} has no mask and was left out.", highlight=False)
+    console.print(f"Next: unibiomed data validate {options.out}", highlight=False)
+    return 0
+
+
+def validate_data(options: ValidateOptions) -> int:
+    """Run `unibiomed data validate`; 1 if there are errors. Warnings may be meant."""
+    with console.status(f"Checking {options.path}"):
+        report = validate(options)
+    console.print(report.table())
+    problems = report.errors + report.warnings
+    for problem in problems[: options.show]:
+        label = "[red]error[/red]" if problem.error else "[yellow]warning[/yellow]"
+        console.print(f"{label} ({problem.sort})", escape(problem.text), highlight=False, soft_wrap=True)
+    if len(problems) > options.show:
+        console.print(f"... and {len(problems) - options.show} more (--show {len(problems)} prints all).")
+    console.print(f"{len(report.errors)} errors, {len(report.warnings)} warnings")
+    return 1 if report.errors else 0
+
+
+_Data = (
+    Annotated[BuildOptions, tyro.conf.subcommand("build")]
+    | Annotated[ValidateOptions, tyro.conf.subcommand("validate")]
+)
+_Command = (
+    Annotated[Predict, tyro.conf.subcommand("predict")]
+    | Annotated[_Data, tyro.conf.subcommand("data", description="Make and check datasets to train on.")]
+)
+
+
 def main() -> None:
-    """Entry point: a sentence on standard error and exit code 1 (2 for the command line) when it fails."""
+    """Entry point. Exit code 1: some images failed, or a dataset has errors; 2: nothing could be done."""
+    commands = {Predict: predict, BuildOptions: build_data, ValidateOptions: validate_data}
     try:
-        options = tyro.extras.subcommand_cli_from_dict({"predict": Predict}, prog="unibiomed")
-        sys.exit(1 if predict(options) else 0)
+        options = tyro.cli(_Command, prog="unibiomed", description=__doc__)
+        sys.exit(1 if commands[type(options)](options) else 0)
     except InputError as error:
-        errors.print(f"[red]Error:[/red] {error}", highlight=False)
-        sys.exit(1)
+        errors.print(f"[red]Error:[/red] {escape(str(error))}", highlight=False)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Datasets made from images and masks or from volumes, and what `validate` says about good and bad ones."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -74,6 +75,22 @@ def test_long_side_and_another_seed(scans):
     assert tables(other.out, "{}.json")["test"] != tables(scans.out, "{}.json")["test"]
 
 
+def test_masks_as_people_save_them(scans, tmp_path):
+    """Compressed with losses, and with underscores for blanks."""
+    mask = np.zeros((30, 60), np.uint8)
+    mask[4:24, 10:30] = 255
+    Image.fromarray(mask).save(tmp_path / "masks" / "P0_0_left_adrenal_gland.jpg", quality=50)
+    assert (np.asarray(Image.open(tmp_path / "masks" / "P0_0_left_adrenal_gland.jpg")) > 0).sum() > 400
+    report = build(scans)
+    assert report.targets == {"kidney": 12, "kidney tumor": 11, "left adrenal gland": 1}
+    (written,) = scans.out.rglob("P0_0_left+adrenal+gland.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(written)), mask > 0)
+    shutil.rmtree(scans.out)
+    save_square(tmp_path / "masks" / "P0_0_left+adrenal_gland.png")
+    with pytest.raises(InputError, match="are masks of one target"):
+        build(scans)
+
+
 def test_volumes(tmp_path):
     nibabel = pytest.importorskip("nibabel")
     rng = np.random.default_rng(0)
@@ -104,6 +121,10 @@ def test_volumes(tmp_path):
         pixels = np.asarray(Image.open(options.out / name / volume["slices"][1]))
         np.testing.assert_array_equal(pixels, apply_window(voxels[:, :, 1].T[::-1, ::-1], (-160, 240)))
     assert not validate(ValidateOptions(options.out)).problems
+    (tmp_path / "names.json").write_text('{"7": "pancreas"}')
+    with pytest.raises(InputError, match=r"hold none of the labels 7 \(pancreas\)"):
+        build(replace(options, out=tmp_path / "none"))
+    assert not list(tmp_path.glob("none*"))
 
 
 def test_window():
@@ -147,12 +168,16 @@ def test_splits_are_by_patient_stable_and_near_the_shares():
         ({"patient": "(x)"}, "finds no patient in the name 'P0_0"),
         ({"patient": "("}, "is no regular expression"),
         ({"fractions": (1, 1, 1)}, "three shares"),
+        (
+            {"findings": ("kidney stone",)},
+            "'kidney stone' is no target; the targets are kidney, kidney tumor",
+        ),
     ],
 )
 def test_wrong_options(scans, change, message):
     with pytest.raises(InputError, match=message):
         build(replace(scans, **change))
-    assert not scans.out.exists()
+    assert not list(scans.out.parent.glob("out*"))
 
 
 def test_wrong_files(scans, tmp_path):

@@ -37,16 +37,19 @@ class BuildOptions:
 
     # Folder to write; must not exist yet.
     out: Path
-    # Modality and site, for the sentence "<target> in <site> <modality>".
+    # How the images were taken, for the sentence "<target> in <site> <modality>": CT, ultrasound, ...
     modality: str
+    # What they show, for the same sentence: abdomen, retinal, ...
     site: str
-    # Folder of images, and of masks named <image stem>_<target>.<ending> (+ for blanks in the target).
+    # Folder of images; needs `masks`.
     images: Path | None = None
+    # Folder of masks named <image stem>_<target>.png, not zero where the target is; + for blanks in it.
     masks: Path | None = None
-    # Folder of NIfTI volumes, and of label volumes of the same names.
+    # Folder of NIfTI volumes; needs `labels` and `label_names`.
     volumes: Path | None = None
+    # Folder of label volumes, named as the volumes.
     labels: Path | None = None
-    # JSON file of label values and their names: {"1": "liver", "2": "spleen"}.
+    # JSON file of label values and their names: {"1": "liver", "2": "spleen"}; other values are left out.
     label_names: Path | None = None
     # Grey values that become black and white; by default the 0.5 and 99.5 percentiles of each volume. Give
     # the window for CT: -160 240 shows soft tissue.
@@ -59,7 +62,7 @@ class BuildOptions:
     fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
     # Another seed, another split.
     seed: int = 42
-    # Reduce images to this long side in pixels; by default they keep their size.
+    # Reduce 2-D images to this long side in pixels; by default they keep their size.
     long_side: int | None = None
 
 
@@ -72,6 +75,8 @@ class BuildReport:
     patients: Counter
     images: Counter
     annotations: Counter
+    # By target: annotations.
+    targets: Counter
     # Files that have no mask and were left out.
     without_masks: list[Path]
 
@@ -92,7 +97,7 @@ def build(options: BuildOptions) -> BuildReport:
 
     Raises:
         InputError: folders that are missing or do not fit together, files that cannot be read, a mask of
-            another size than its image, a name without patient.
+            another size than its image, a name without patient, a finding that is no target.
     """
     pairs = ((options.images, options.masks), (options.volumes, options.labels))
     given = [pair for pair in pairs if pair != (None, None)]
@@ -104,10 +109,12 @@ def build(options: BuildOptions) -> BuildReport:
     if options.out.exists():
         raise InputError(f"{options.out} exists already; remove it or choose another place.")
     beside = options.out.with_name(options.out.name + ".part")
-    if beside.exists():
-        shutil.rmtree(beside)
-    report = (_build_images if options.images else _build_volumes)(options, beside)
-    os.replace(beside, options.out)
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        report = (_build_images if options.images else _build_volumes)(options, beside)
+        os.replace(beside, options.out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     return report
 
 
@@ -129,7 +136,7 @@ class _Writer:
         return (f"{target} in {self.options.site} {self.options.modality}",)
 
     def save(self, folder: Path, without_masks: list[Path]) -> BuildReport:
-        report = BuildReport(self.options.out, Counter(), Counter(), Counter(), without_masks)
+        report = BuildReport(self.options.out, Counter(), Counter(), Counter(), Counter(), without_masks)
         for split, table in self.targets.items():
             people = {image["patient"] for image in table.images.values()}
             report.patients[split] = len(people)
@@ -139,19 +146,16 @@ class _Writer:
                 continue
             table.save(folder / f"{split}.json")
             table.save(folder / f"{split}_region.json")
+            names = {number: name for name, number in table.categories.items()}
             findings = CocoTable(split)
             for row in table.annotations:
-                target = row["sentences"][0]["raw"].split(" in ")[0]
+                target = names[row["category_id"]]
+                report.targets[target] += 1
                 if target in self.options.findings:
                     image = table.images[row["file_name"]]
-                    findings.add(
-                        row["file_name"],
-                        (image["width"], image["height"]),
-                        image["patient"],
-                        row["mask_file"],
-                        target,
-                        self.words(target),
-                    )
+                    size = (image["width"], image["height"])
+                    place = (row["file_name"], size, image["patient"], row["mask_file"])
+                    findings.add(*place, target, self.words(target))
             if findings.annotations:
                 findings.save(folder / f"{split}_disease.json")
             if self.volumes[split]:
@@ -173,12 +177,16 @@ def _build_images(options: BuildOptions, folder: Path) -> BuildReport:
                 f"The mask {mask} belongs to no image in {options.images}; name it <image stem>_<target>"
                 f"{mask.suffix}."
             )
-        owned[stem][mask.stem[len(stem) + 1 :].replace("+", " ")] = mask
+        target = mask.stem[len(stem) + 1 :].replace("+", " ").replace("_", " ")
+        if target in owned[stem]:
+            raise InputError(f"{owned[stem][target]} and {mask} are masks of one target; merge them.")
+        owned[stem][target] = mask
     with_masks = [stem for stem in images if owned[stem]]
     if not with_masks:
         raise InputError(
             f"{options.masks} holds no mask of an image in {options.images}; check both folders."
         )
+    _check_findings(options.findings, {target for targets in owned.values() for target in targets})
     writer = _Writer(options, with_masks)
     for stem in with_masks:
         patient, split = writer.place(stem)
@@ -186,7 +194,9 @@ def _build_images(options: BuildOptions, folder: Path) -> BuildReport:
         size = fit_size(*image.size, options.long_side)
         save_image(folder / split / f"{stem}.png", np.asarray(image), options.long_side)
         for target, path in owned[stem].items():
-            mask = resize_mask(load_mask(str(path), image.size, stem), size)
+            # JPEG leaves grey specks around what was black and white.
+            above = 127 if path.suffix.lower() in (".jpg", ".jpeg") else 0
+            mask = resize_mask(load_mask(str(path), image.size, stem, above), size)
             mask_file = mask_name(stem, target)
             save_mask(folder / f"{split}_mask" / mask_file, mask)
             words = writer.words(target)
@@ -196,6 +206,7 @@ def _build_images(options: BuildOptions, folder: Path) -> BuildReport:
 
 def _build_volumes(options: BuildOptions, folder: Path) -> BuildReport:
     names = _read_label_names(options.label_names)
+    _check_findings(options.findings, set(names.values()))
     volumes = _by_stem(options.volumes, _is_nifti, _nifti_stem)
     labels = _by_stem(options.labels, _is_nifti, _nifti_stem)
     for stem, path in volumes.items():
@@ -221,6 +232,12 @@ def _build_volumes(options: BuildOptions, folder: Path) -> BuildReport:
             patient=patient,
             window=window,
             table=writer.targets[split],
+        )
+    if not any(table.annotations for table in writer.targets.values()):
+        raise InputError(
+            f"The volumes of {options.labels} hold none of the labels "
+            f"{', '.join(f'{value} ({name})' for value, name in names.items())}; correct "
+            f"{options.label_names}."
         )
     return writer.save(folder, [])
 
@@ -250,6 +267,13 @@ def _read_label_names(path: Path | None) -> dict[int, str]:
         return {int(value): str(name) for value, name in json.loads(path.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f'{path} must be a JSON object such as {{"1": "liver"}} ({error}).') from error
+
+
+def _check_findings(findings: tuple[str, ...], targets: set[str]) -> None:
+    for finding in findings:
+        if finding not in targets:
+            known = ", ".join(sorted(targets))
+            raise InputError(f"The finding {finding!r} is no target; the targets are {known}.")
 
 
 def _patient(pattern: str, stem: str) -> str:

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import grain
 import numpy as np
 
 from unibiomed_jax.data.plan import BLANK, BatchPlan, BucketConfig, Shape, record_shapes
@@ -259,6 +258,8 @@ def collate(samples: list[Sample | None], shape: Shape, config: SampleConfig) ->
 
 def _start_reader(config: PipelineConfig, source: _BatchSource, first: int):
     """A Grain iterator over the batches from `first` on."""
+    import grain  # brings JAX along, which the tools that make and check datasets do without
+
     source = _BatchSource(**{**vars(source), "first": first})
     options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.prefetch)
     dataset = grain.MapDataset.source(source).to_iter_dataset(options)

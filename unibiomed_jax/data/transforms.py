@@ -242,8 +242,10 @@ class SampleBuilder:
         return np.zeros((0, 0, self.config.mask_size, self.config.mask_size), np.uint8)
 
 
-def load_mask(path: str, size: tuple[int, int], name: str) -> Bool[np.ndarray, "height width"]:
-    """Where the first channel of a mask file is not zero; an empty path is an all-zero mask.
+def load_mask(
+    path: str, size: tuple[int, int], name: str, above: int = 0
+) -> Bool[np.ndarray, "height width"]:
+    """Where the first channel of a mask file is more than `above`; an empty path is an all-zero mask.
 
     Raises:
         InputError: the file cannot be read, or is not of the image's `size` (width, height).
@@ -255,7 +257,7 @@ def load_mask(path: str, size: tuple[int, int], name: str) -> Bool[np.ndarray, "
             mask = np.asarray(image)
     except Exception as error:  # Pillow's plugins raise whatever their parser met
         raise InputError(f"The mask {path} of {name} cannot be read ({error}); replace the file.") from error
-    mask = (mask[..., 0] if mask.ndim == 3 else mask) > 0
+    mask = (mask[..., 0] if mask.ndim == 3 else mask) > above
     if mask.shape != size[::-1]:
         raise InputError(
             f"The mask {path} of {name} is {mask.shape[1]}x{mask.shape[0]} pixels but its image "
