@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from unibiomed_jax.config import PIXEL_MEAN, PIXEL_STD
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inference.preprocess import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     box_masks,
     frame_tiles,
     normalize,
@@ -157,7 +156,7 @@ def test_tiles_are_row_major_with_the_thumbnail_last():
     image = Image.fromarray(pixels.repeat(40, 0).repeat(40, 1))
     tiles = vit_tiles(image, tile_size=16)
     assert len(tiles) == 7
-    centres = tiles[:, 8, 8, 0] * IMAGENET_STD[0] + IMAGENET_MEAN[0]
+    centres = tiles[:, 8, 8, 0] * PIXEL_STD[0] + PIXEL_MEAN[0]
     np.testing.assert_allclose(centres[:6] * 255, [10, 20, 30, 40, 50, 60], atol=1e-3)
     np.testing.assert_array_equal(
         tiles[6], normalize(np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC)))

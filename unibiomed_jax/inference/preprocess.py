@@ -15,10 +15,8 @@ import numpy as np
 from jaxtyping import Bool, Float32, UInt8
 from PIL import Image, ImageOps
 
+from unibiomed_jax.config import PIXEL_MEAN, PIXEL_STD
 from unibiomed_jax.errors import InputError
-
-IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 ImageSource = str | os.PathLike | Image.Image | np.ndarray
 
@@ -254,7 +252,7 @@ def _as_rgb(
 
 def normalize(pixels: UInt8[np.ndarray, "*batch 3"]) -> Float32[np.ndarray, "*batch 3"]:
     """0..255 to ImageNet-normalised float32, bit for bit as torchvision's ToTensor and Normalize."""
-    return (pixels.astype(np.float32) / np.float32(255) - IMAGENET_MEAN) / IMAGENET_STD
+    return (pixels.astype(np.float32) / np.float32(255) - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)
 
 
 def tile_grid(

@@ -10,6 +10,8 @@ import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from unibiomed_jax.config import PIXEL_MEAN, PIXEL_STD
+
 # A score that is masked out becomes this. Finite, so that a row without any valid key gives
 # the mean of the values and not NaN.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -17,14 +19,10 @@ MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 # Attention scores (float32) that one row of a batch holds at a time; 2**25 of them are 128 MiB.
 MAX_SCORES = 2**25
 
-# Mean and standard deviation of ImageNet's RGB, on a scale of 0 to 1.
-PIXEL_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-PIXEL_STD = np.array([0.229, 0.224, 0.225], np.float32)
-
 
 def normalize_pixels(pixels: UInt8[Array, "*batch 3"]) -> Float[Array, "*batch 3"]:
     """RGB bytes to the float32 values that both image encoders read."""
-    return (pixels.astype(jnp.float32) / 255 - PIXEL_MEAN) / PIXEL_STD
+    return (pixels.astype(jnp.float32) / 255 - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)
 
 
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -49,11 +49,19 @@ class UniBiomedModel(nnx.Module):
         self.sam2 = Sam2(config.sam2, config.precision, rngs=rngs)
 
     def encode_tiles(
-        self, pixels: Float[Array, "tiles side side 3"], *, remat: str = "none"
+        self,
+        pixels: Float[Array, "tiles side side 3"],
+        *,
+        remat: str = "none",
+        drop_path_key: Array | None = None,
     ) -> Float[Array, "tiles tokens embed"]:
-        """Normalised tiles to rows of the language model's input; the class token is dropped."""
+        """Normalised tiles to rows of the language model's input; the class token is dropped.
+
+        `remat` and `drop_path_key` are for training, see `InternVisionModel`.
+        """
         config = self.config
-        hidden = self.vision_model(pixels.astype(config.precision.vision), remat=remat)
+        pixels = pixels.astype(config.precision.vision)
+        hidden = self.vision_model(pixels, remat=remat, drop_path_key=drop_path_key)
         grid = hidden[:, 1:].reshape(-1, config.vision.grid, config.vision.grid, config.vision.hidden_size)
         return self.mlp1(pixel_shuffle(grid, config.downsample_ratio, config.ps_version))
 
