@@ -107,6 +107,14 @@ def test_the_tree_is_that_of_the_model_and_its_state_can_be_saved(params, tokeni
     assert digest == checkpoint.hash_of(params) == checkpoint.hash_of(state)
 
 
+def test_the_folder_may_be_named_from_where_one_is(saved, params, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    loaded = checkpoint.flatten(checkpoint.load("model").params)
+    assert all((value == loaded[path]).all() for path, value in checkpoint.flatten(params).items())
+    manifest = checkpoint.read_manifest("model")
+    assert checkpoint.read_part("model", "mlp1", manifest)
+
+
 def test_the_hash_is_that_of_the_weights(saved, params, tokenizer, tmp_path):
     assert checkpoint.load(saved).hash == checkpoint.hash_of(params)
     reordered = dict(reversed(params.items()))

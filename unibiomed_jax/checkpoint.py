@@ -434,8 +434,9 @@ def dtype_of(name: str) -> np.dtype:
 
 
 def _restore(path: Path, name: str, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    folder = path.absolute() / "params" / name  # Orbax refuses relative paths
     try:
-        return flatten(ocp.load(path / "params" / name, _string_keys(unflatten(abstract))))
+        return flatten(ocp.load(folder, _string_keys(unflatten(abstract))))
     except Exception as error:  # Orbax and tensorstore raise many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(f"{path / 'params' / name} cannot be read ({reason}); {REMEDY}.") from error
+        raise InputError(f"{folder} cannot be read ({reason}); {REMEDY}.") from error
