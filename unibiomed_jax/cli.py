@@ -170,7 +170,7 @@ _Data = (
     Annotated[BuildOptions, tyro.conf.subcommand("build")]
     | Annotated[ValidateOptions, tyro.conf.subcommand("validate")]
 )
-_Command = (
+Command = (
     Annotated[Predict, tyro.conf.subcommand("predict")]
     | Annotated[_Data, tyro.conf.subcommand("data", description="Make and check datasets to train on.")]
 )
@@ -180,7 +180,7 @@ def main() -> None:
     """Entry point. Exit code 1: some images failed, or a dataset has errors; 2: nothing could be done."""
     commands = {Predict: predict, BuildOptions: build_data, ValidateOptions: validate_data}
     try:
-        options = tyro.cli(_Command, prog="unibiomed", description=__doc__)
+        options = tyro.cli(Command, prog="unibiomed", description=__doc__)
         sys.exit(1 if commands[type(options)](options) else 0)
     except InputError as error:
         errors.print(f"[red]Error:[/red] {escape(str(error))}", highlight=False)

@@ -31,9 +31,7 @@ def load_nifti(path: Path) -> np.ndarray:
     try:
         import nibabel
     except ImportError as error:
-        raise InputError(
-            "Reading NIfTI needs nibabel; install it with `pip install 'unibiomed-jax[medical]'`."
-        ) from error
+        raise InputError("Reading NIfTI needs nibabel; install it with `pip install nibabel`.") from error
     try:
         image = nibabel.as_closest_canonical(nibabel.load(path))
         voxels = np.asanyarray(image.dataobj)
