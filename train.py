@@ -20,7 +20,7 @@ from rich.table import Table
 
 from unibiomed_jax import runtime, sharding
 from unibiomed_jax.config import to_dict
-from unibiomed_jax.data.pipeline import Batch, Pipeline, PipelineConfig
+from unibiomed_jax.data.pipeline import Batch, Pipeline, collate
 from unibiomed_jax.data.transforms import SampleConfig
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inference.tokenizer import Tokenizer
@@ -70,7 +70,7 @@ def main() -> int:
     folder = Path(config.folder)
     checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint)
     wanted = abstract if config.checkpoint.save_frozen else {"train": abstract["train"]}
-    restored = checkpointer.restore(wanted)
+    restored = checkpointer.restore(wanted, chosen_step(checkpointer, config.export))
     if restored is None or not config.checkpoint.save_frozen:
         trainable, frozen = starting_parameters(config, mesh, strategy)
     else:
@@ -84,6 +84,10 @@ def main() -> int:
         iterator.set_state(restored.position)
         console.print(f"Going on after update {restored.step} of {config.optim.steps}.")
     trainable = None  # the state holds it
+    if config.export:
+        export_model(folder, config, state, frozen, tokenizer_folder)
+        console.print(f"The model of update {restored.step} is in {folder / 'model'}.")
+        return 0
     describe(config, abstract, data, mesh)
 
     # Loop
@@ -164,16 +168,23 @@ def find_tokenizer(config: TrainConfig) -> Path:
 
 def open_data(config: TrainConfig, tokenizer: Tokenizer, *, training: bool) -> Pipeline:
     """The pipeline of the training or of the validation data; sizes of arrays come from the model."""
-    chosen = config.data.sample
-    sample = SampleConfig.from_model(
-        config.model,
-        text_only_max_tiles=chosen.text_only_max_tiles,
-        max_tokens=chosen.max_tokens,
-        prompts=chosen.prompts,
+    sizes = SampleConfig.from_model(config.model)
+    names = (
+        "tile_size",
+        "tokens_per_tile",
+        "min_tiles",
+        "max_tiles",
+        "use_thumbnail",
+        "sam_size",
+        "mask_size",
     )
-    settings: PipelineConfig = dataclasses.replace(config.data, sample=sample)
+    sample = dataclasses.replace(config.data.sample, **{name: getattr(sizes, name) for name in names})
+    settings = dataclasses.replace(config.data, sample=sample)
     if not training:
-        settings = dataclasses.replace(settings, datasets=config.validation, training=False)
+        sample = dataclasses.replace(sample, augment=None)
+        settings = dataclasses.replace(
+            settings, datasets=config.validation, sample=sample, training=False, workers=0
+        )
     if not settings.datasets:
         raise InputError("There is no training data: list datasets in the configuration's data.datasets.")
     return Pipeline(settings, tokenizer, host=jax.process_index(), hosts=jax.process_count())
@@ -198,6 +209,23 @@ def zeros(table: dict) -> dict:
     return {path: jax.numpy.zeros(value.shape, value.dtype) for path, value in table.items()}
 
 
+def chosen_step(checkpointer: Checkpointer, export: str | None) -> int | None:
+    """The checkpoint that `export` names; None is the newest.
+
+    Raises:
+        InputError: there is no such checkpoint.
+    """
+    if export is None:
+        return None
+    steps = checkpointer.steps()
+    named = {"last": steps[-1] if steps else None, "best": checkpointer.best()} | {str(s): s for s in steps}
+    if named.get(export) is None:
+        raise InputError(
+            f"There is no checkpoint {export!r} in {checkpointer.folder}; it holds {steps or 'none'}."
+        )
+    return named[export]
+
+
 def describe(config: TrainConfig, abstract: dict, data: Pipeline, mesh) -> None:
     """Say what will run."""
     language = config.model.language
@@ -213,11 +241,10 @@ def describe(config: TrainConfig, abstract: dict, data: Pipeline, mesh) -> None:
 
 def report_memory(config, step: TrainStep, abstract: dict, data: Pipeline, mesh, strategy) -> int:
     """Compile the step for the largest batch and print what a device must hold."""
-    batch = data.read_largest()
+    blank = collate([None] * config.data.batch_size, max(data.plan.shapes), data.config.sample)
     layout = sharding.batch_sharding(strategy, mesh)
     arrays = {
-        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=layout)
-        for name, value in batch.arrays.items()
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=layout) for name, value in blank.items()
     }
     started = time.perf_counter()
     compiled = step.whole.lower(abstract["train"], abstract["frozen"], arrays).compile()

@@ -140,7 +140,9 @@ def tree_shardings(tree: Any, strategy: Strategy, mesh: Mesh) -> Any:
     """
 
     def layout(keys, leaf):
-        path = next((key.key for key in reversed(keys) if isinstance(key, jax.tree_util.DictKey)), None)
+        names = [key.key for key in keys if isinstance(key, jax.tree_util.DictKey)]
+        # Every parameter lies inside a module, so its path has a dot; other names are not paths.
+        path = next((name for name in reversed(names) if "." in name), None)
         spec = partition_spec(path, leaf.shape, strategy, mesh) if path else PartitionSpec()
         return NamedSharding(mesh, spec)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from unibiomed_jax.models.ops import normalize_pixels
+from unibiomed_jax.models.sam2 import plan_frames
 from unibiomed_jax.models.unibiomed import UniBiomedModel
 from unibiomed_jax.training.config import LossConfig, RematConfig
 from unibiomed_jax.training.losses import (
@@ -75,10 +77,14 @@ def predict(
     ids: TokenIds,
     *,
     token_chunk: int = 256,
+    track: bool = False,
     remat: RematConfig = NO_REMAT,
     dropout_key: Array | None = None,
 ) -> Prediction:
-    """Run the whole model on a batch; `dropout_key` switches on the dropout of adapters."""
+    """Run the whole model on a batch.
+
+    `track` follows objects through sequences (see LossConfig); `dropout_key` switches on the adapters' dropout.
+    """
     embeds = embed_batch(model, batch, ids, remat.vision)
     hidden = model.language_model(embeds, remat=remat.language, lora_dropout_key=dropout_key)
     language = model.language_model
@@ -86,7 +92,7 @@ def predict(
     answers = token_cross_entropy(
         hidden, head, batch["labels"], vocab_size=model.config.language.vocab_size, chunk=token_chunk
     )
-    masks = predict_masks(model, batch, hidden, ids, remat.sam2_encoder)
+    masks = predict_masks(model, batch, hidden, ids, track, remat.sam2_encoder)
     return Prediction(answers, masks, masks_to_learn(batch, ids))
 
 
@@ -105,7 +111,12 @@ def embed_batch(
 
 
 def predict_masks(
-    model: UniBiomedModel, batch: Batch, hidden: Float[Array, "batch tokens embed"], ids: TokenIds, remat: str
+    model: UniBiomedModel,
+    batch: Batch,
+    hidden: Float[Array, "batch tokens embed"],
+    ids: TokenIds,
+    track: bool,
+    remat: str,
 ) -> Float[Array, "batch objects frames M M"]:
     """Masks of the first [SEG] tokens of every row in every frame; object slot k takes the k-th [SEG]."""
     size, objects, frames = batch["sam_pixels"].shape[0], *batch["masks"].shape[1:3]
@@ -113,10 +124,14 @@ def predict_masks(
         return jnp.zeros(batch["masks"].shape, jnp.float32)
     order = jnp.argsort(batch["input_ids"] != ids.seg, axis=1, stable=True)[:, :objects]
     states = jnp.take_along_axis(hidden, order[..., None], axis=1)
-    language = jnp.repeat(model.prompt_vectors(states), frames, axis=0)
+    language = model.prompt_vectors(states)
     pixels = normalised(batch["sam_pixels"])
+    if track and frames > model.config.sam2.max_conditioning_frames:
+        plan = plan_frames(frames, model.config.sam2)
+        follow = jax.vmap(lambda pixels, language: model.sam2.segment_frames(pixels, language, plan).masks)
+        return follow(pixels, language).swapaxes(1, 2)
     features = model.sam2.encode_image(pixels.reshape(-1, *pixels.shape[2:]), remat=remat)
-    masks = model.sam2.decode(features, language).masks
+    masks = model.sam2.decode(features, jnp.repeat(language, frames, axis=0)).masks
     return masks.reshape(size, frames, *masks.shape[1:]).swapaxes(1, 2)
 
 

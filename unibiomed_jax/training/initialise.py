@@ -7,6 +7,8 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -16,6 +18,13 @@ from unibiomed_jax.models.unibiomed import UniBiomedModel
 from unibiomed_jax.training import lora
 from unibiomed_jax.training.config import TrainConfig
 from unibiomed_jax.training.parameters import Parameters, partition, split
+
+# Last layers of the two heads that no loss reaches: they start, and stay, at "the masks are equally good, so
+# take the first" and "the object is in sight".
+UNTAUGHT_HEADS = {
+    "sam2.sam_mask_decoder.iou_prediction_head.layers.2": 0.0,
+    "sam2.sam_mask_decoder.pred_obj_score_head.layers.2": 1.0,
+}
 
 
 def resolve_model(config: TrainConfig) -> TrainConfig:
@@ -49,20 +58,31 @@ def structure(config: TrainConfig) -> tuple[nnx.GraphDef, Parameters]:
 
 
 def random_parameters(config: TrainConfig) -> Parameters:
-    """All parameters, drawn from the seed; kernels with variance 1 / fan-in, which suits any width."""
+    """All parameters, drawn from the seed; kernels with variance 1 / fan-in, which suits any width.
 
-    def scaled(path: str, value: jax.Array) -> jax.Array:
-        if not path.endswith(".kernel"):
-            return value
-        *inputs, _ = value.shape[sharding.logical_axes(path, value.ndim)[0] == "layer" :]
-        fan_in = inputs[0] if "upscale" in path else math.prod(inputs)  # an upscaled cell sees one cell
-        return value * (fan_in**-0.5 / 0.02)
+    The kernels are slices of one long draw: a program with a draw for each takes minutes to compile.
+    """
+    _, shapes = structure(config)
+    kernels = {path: value.shape for path, value in shapes.items() if path.endswith(".kernel")}
 
-    def draw():
+    def draw() -> Parameters:
         _, parameters = split(build_model(config))
-        return {path: scaled(path, value) for path, value in parameters.items()}
+        ends = np.cumsum([math.prod(shape) for shape in kernels.values()])
+        numbers = jax.random.normal(jax.random.key(config.seed), (ends[-1],))
+        for (path, shape), part in zip(kernels.items(), jnp.split(numbers, ends[:-1]), strict=True):
+            parameters[path] = part.reshape(shape) * fan_in(path, shape) ** -0.5
+        for head, says in UNTAUGHT_HEADS.items():
+            parameters[f"{head}.kernel"] = jnp.zeros(kernels[f"{head}.kernel"])
+            parameters[f"{head}.bias"] = jnp.full(shapes[f"{head}.bias"].shape, says)
+        return parameters
 
     return jax.jit(draw)()
+
+
+def fan_in(path: str, shape: tuple[int, ...]) -> int:
+    """How many inputs an output of the kernel at a dotted path sums over."""
+    *inputs, _ = shape[sharding.logical_axes(path, len(shape))[0] == "layer" :]
+    return inputs[0] if "upscale" in path else math.prod(inputs)  # an upscaled cell sees one cell
 
 
 def starting_parameters(
