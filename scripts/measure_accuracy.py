@@ -1,0 +1,180 @@
+"""Dice and right answers of a checkpoint on one split of a dataset, target by target.
+
+    python scripts/measure_accuracy.py --checkpoint models/unibiomed-tiny --markdown docs/accuracy.md
+
+Every record is asked once, as a user would ask, with one of its task's questions (the same one in every run):
+
+- segmentation: Dice of the mask at the image's own size; an answer without a mask counts as 0;
+- sequences: Dice of all slices of the volume together, prompted in slices that show the target;
+- disease, region, grounded questions, reports: the share of answers that are right to the last letter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from unibiomed_jax import Answer, Request, UniBiomed
+from unibiomed_jax.data.prompts import Conversation, PromptConfig, draw, variants
+from unibiomed_jax.data.readers import find_datasets, read_mixture
+from unibiomed_jax.data.records import Kind, Record
+from unibiomed_jax.data.transforms import draw_box, load_mask
+from unibiomed_jax.inference.prompt import STOP_TEXT
+
+PROMPTS = PromptConfig(turn="inference", phrase_marks="special")
+ANSWERED = (Kind.DISEASE, Kind.REGION, Kind.VQA, Kind.REPORT)
+
+
+@dataclass(frozen=True)
+class Args:
+    """Measure a checkpoint."""
+
+    # Converted checkpoint.
+    checkpoint: Path
+    # Dataset folder.
+    dataset: Path = Path(__file__).parent.parent / "sample_data"
+    # Which part of it; nothing of it may have been trained on.
+    split: str = "test"
+    # Questions asked at a time.
+    batch: int = 8
+    # Write the tables there, too.
+    markdown: Path | None = None
+    # Write every single result there.
+    json: Path | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out for one record."""
+
+    record: Record
+    # Dice, or 1 and 0 for a right and a wrong answer.
+    score: float
+    text: str
+
+
+def conversation(record: Record) -> Conversation:
+    """Question and answer of a record, drawn from its name alone."""
+    seed = int.from_bytes(hashlib.sha256(record.name.encode()).digest()[:4], "big")
+    return draw(record, np.random.default_rng(seed), 0, PROMPTS)
+
+
+def truth(record: Record) -> np.ndarray:
+    """The mask of a record's first object, (height, width), or (slices, height, width) of a volume."""
+    with Image.open(record.images[0]) as image:
+        size = image.size
+    masks = [load_mask(path, size, record.name) for path in record.masks[0]]
+    return np.stack(masks) if record.kind is Kind.SEQUENCE else masks[0]
+
+
+def request(model: UniBiomed, record: Record) -> Request:
+    """The record as a user would ask it; a region is shown by a box drawn into the image."""
+    question = conversation(record).question
+    if record.kind is Kind.SEQUENCE:
+        shown = np.flatnonzero(truth(record).any((1, 2)))
+        limit = min(model.config.sam2.max_conditioning_frames, len(shown))
+        chosen = shown[np.linspace(0, len(shown) - 1, limit + 2).round().astype(int)[1:-1]]
+        return Request(question, model.open_volume(record.images, conditioning=sorted(set(chosen.tolist()))))
+    if record.kind is Kind.REGION:
+        with Image.open(record.images[0]) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        return Request(question, Image.fromarray(draw_box(pixels, truth(record), np.random.default_rng(0))))
+    return Request(question, record.images[0])
+
+
+def dice(answer: Answer, mask: np.ndarray) -> float:
+    """2 |P and T| / (|P| + |T|); 0 without an answer."""
+    if not answer.segments:
+        return 0.0
+    found = answer.segments[0].mask
+    return 2 * float((found & mask).sum()) / max(int(found.sum() + mask.sum()), 1)
+
+
+def right(answer: Answer, record: Record) -> float:
+    """1 if the text is one of those that the record's task accepts."""
+    said = answer.text.removesuffix(STOP_TEXT).strip()
+    return float(said in variants(record, PROMPTS)[1])
+
+
+def ask(model: UniBiomed, records: Sequence[Record], size: int) -> Iterator[Result]:
+    """Ask every record, several at a time; volumes one by one."""
+    volumes = [(record,) for record in records if record.kind is Kind.SEQUENCE]
+    images = [record for record in records if record.kind is not Kind.SEQUENCE]
+    groups = [*(images[i : i + size] for i in range(0, len(images), size)), *volumes]
+    for group in track(groups, "asking"):
+        answers = model.predict_batch([request(model, record) for record in group], max_new_tokens=96)
+        for record, answer in zip(group, answers, strict=True):
+            score = right(answer, record) if record.kind in ANSWERED else dice(answer, truth(record))
+            yield Result(record, score, answer.text)
+
+
+def tables(results: Sequence[Result]) -> dict[str, list[tuple[str, float, int, int]]]:
+    """By task: (target, mean score, cases, patients), and the mean over all targets."""
+    found: dict[str, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        kind = result.record.kind
+        target = result.record.texts[0] if kind in (Kind.SEGMENTATION, Kind.SEQUENCE) else "all"
+        found[str(kind)][target.lower()].append(result)
+    rows: dict[str, list[tuple[str, float, int, int]]] = {}
+    for kind, targets in found.items():
+        rows[kind] = [
+            (
+                target,
+                float(np.mean([result.score for result in of_target])),
+                len(of_target),
+                len({result.record.patient or result.record.name for result in of_target}),
+            )
+            for target, of_target in sorted(targets.items())
+        ]
+        if len(rows[kind]) > 1:
+            mean = float(np.mean([row[1] for row in rows[kind]]))
+            rows[kind].append(("mean of the targets", mean, sum(row[2] for row in rows[kind]), 0))
+    return rows
+
+
+def markdown(rows: dict[str, list[tuple[str, float, int, int]]]) -> str:
+    """The tables for a page."""
+    parts = []
+    for kind, lines in rows.items():
+        measure = "right" if kind in ANSWERED else "Dice"
+        parts.append(f"| {kind} | {measure} | cases | patients |\n|---|---|---|---|")
+        parts[-1] += "".join(f"\n| {name} | {score:.2f} | {n} | {p or ''} |" for name, score, n, p in lines)
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    model = UniBiomed.from_pretrained(args.checkpoint)
+    mixture = read_mixture(find_datasets(args.dataset, args.split, minimum=0, repeats=1))
+    records = [record for record in mixture.records if record.kind is not Kind.CAPTION]
+    results = list(ask(model, records, args.batch))
+    rows = tables(results)
+    console = Console(highlight=False)
+    for kind, lines in rows.items():
+        table = Table(kind, "right" if kind in ANSWERED else "Dice", "cases", "patients")
+        for name, score, cases, patients in lines:
+            table.add_row(name, f"{score:.2f}", str(cases), str(patients or ""))
+        console.print(table)
+    if args.markdown:
+        args.markdown.write_text(markdown(rows))
+    if args.json:
+        entries = [
+            {"name": r.record.name, "kind": str(r.record.kind), "score": r.score, "text": r.text}
+            for r in results
+        ]
+        args.json.write_text(json.dumps(entries, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
