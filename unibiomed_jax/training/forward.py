@@ -83,10 +83,14 @@ def predict(
 ) -> Prediction:
     """Run the whole model on a batch.
 
-    `track` follows objects through sequences (see LossConfig); `dropout_key` switches on the adapters' dropout.
+    `track` follows objects through sequences (see LossConfig). `dropout_key` switches on the dropout of the
+    adapters and the stochastic depth of the vision model, at the rates of their configurations.
     """
-    embeds = embed_batch(model, batch, ids, remat.vision)
-    hidden = model.language_model(embeds, remat=remat.language, lora_dropout_key=dropout_key)
+    lora_key = path_key = None
+    if dropout_key is not None:
+        lora_key, path_key = jax.random.split(dropout_key)
+    embeds = embed_batch(model, batch, ids, remat.vision, path_key)
+    hidden = model.language_model(embeds, remat=remat.language, lora_dropout_key=lora_key)
     language = model.language_model
     head = language.embed_tokens[...].T if language.lm_head is None else language.lm_head.kernel[...]
     answers = token_cross_entropy(
@@ -97,11 +101,11 @@ def predict(
 
 
 def embed_batch(
-    model: UniBiomedModel, batch: Batch, ids: TokenIds, remat: str
+    model: UniBiomedModel, batch: Batch, ids: TokenIds, remat: str, drop_path_key: Array | None
 ) -> Float[Array, "batch tokens embed"]:
     """Token embeddings, with the visual tokens of a row's tiles in order in place of its image tokens."""
     tiles = normalised(batch["pixel_values"])
-    visual = model.encode_tiles(tiles.reshape(-1, *tiles.shape[2:]), remat=remat)
+    visual = model.encode_tiles(tiles.reshape(-1, *tiles.shape[2:]), remat=remat, drop_path_key=drop_path_key)
     visual = visual.reshape(tiles.shape[0], -1, visual.shape[-1])
     text = model.language_model.embed(batch["input_ids"]).astype(model.config.precision.language)
     is_image = batch["input_ids"] == ids.image
