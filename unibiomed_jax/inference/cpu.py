@@ -1,8 +1,8 @@
-"""Linear layers for decoding on a CPU, where a token costs one pass over the weights.
+"""Linear layers of the language model on a CPU, from weights as they are stored: in bfloat16.
 
-The released language model is stored in bfloat16. Read as it is stored it is half the bytes of float32, and a
-CPU with bfloat16 matrix units multiplies it fast, but only as the left operand and row by row of the output.
-Activations stay float32: split into three bfloat16 numbers they lose nothing.
+A token that is decoded costs one pass over the weights, and in bfloat16 they are half the bytes. A prompt
+costs arithmetic, of which a CPU with bfloat16 matrix units does six times as much as in float32. Activations
+stay float32: each goes through those units as a sum of bfloat16 numbers.
 """
 
 from __future__ import annotations
@@ -10,30 +10,37 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, BFloat16, Float32
+from jaxtyping import Array, Float32
 
 from unibiomed_jax.models.layers import Linear
 from unibiomed_jax.models.ops import row_major
 from unibiomed_jax.models.qwen2 import Qwen2
 
-PARTS = 3
-# With more rows (a prompt) arithmetic costs more than reading the weights: plain float32 is as fast then.
-MAX_SPLIT_ROWS = 16
+# Up to this many rows, reading the weights is what a product costs.
+MAX_DECODE_ROWS = 16
+# The whole mantissa of float32; more columns for the same pass over the weights cost nothing.
+DECODE_PARTS = 3
+# 16 bits of the mantissa, an error below 1e-5: each part is a product of its own here. One part would be as
+# coarse as bfloat16 activations, three leave half of what is gained over float32.
+PROMPT_PARTS = 2
 
 
-def split(x: Float32[Array, "rows in"]) -> BFloat16[Array, "in parts*rows"]:
-    """Columns of bfloat16 whose sum over the parts is x to 24 bits, its whole float32 mantissa."""
-    parts = []
-    for _ in range(PARTS):
+def split(x: Float32[Array, "rows in"], parts: int) -> list[Float32[Array, "rows in"]]:
+    """Numbers of bfloat16 precision whose sum is the first 8 * parts bits of x, coarsest first."""
+    numbers = []
+    for _ in range(parts):
         # A plain cast there and back would be optimised away.
-        part = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-        parts.append(part)
-        x = x - part
-    return row_major(jnp.concatenate(parts).T.astype(jnp.bfloat16))
+        numbers.append(jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))
+        x = x - numbers[-1]
+    return numbers
 
 
 class SplitLinear(nnx.Module):
-    """`Linear` with a bfloat16 kernel stored as (out, in) and float32 input, equal to float32 arithmetic."""
+    """`Linear` with a bfloat16 kernel stored as (out, in) and float32 input.
+
+    Equal to float32 arithmetic for a few rows, as decoding has them, and to 16 bits of the input for many.
+    The products are written in the two forms that XLA runs on the matrix units without moving the kernel.
+    """
 
     def __init__(self, linear: Linear):
         self.kernel = nnx.Param(linear.kernel[...].T.astype(jnp.bfloat16))
@@ -43,11 +50,16 @@ class SplitLinear(nnx.Module):
         """`key` is there because `Linear` takes one; this layer is for inference only."""
         kernel = self.kernel[...]
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) > MAX_SPLIT_ROWS:
-            y = rows @ kernel.astype(jnp.float32).T
+        count = len(rows)
+        if count > MAX_DECODE_ROWS:
+            stacked = jnp.concatenate(split(rows, PROMPT_PARTS)).astype(jnp.bfloat16)
+            last_axes = (((1,), (1,)), ((), ()))
+            y = jax.lax.dot_general(stacked, kernel, last_axes, preferred_element_type=jnp.float32)
+            y = y.reshape(PROMPT_PARTS, count, -1).sum(0)
         else:
-            y = jnp.matmul(kernel, split(rows), preferred_element_type=jnp.float32)
-            y = y.reshape(-1, PARTS, len(rows)).sum(1).T
+            columns = row_major(jnp.concatenate(split(rows, DECODE_PARTS)).T.astype(jnp.bfloat16))
+            y = jnp.matmul(kernel, columns, preferred_element_type=jnp.float32)
+            y = y.reshape(-1, DECODE_PARTS, count).sum(1).T
         y = y.reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
 

@@ -491,8 +491,8 @@ class UniBiomed:
 
 
 def bucket(length: int) -> int:
-    """The smallest allowed size that holds `length`: in steps of 64, from 512 on of an eighth of the size."""
-    step = max(64, 1 << max(0, (length - 1).bit_length() - 3))
+    """The smallest allowed size that holds `length`: in steps of 32, from 512 on of an eighth of the size."""
+    step = max(32, 1 << max(0, (length - 1).bit_length() - 4))
     return -(-length // step) * step
 
 
