@@ -97,7 +97,7 @@ def test_a_damaged_newest_is_said_and_the_one_before_is_used(checkpointer, caplo
     assert restored.step == 1 and equal(restored.state, state(1))
     assert "00000002 is damaged" in caplog.text
     shutil.rmtree(checkpointer.path(1))
-    with pytest.raises(InputError, match="Every checkpoint"):
+    with pytest.raises(InputError, match="no undamaged checkpoint"):
         checkpointer.restore(abstract(state(0)))
 
 

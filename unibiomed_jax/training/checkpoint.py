@@ -140,28 +140,27 @@ class Checkpointer:
     def path(self, step: int) -> Path:
         return self.folder / f"{step:08d}"
 
-    def restore(self, abstract: Any) -> Restored | None:
-        """Load the newest undamaged checkpoint; None if there is none.
+    def restore(self, abstract: Any, step: int | None = None) -> Restored | None:
+        """Load the newest undamaged checkpoint, or that of a step; None if there is none.
 
         Args:
             abstract: the state's tree with shape, dtype and sharding in place of arrays; the mesh may be
                 another than the one that saved.
 
         Raises:
-            InputError: the checkpoint is of another model or optimiser, or all are damaged.
+            InputError: the checkpoint is of another model or optimiser, or damaged (all of them, if no step
+                is asked for).
         """
-        steps = self.steps()
-        for step in reversed(steps):
-            damage = find_damage(self.path(step))
-            if damage:
-                logger.warning(
-                    "Checkpoint %s is damaged (%s); the one before is used.", self.path(step), damage
-                )
-                continue
-            return self._load(step, abstract)
+        steps = self.steps() if step is None else [step]
+        for candidate in reversed(steps):
+            damage = find_damage(self.path(candidate))
+            if not damage:
+                return self._load(candidate, abstract)
+            logger.warning("Checkpoint %s is damaged: %s.", self.path(candidate), damage)
         if steps:
             raise InputError(
-                f"Every checkpoint in {self.folder} is damaged; delete them to start from the beginning."
+                f"There is no undamaged checkpoint in {self.folder} ({', '.join(map(str, steps))} tried); "
+                "delete them to start from the beginning."
             )
         return None
 

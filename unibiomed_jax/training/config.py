@@ -41,6 +41,9 @@ class LossConfig:
     # Rows a frame, filled by repeating its objects (the reference: 5); none: every object once, which is
     # equal in expectation and a fifth of the work.
     copies: int | None = None
+    # Segment the frames of a sequence after SAM2's conditioning frames by following the object, as inference
+    # does, which trains the memory. The reference prompts every frame and leaves the memory as it was.
+    track: bool = False
     # Positions a row whose logits exist at one time.
     token_chunk: int = 256
 

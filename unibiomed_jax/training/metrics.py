@@ -58,7 +58,9 @@ def build_validation(graphdef: nnx.GraphDef, config: TrainConfig, ids: TokenIds)
     def measure(trainable: Parameters, frozen: Parameters, batch: Batch) -> Measured:
         with jax.default_matmul_precision("highest"):
             model = merge(graphdef, trainable, frozen)
-            prediction = predict(model, batch, ids, token_chunk=config.loss.token_chunk)
+            prediction = predict(
+                model, batch, ids, token_chunk=config.loss.token_chunk, track=config.loss.track
+            )
         truth = batch["masks"] > 0
         masks = prediction.masks > 0
         learned = (next_token_labels(batch["labels"]) != IGNORE).sum(1)

@@ -89,8 +89,9 @@ def gradients(
             batch,
             ids,
             token_chunk=config.loss.token_chunk,
+            track=config.loss.track,
             remat=config.remat,
-            dropout_key=dropout_key if config.lora.rank and config.lora.dropout else None,
+            dropout_key=dropout_key,
         )
         sums = loss_sums(prediction, batch, config.loss, points_key)
         return mean_losses(sums, counts, config.loss)["loss"], sums
