@@ -13,7 +13,14 @@ from flax import nnx
 from convert.from_torch import read_released
 from unibiomed_jax import UniBiomed
 from unibiomed_jax.config import LanguageConfig
-from unibiomed_jax.inference.cpu import MAX_DECODE_ROWS, SplitLinear, split, split_linears
+from unibiomed_jax.inference.cpu import (
+    EXACT_PARTS,
+    FAST_PARTS,
+    MAX_DECODE_ROWS,
+    SplitLinear,
+    split,
+    split_linears,
+)
 from unibiomed_jax.inference.precision import FLOAT32
 from unibiomed_jax.inference.tokenizer import Tokenizer
 from unibiomed_jax.models.layers import Linear, unstack_layers
@@ -30,24 +37,31 @@ def test_the_parts_of_a_split_add_up_to_the_number(parts, error):
 
 
 @pytest.mark.parametrize(
-    ("rows", "error"),
-    [(1, 1e-6), (7, 1e-6), (MAX_DECODE_ROWS, 1e-6), (MAX_DECODE_ROWS + 1, 1e-5), (40, 1e-5)],
+    ("rows", "parts", "error"),
+    [
+        (1, FAST_PARTS, 1e-6),
+        (7, FAST_PARTS, 1e-6),
+        (MAX_DECODE_ROWS, FAST_PARTS, 1e-6),
+        (MAX_DECODE_ROWS + 1, FAST_PARTS, 1e-5),
+        (40, FAST_PARTS, 1e-5),
+        (40, EXACT_PARTS, 1e-6),
+    ],
 )
-def test_split_linear_equals_linear(rows, error):
+def test_split_linear_equals_linear(rows, parts, error):
     linear = Linear(96, 40, rngs=nnx.Rngs(0))
     linear.kernel[...] = linear.kernel[...].astype(jnp.bfloat16).astype(jnp.float32)
     x = jax.random.normal(jax.random.key(1), (rows, 96))
     product = np.asarray(x, np.float64) @ np.asarray(linear.kernel[...], np.float64)
     # Of the product alone, since the bias would hide what it lacks.
     linear.bias[...] = jnp.zeros(40)
-    found = np.asarray(jax.jit(SplitLinear(linear))(x))
+    found = np.asarray(jax.jit(SplitLinear(linear, parts))(x))
     assert np.abs(found - product).max() <= error * np.abs(product).max()
     linear.bias[...] = jnp.arange(40.0)
-    np.testing.assert_allclose(jax.jit(SplitLinear(linear))(x), found + np.arange(40.0), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(SplitLinear(linear, parts))(x), found + np.arange(40.0), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("batch", "error"), [(1, 1e-6), (3, 1e-5)])
-def test_a_language_model_of_split_linears_says_the_same(batch, error):
+@pytest.mark.parametrize(("batch", "exact", "error"), [(1, False, 1e-6), (3, False, 1e-5), (3, True, 1e-6)])
+def test_a_language_model_of_split_linears_says_the_same(batch, exact, error):
     config = LanguageConfig(
         vocab_size=100, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=96
     )
@@ -58,7 +72,7 @@ def test_a_language_model_of_split_linears_says_the_same(batch, error):
     embeds = jax.random.normal(jax.random.key(1), (batch, 9, 64))
     expected = model.logits(model(embeds))
     model.layers = unstack_layers(model.layers)
-    split_linears(model)
+    split_linears(model, exact=exact)
     assert isinstance(model.layers[0].mlp.gate_proj, SplitLinear)
     assert jnp.abs(model.logits(model(embeds)) - expected).max() <= error * jnp.abs(expected).max()
 

@@ -18,11 +18,12 @@ from unibiomed_jax.models.qwen2 import Qwen2
 
 # Up to this many rows, reading the weights is what a product costs.
 MAX_DECODE_ROWS = 16
-# The whole mantissa of float32; more columns for the same pass over the weights cost nothing.
-DECODE_PARTS = 3
-# 16 bits of the mantissa, an error below 1e-5: each part is a product of its own here. One part would be as
-# coarse as bfloat16 activations, three leave half of what is gained over float32.
-PROMPT_PARTS = 2
+# Parts that hold the whole mantissa of float32. For a few rows they cost nothing: more columns for the same
+# pass over the weights.
+EXACT_PARTS = 3
+# 16 bits of the mantissa, an error below 1e-5. For many rows each part is a product of its own: one would be
+# as coarse as bfloat16 activations, three leave half of what is gained over float32.
+FAST_PARTS = 2
 
 
 def split(x: Float32[Array, "rows in"], parts: int) -> list[Float32[Array, "rows in"]]:
@@ -38,11 +39,13 @@ def split(x: Float32[Array, "rows in"], parts: int) -> list[Float32[Array, "rows
 class SplitLinear(nnx.Module):
     """`Linear` with a bfloat16 kernel stored as (out, in) and float32 input.
 
-    Equal to float32 arithmetic for a few rows, as decoding has them, and to 16 bits of the input for many.
-    The products are written in the two forms that XLA runs on the matrix units without moving the kernel.
+    Equal to float32 arithmetic for a few rows, as decoding has them; of many the first 8 * `prompt_parts`
+    bits count. The products are written in the two forms that XLA runs on the matrix units without moving the
+    kernel.
     """
 
-    def __init__(self, linear: Linear):
+    def __init__(self, linear: Linear, prompt_parts: int = FAST_PARTS):
+        self.prompt_parts = prompt_parts
         self.kernel = nnx.Param(linear.kernel[...].T.astype(jnp.bfloat16))
         self.bias = linear.bias
 
@@ -52,14 +55,14 @@ class SplitLinear(nnx.Module):
         rows = x.reshape(-1, x.shape[-1])
         count = len(rows)
         if count > MAX_DECODE_ROWS:
-            stacked = jnp.concatenate(split(rows, PROMPT_PARTS)).astype(jnp.bfloat16)
+            stacked = jnp.concatenate(split(rows, self.prompt_parts)).astype(jnp.bfloat16)
             last_axes = (((1,), (1,)), ((), ()))
             y = jax.lax.dot_general(stacked, kernel, last_axes, preferred_element_type=jnp.float32)
-            y = y.reshape(PROMPT_PARTS, count, -1).sum(0)
+            y = y.reshape(self.prompt_parts, count, -1).sum(0)
         else:
-            columns = row_major(jnp.concatenate(split(rows, DECODE_PARTS)).T.astype(jnp.bfloat16))
+            columns = row_major(jnp.concatenate(split(rows, EXACT_PARTS)).T.astype(jnp.bfloat16))
             y = jnp.matmul(kernel, columns, preferred_element_type=jnp.float32)
-            y = y.reshape(-1, DECODE_PARTS, count).sum(1).T
+            y = y.reshape(-1, EXACT_PARTS, count).sum(1).T
         y = y.reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
 
@@ -72,12 +75,16 @@ def stored_in_bfloat16(params: dict) -> bool:
     )
 
 
-def split_linears(model: Qwen2) -> None:
-    """Replace every linear layer of a language model (its layers a list) by a `SplitLinear`, in place."""
+def split_linears(model: Qwen2, *, exact: bool = False) -> None:
+    """Replace every linear layer of a language model (its layers a list) by a `SplitLinear`, in place.
+
+    `exact` reads prompts, too, with all bits of float32.
+    """
+    parts = EXACT_PARTS if exact else FAST_PARTS
     for layer in model.layers:
         for block in (layer.self_attn, layer.mlp):
             for name, child in list(vars(block).items()):
                 if isinstance(child, Linear):
-                    setattr(block, name, SplitLinear(child))
+                    setattr(block, name, SplitLinear(child, parts))
     if model.lm_head is not None:
-        model.lm_head = SplitLinear(model.lm_head)
+        model.lm_head = SplitLinear(model.lm_head, parts)

@@ -22,7 +22,7 @@ from unibiomed_jax.errors import InputError
 from unibiomed_jax.inference import generate
 from unibiomed_jax.inference.cpu import split_linears, stored_in_bfloat16
 from unibiomed_jax.inference.masks import upscale_masks
-from unibiomed_jax.inference.precision import cast_parameters, default_precision
+from unibiomed_jax.inference.precision import FLOAT32, cast_parameters, default_precision
 from unibiomed_jax.inference.preprocess import (
     ImageRecord,
     ImageSource,
@@ -177,7 +177,7 @@ class UniBiomed:
             # A scan would copy every layer's weights out of the stack for every token.
             model.language_model.layers = unstack_layers(model.language_model.layers)
         if splits:
-            split_linears(model.language_model)
+            split_linears(model.language_model, exact=precision == FLOAT32)
         self.graphdef, self.params = nnx.split(model)
         self._compile()
 
