@@ -198,14 +198,18 @@ def main() -> None:
     stored = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     ceilings = measure_ceilings()
     machine = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}"
-    console.print(f"{machine}, Python {platform.python_version()}; {describe(model)}", highlight=False)
+    console.print(
+        f"{machine}, Python {platform.python_version()}; {describe(model.config.precision)}", highlight=False
+    )
     console.print(
         f"parameters {stored / 1e9:.2f} GB, ready after {time.perf_counter() - begin:.0f} s; ceilings: "
         + ", ".join(f"{dtype} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in ceilings.flops.items())
         + f", memory {ceilings.bytes / 1e9:,.1f} GB/s",
         highlight=False,
     )
-    report = dict(machine=machine, precision=describe(model), parameters=stored, new_tokens=NEW_TOKENS)
+    report = dict(
+        machine=machine, precision=describe(model.config.precision), parameters=stored, new_tokens=NEW_TOKENS
+    )
     report |= dict(ceilings={**ceilings.flops, "memory": ceilings.bytes}, cases=[])
     for number in args.cases:
         result = measure(model, ceilings, CASES[number - 1], args.repeats)

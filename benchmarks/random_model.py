@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import lzma
 import shutil
 import tempfile
@@ -12,10 +13,11 @@ import jax
 import ml_dtypes
 import numpy as np
 from flax import nnx
+from numpy.typing import DTypeLike
 from PIL import Image
 
 from unibiomed_jax import Request, UniBiomed
-from unibiomed_jax.config import LanguageConfig, ModelConfig, VisionConfig
+from unibiomed_jax.config import LanguageConfig, ModelConfig, Precision, VisionConfig
 from unibiomed_jax.inference.precision import BFLOAT16, FLOAT32, default_precision
 from unibiomed_jax.inference.tokenizer import Tokenizer
 from unibiomed_jax.models.unibiomed import UniBiomedModel
@@ -37,21 +39,30 @@ STORED_BFLOAT16 = ("vision_model", "mlp1", "language_model")
 PROMPT = "<image>Please segment the liver in this abdomen CT."
 
 
+@functools.cache
+def noise() -> np.ndarray:
+    """Normal numbers that repeat; a prime length, so that the rows of a matrix differ."""
+    return np.random.default_rng(0).standard_normal(1_000_003, np.float32)
+
+
+def random_array(name: str, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """A parameter of sane scale, made at the speed of memory; `name` is the last of its path."""
+    if name == "scale":
+        return np.ones(shape, dtype)
+    std = 0.02
+    if name == "kernel":
+        std = np.prod(shape[-2:-1] if len(shape) <= 3 else shape[-4:-1]) ** -0.5
+    return np.resize((noise() * np.float32(std)).astype(dtype), shape)
+
+
 def random_parameters(config: ModelConfig) -> dict:
-    """A parameter tree of sane scale, made at the speed of memory: one piece of noise repeats."""
+    """The whole parameter tree."""
     model = nnx.eval_shape(lambda: UniBiomedModel(config, rngs=nnx.Rngs(0)))
-    # A prime length, so that the rows of a matrix differ.
-    noise = np.random.default_rng(0).standard_normal(1_000_003, np.float32)
 
     def fill(path, leaf):
-        part, name, shape = path[0].key, path[-1].key, leaf.shape
-        if name == "scale":
-            return np.ones(shape, np.float32)
-        std = 0.02
-        if name == "kernel":
-            std = np.prod(shape[-2:-1] if len(shape) <= 3 else shape[-4:-1]) ** -0.5
-        dtype = ml_dtypes.bfloat16 if part in STORED_BFLOAT16 else np.float32
-        return np.resize((noise * np.float32(std)).astype(dtype), shape)
+        part, name = path[0].key, path[-1].key
+        half = part in STORED_BFLOAT16 and name != "scale"
+        return random_array(name, leaf.shape, ml_dtypes.bfloat16 if half else np.float32)
 
     return jax.tree_util.tree_map_with_path(fill, nnx.to_pure_dict(nnx.state(model)))
 
@@ -89,7 +100,7 @@ def question(
     return Request(PROMPT, Image.fromarray(pixels), forced=forced)
 
 
-def describe(model: UniBiomed) -> str:
+def describe(precision: Precision) -> str:
     """Precision policy in words."""
-    precision = dataclasses.asdict(model.config.precision)
-    return ", ".join(f"{name} {value}" for name, value in precision.items() if isinstance(value, str))
+    parts = dataclasses.asdict(precision)
+    return ", ".join(f"{name} {value}" for name, value in parts.items() if isinstance(value, str))

@@ -12,9 +12,7 @@ answer; torch is given arrays and token ids.
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +21,8 @@ from typing import Literal
 import tyro
 from rich.console import Console
 from rich.table import Table
+from worker import Worker
 
-HERE = Path(__file__).parent
 NEW_TOKENS = 24
 JAX, ONCE, REFERENCE = "this library", "torch, encodes once", "torch, the reference's way"
 
@@ -44,34 +42,6 @@ class Args:
     torch_python: str = sys.executable
     # Write all numbers there, too.
     json: Path | None = None
-
-
-class Worker:
-    """A process that answers one JSON line with another."""
-
-    def __init__(self, python: str, script: str, setup: dict):
-        self.script = script
-        # On a GPU both processes live on one card: JAX must not claim it whole.
-        environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.4", **os.environ}
-        self.process = subprocess.Popen(
-            [python, str(HERE / script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        self.facts = self.ask(setup)
-
-    def ask(self, message: dict) -> dict:
-        try:
-            self.process.stdin.write(json.dumps(message) + "\n")
-            self.process.stdin.flush()
-            reply = self.process.stdout.readline()
-        except BrokenPipeError:
-            reply = ""
-        if not reply:
-            sys.exit(f"{self.script} stopped: see its message above (torch needs the `parity` extra).")
-        return json.loads(reply)
 
 
 def table_of(segments: int, medians: dict[str, dict[str, float]]) -> Table:

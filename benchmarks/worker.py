@@ -1,14 +1,18 @@
-"""How a worker process talks to `versus_torch.py`: a JSON line in, a JSON line out."""
+"""How a benchmark talks to its worker processes: a JSON line in, a JSON line out."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
+
+HERE = Path(__file__).parent
 
 
 def serve(prepare: Callable[[dict], tuple[dict, Callable[[dict], dict]]]) -> None:
@@ -26,6 +30,39 @@ def serve(prepare: Callable[[dict], tuple[dict, Callable[[dict], dict]]]) -> Non
         else:
             reply = answer(json.loads(line))
         replies.write(json.dumps(reply) + "\n")
+
+
+class Worker:
+    """A process that answers one JSON line with another; `environment` is added to this process's own."""
+
+    def __init__(self, python: str, script: str, setup: dict, environment: dict[str, str] | None = None):
+        self.script = script
+        # On a GPU both processes live on one card: JAX must not claim it whole.
+        environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.4", **os.environ, **(environment or {})}
+        self.process = subprocess.Popen(
+            [python, str(HERE / script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        self.facts = self.ask(setup)
+
+    def ask(self, message: dict) -> dict:
+        try:
+            self.process.stdin.write(json.dumps(message) + "\n")
+            self.process.stdin.flush()
+            reply = self.process.stdout.readline()
+        except BrokenPipeError:
+            reply = ""
+        if not reply:
+            sys.exit(f"{self.script} stopped: see its message above (torch needs the `parity` extra).")
+        return json.loads(reply)
+
+    def close(self) -> None:
+        """End the process, and with it its memory."""
+        self.process.stdin.close()
+        self.process.wait()
 
 
 class Stopwatch:

@@ -30,7 +30,7 @@ def prepare(setup: dict):
 
     facts = {
         "name": f"jax {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].device_kind}",
-        "precision": describe(model),
+        "precision": describe(model.config.precision),
         "config": config.to_dict(model.config),
         "derived": {
             "tokens_per_tile": model.config.tokens_per_tile,

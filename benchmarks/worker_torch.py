@@ -124,42 +124,58 @@ class Model(nn.Module):
         return last[:, 0], out.past_key_values, int(scores[:, -1].argmax(-1))
 
     def encode_image(self, pixels: Tensor) -> list[Tensor]:
-        """SAM2's features of an image (1, 3, side, side), finest first."""
+        """SAM2's features of images (batch, 3, side, side), finest first."""
         *fine, coarse = self.sam2.get_image_features(pixels).fpn_hidden_states
         maps = [*fine, coarse + self.sam2.no_memory_embedding]
         sizes = self.sam2.backbone_feature_sizes
-        return [x.permute(1, 2, 0).view(1, -1, *size) for x, size in zip(maps, sizes, strict=True)]
+        return [x.permute(1, 2, 0).unflatten(2, size) for x, size in zip(maps, sizes, strict=True)]
 
     def decode_masks(self, features: list[Tensor], states: Tensor) -> Tensor:
-        """The mask of highest predicted IoU for every [SEG] state, (objects, 4g, 4g)."""
-        sam2, language = self.sam2, self.bridge(states)[None, :, None]
+        """Masks of highest predicted IoU: states (batch, objects, width) to (batch, objects, 4g, 4g)."""
+        sam2, language = self.sam2, self.bridge(states)[:, :, None]
         # Two tokens that stand for the point which is not given, then the prompt.
         sparse = torch.cat([torch.zeros_like(language).repeat(1, 1, 2, 1), language], 2)
         dense = sam2.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand_as(features[-1])
         masks, ious, _, _ = sam2.mask_decoder(
             image_embeddings=features[-1],
-            image_positional_embeddings=sam2.get_image_wide_positional_embeddings(),
+            image_positional_embeddings=sam2.get_image_wide_positional_embeddings().expand_as(features[-1]),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
             multimask_output=True,
             high_resolution_features=features[:-1],
         )
-        return masks[0, torch.arange(len(states)), ious[0].argmax(-1)]
+        return masks.take_along_dim(ious.argmax(-1)[..., None, None, None], 2)[:, :, 0]
 
 
-def prepare(setup: dict):
-    """Make the model at the sizes of the JAX worker; `setup` is what that one said, and `new_tokens`."""
+def make_model(setup: dict, device: str) -> tuple[Model, SimpleNamespace]:
+    """The model in float32, and its configuration: `setup` is what the JAX worker said of its own."""
     config, derived = (
         json.loads(json.dumps(setup[name]), object_hook=lambda fields: SimpleNamespace(**fields))
         for name in ("config", "derived")
     )
-    on_gpu = torch.cuda.is_available()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(cores)
-    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     torch.manual_seed(0)
     with torch.device(device):
-        model = Model(config, derived).eval().to(dtype)
+        return Model(config, derived), config
+
+
+def find_device() -> tuple[str, str]:
+    """Where torch computes, on a CPU with all cores; and its versions and device in words."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(cores)
+    on_gpu = torch.cuda.is_available()
+    card = torch.cuda.get_device_name() if on_gpu else f"cpu, {cores} threads"
+    name = f"torch {torch.__version__}, transformers {transformers.__version__}, {card}"
+    return "cuda" if on_gpu else "cpu", name
+
+
+def prepare(setup: dict):
+    """Make the model at the sizes of the JAX worker; `setup` is what that one said, and `new_tokens`."""
+    device, name = find_device()
+    on_gpu = device == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    model, config = make_model(setup, device)
+    model.eval().to(dtype)
+    with torch.device(device):
         tiles = torch.randn(
             setup["tiles"], 3, config.vision.image_size, config.vision.image_size, dtype=dtype
         )
@@ -185,22 +201,20 @@ def prepare(setup: dict):
             for _ in range(setup["new_tokens"] - 1):
                 state, cache, token = model.read(embed(torch.tensor([[token]], device=device)), cache)
                 states.append(state)
-        chosen = torch.cat([states[step] for step in setup["seg_steps"][str(case["segments"])]])
+        chosen = torch.stack([states[step] for step in setup["seg_steps"][str(case["segments"])]], 1)
         masks, features = [], None
-        for part in chosen.split(1 if again else len(chosen)):
+        for part in chosen.split(1 if again else chosen.shape[1], 1):
             if again or features is None:
                 with watch.stage("encode image"):
                     features = model.encode_image(pixels)
             with watch.stage("decode masks"):
                 masks.append(model.decode_masks(features, part))
         with watch.stage("resize masks"):
-            logits = F.interpolate(torch.cat(masks)[None].float(), (size, size), mode="bilinear")
+            logits = F.interpolate(torch.cat(masks, 1).float(), (size, size), mode="bilinear")
             logits = F.interpolate(logits, setup["image"][::-1], mode="bilinear")
             assert (logits > 0).cpu().shape[1] == case["segments"]
         return {**watch.seconds, "whole call": sum(watch.seconds.values())}
 
-    card = torch.cuda.get_device_name() if on_gpu else f"cpu, {cores} threads"
-    name = f"torch {torch.__version__}, transformers {transformers.__version__}, {card}"
     return {"name": name, "precision": str(dtype).removeprefix("torch.")}, answer
 
 

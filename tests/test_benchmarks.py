@@ -4,10 +4,16 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 
+import jax
 import pytest
 
+from unibiomed_jax import sharding
 from unibiomed_jax.config import ModelConfig
 from unibiomed_jax.inference.precision import BFLOAT16, CPU
+from unibiomed_jax.training.forward import count_targets
+from unibiomed_jax.training.initialise import structure
+from unibiomed_jax.training.parameters import partition
+from unibiomed_jax.training.step import TrainStep, init_state
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "cost.py"
 SPEC = importlib.util.spec_from_file_location("cost", FILE)
@@ -35,3 +41,22 @@ def test_formats_follow_the_precision():
     assert set(cost.prefill(half, 281)) == {"bfloat16"}
     assert cost.cache_bytes(half, 1) == 12_288
     assert cost.cache_bytes(ModelConfig(), 1) == 2 * 12_288
+
+
+@pytest.mark.parametrize("size", ("tiny", "full"))
+def test_training_batch_fits_the_model(size, monkeypatch):
+    """One update is traced at its real size, but neither compiled nor run."""
+    monkeypatch.syspath_prepend(str(FILE.parent))
+    worker = importlib.import_module("train_jax")
+    config = worker.training_config(size, "float32")
+    batch, ids = worker.random_batch(config.model, 2, worker.TEXT_TOKENS[size])
+    graphdef, shapes = structure(config)
+    trainable, frozen = partition(shapes, config.freeze.trainable, config.freeze.frozen)
+    state = jax.eval_shape(lambda table: init_state(table, config), trainable)
+    step = TrainStep(graphdef, config, ids, sharding.make_mesh(jax.devices()[:1]), sharding.DATA_PARALLEL)
+    after, metrics = jax.eval_shape(step.whole, state, frozen, batch)
+    assert jax.tree.map(lambda leaf: leaf.shape, after) == jax.tree.map(lambda leaf: leaf.shape, state)
+
+    counts = count_targets(batch, ids, config.loss)
+    assert (counts.tokens, counts.masks) == (2 * worker.ANSWER_TOKENS, 2)
+    assert batch["input_ids"].shape == (2, {"tiny": 80, "full": 300}[size])

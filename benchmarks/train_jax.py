@@ -1,0 +1,145 @@
+"""An update of the parameters by this library: the worker that `train.py` drives."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import resource
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from random_model import SIZES, describe, random_array
+from worker import serve
+
+from unibiomed_jax import runtime, sharding
+from unibiomed_jax.config import ModelConfig, to_dict
+from unibiomed_jax.inference.precision import BFLOAT16, CPU, FLOAT32
+from unibiomed_jax.training import flops
+from unibiomed_jax.training.config import LoraConfig, LossConfig, OptimConfig, TrainConfig
+from unibiomed_jax.training.experiment import load_experiment
+from unibiomed_jax.training.forward import TokenIds
+from unibiomed_jax.training.initialise import structure
+from unibiomed_jax.training.losses import IGNORE
+from unibiomed_jax.training.parameters import Parameters, count, partition
+from unibiomed_jax.training.step import TrainStep, init_state, place, place_batch
+
+TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
+# Samples of a batch, and tokens of text beside those of the tile.
+SAMPLES = {"full": 1, "tiny": 8, "micro": 2}
+TEXT_TOKENS = {"full": 44, "tiny": 64, "micro": 24}
+# Tokens of text at the end that are learned; the last but one is [SEG].
+ANSWER_TOKENS = 20
+
+
+def training_config(size: str, precision: str) -> TrainConfig:
+    """The recipe at one of the three sizes; `precision` as in `train.py`."""
+    recipe = TrainConfig(optim=OptimConfig(accumulate=1))
+    config = {
+        "full": lambda: recipe,
+        "tiny": lambda: load_experiment(str(TINY)),
+        "micro": lambda: dataclasses.replace(
+            recipe, model=SIZES["micro"], lora=LoraConfig(rank=4, alpha=8.0), loss=LossConfig(num_points=256)
+        ),
+    }[size]()
+    if precision == "auto":
+        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    policy = {"float32": FLOAT32, "bfloat16": BFLOAT16, "mixed": CPU}[precision]
+    model = dataclasses.replace(config.model, precision=policy)
+    return dataclasses.replace(config, model=model, precision=policy)
+
+
+def random_batch(config: ModelConfig, samples: int, text: int) -> tuple[dict[str, np.ndarray], TokenIds]:
+    """Images of one tile, each with a question, an answer, and a disc as the mask of its one [SEG]."""
+    rng = np.random.default_rng(0)
+    ids = TokenIds(image=config.language.vocab_size - 1, seg=config.language.vocab_size - 2)
+    visual, tokens = config.tokens_per_tile, config.tokens_per_tile + text
+    input_ids = rng.integers(0, ids.seg, (samples, tokens), np.int32)
+    input_ids[:, 4 : 4 + visual] = ids.image
+    input_ids[:, -2] = ids.seg
+    learned = np.arange(tokens) >= tokens - ANSWER_TOKENS
+    tile, side, mask = config.vision.image_size, config.sam2.image_size, config.sam2.image_size // 4
+    row, column = np.ogrid[:mask, :mask]
+    disc = ((row - mask / 2) ** 2 + (column - mask / 2) ** 2 < (mask / 4) ** 2).astype(np.uint8)
+    batch = {
+        "pixel_values": rng.integers(0, 256, (samples, 1, tile, tile, 3), np.uint8),
+        "input_ids": input_ids,
+        "labels": np.where(learned, input_ids, np.int32(IGNORE)),
+        "sam_pixels": rng.integers(0, 256, (samples, 1, side, side, 3), np.uint8),
+        "masks": np.broadcast_to(disc, (samples, 1, 1, mask, mask)),
+        "object_valid": np.ones((samples, 1), bool),
+        "frame_valid": np.ones((samples, 1), bool),
+        "tile_valid": np.ones((samples, 1), bool),
+        "token_valid": np.ones((samples, tokens), bool),
+    }
+    return batch, ids
+
+
+def peak_bytes() -> int:
+    """The most memory ever held: of the device, or of the process on a CPU."""
+    statistics = jax.devices()[0].memory_stats()
+    if statistics is None:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return statistics["peak_bytes_in_use"]
+
+
+def prepare(setup: dict):
+    """Make model, optimiser state and batch, and store the batch where the torch worker finds it."""
+    runtime.prepare()
+    config = training_config(setup["size"], setup["precision"])
+    samples = setup["samples"] or SAMPLES[setup["size"]]
+    batch, ids = random_batch(config.model, samples, TEXT_TOKENS[setup["size"]])
+    np.savez(setup["batch"], **batch, image_id=ids.image, seg_id=ids.seg)
+
+    mesh, strategy = sharding.make_mesh(jax.devices()[:1]), sharding.DATA_PARALLEL
+    graphdef, shapes = structure(config)
+    trainable, frozen = partition(shapes, config.freeze.trainable, config.freeze.frozen)
+    language = config.model.language
+    facts = {
+        "name": f"jax {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].device_kind}",
+        "backend": jax.default_backend(),
+        "precision": describe(config.precision),
+        "config": to_dict(config.model),
+        "derived": {"grid": config.model.sam2.grid, "stage_dims": config.model.sam2.hiera.stage_dims},
+        "lora": to_dict(config.lora),
+        "loss": to_dict(config.loss),
+        "optim": to_dict(config.optim),
+        "all_trains": config.freeze.trainable == ("*",),
+        "recompute_language": config.remat.language != "none",
+        "trainable": count(trainable, language.padded_vocab_size - language.vocab_size),
+        "samples": samples,
+        "tokens": batch["input_ids"].size,
+        "flops": flops.step_flops(
+            flops.forward_work(config.model, batch, config.lora.rank), trainable.keys()
+        ),
+        "peak_flops": flops.peak_flops(jax.devices()[0]),
+    }
+
+    def fill(table: Parameters, dtype: str) -> Parameters:
+        return {
+            path: jnp.asarray(random_array(path.rpartition(".")[2], value.shape, np.dtype(dtype)))
+            for path, value in table.items()
+        }
+
+    def start(trainable: Parameters):
+        return init_state(trainable, config)
+
+    layout = sharding.tree_shardings(jax.eval_shape(start, trainable), strategy, mesh)
+    state = jax.jit(start, out_shardings=layout, donate_argnums=0)(fill(trainable, "float32"))
+    frozen = place(fill(frozen, config.freeze.frozen_dtype), strategy, mesh)
+    step = TrainStep(graphdef, config, ids, mesh, strategy)
+
+    def answer(_: dict) -> dict:
+        nonlocal state
+        begin = time.perf_counter()
+        state, metrics = jax.block_until_ready(step(state, frozen, [place_batch(batch, strategy, mesh)]))
+        seconds = time.perf_counter() - begin
+        return {"seconds": seconds, "loss": float(metrics["loss"]), "peak_bytes": peak_bytes()}
+
+    return facts, answer
+
+
+if __name__ == "__main__":
+    serve(prepare)
