@@ -9,7 +9,14 @@ from unibiomed_jax.config import (
     Sam2Config,
     VisionConfig,
 )
-from unibiomed_jax.training.config import LoraConfig, LossConfig, OptimConfig, RematConfig, TrainConfig
+from unibiomed_jax.training.config import (
+    FreezeConfig,
+    LoraConfig,
+    LossConfig,
+    OptimConfig,
+    RematConfig,
+    TrainConfig,
+)
 from unibiomed_jax.training.forward import TokenIds
 from unibiomed_jax.training.initialise import random_parameters, structure
 from unibiomed_jax.training.parameters import partition
@@ -42,6 +49,18 @@ STEP = TrainConfig(
     model=MODEL,
     loss=LossConfig(num_points=64, token_chunk=8),
     lora=LoraConfig(rank=2, alpha=4.0, dropout=0.1),
+    # Of every part of the default something, and little: each tensor that trains takes its time to compile.
+    freeze=FreezeConfig(
+        trainable=(
+            "*.lora.*",
+            "language_model.embed_tokens",
+            "mlp1.*",
+            "text_hidden_fcs.*",
+            "sam2.sam_mask_decoder.mask_tokens",
+            "sam2.sam_mask_decoder.upscale*",
+        ),
+        frozen=(),
+    ),
     optim=OptimConfig(lr=1e-2, steps=20, accumulate=1),
     remat=RematConfig(language="none"),
 )

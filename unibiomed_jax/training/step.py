@@ -171,7 +171,7 @@ class TrainStep:
 
         self.whole = jax.jit(whole, donate_argnums=0)
         self.accumulate = jax.jit(accumulate, donate_argnums=0)
-        self.finish = jax.jit(finish, donate_argnums=(0, 1))
+        self.finish = jax.jit(finish, donate_argnums=0)
         self.count = jax.jit(lambda batch: count_targets(batch, ids, config.loss))
         self.nothing = jax.jit(lambda trainable: pin((jax.tree.map(jnp.zeros_like, trainable), empty_sums())))
 

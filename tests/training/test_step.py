@@ -1,0 +1,152 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from small import IDS, STEP, build, random_batch
+
+from unibiomed_jax import sharding
+from unibiomed_jax.training import forward
+from unibiomed_jax.training import step as step_module
+from unibiomed_jax.training.forward import LossCounts
+from unibiomed_jax.training.parameters import split
+from unibiomed_jax.training.step import (
+    TrainStep,
+    empty_sums,
+    gradients,
+    init_state,
+    place,
+    place_batch,
+)
+
+STRATEGY = sharding.DATA_PARALLEL
+MESH = sharding.make_mesh(jax.devices()[:1])
+CONFIG = dataclasses.replace(
+    STEP,
+    lora=dataclasses.replace(STEP.lora, dropout=0.0),
+    optim=dataclasses.replace(STEP.optim, ema=0.75),
+)
+LATTICE = np.stack(np.meshgrid(np.linspace(0.05, 0.95, 8), np.linspace(0.05, 0.95, 8)), -1)
+
+
+def fixed_points(logits, key, **_):
+    return jnp.broadcast_to(jnp.asarray(LATTICE.reshape(64, 2), jnp.float32), (len(logits), 64, 2))
+
+
+@pytest.fixture(scope="module")
+def built():
+    """The compiled step and its start, without anything random, so that batches can be compared."""
+    graphdef, state, frozen = build(CONFIG)
+    state, frozen = jax.device_get(state), place(frozen, STRATEGY, MESH)
+    compiled = TrainStep(graphdef, CONFIG, IDS, MESH, STRATEGY)
+
+    def step(state, *batches):
+        return compiled(state, frozen, [place_batch(batch, STRATEGY, MESH) for batch in batches])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward, "choose_points", fixed_points)
+        yield step, state, frozen
+
+
+def on_device(state):
+    """A copy that a step may use up."""
+    return place(jax.tree.map(jnp.array, state), STRATEGY, MESH)
+
+
+def test_the_loss_falls_on_a_batch_seen_again_and_again(built):
+    step, state, _ = built
+    state, batch = on_device(state), random_batch(0)
+    losses = []
+    for _ in range(15):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 0.5
+    assert int(state.step) == 15
+
+
+def test_only_what_trains_has_optimiser_state_and_changes(built):
+    step, state, frozen = built
+    after, _ = step(on_device(state), random_batch(0))
+    after, _ = step(after, random_batch(1))
+    sizes = {path: value.size for path, value in state.trainable.items()}
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.moments)) == 2 * sum(sizes.values()) + 1
+    assert not any(path.startswith(("vision_model", "sam2.image_encoder", "sam2.memory")) for path in sizes)
+    assert not set(sizes) & set(frozen)
+    same = [path for path in sizes if np.array_equal(after.trainable[path], state.trainable[path])]
+    assert not same
+
+
+def test_the_same_state_and_batch_give_the_same_bits(built):
+    step, state, _ = built
+    first, _ = step(on_device(state), random_batch(0))
+    second, _ = step(on_device(state), random_batch(0))
+    assert all(map(np.array_equal, jax.tree.leaves(first), jax.tree.leaves(second)))
+
+
+def test_a_batch_that_is_not_finite_is_not_applied(built):
+    step, state, _ = built
+    broken = random_batch(0)
+    broken["pixel_values"] = np.full(broken["pixel_values"].shape, np.nan, np.float32)
+    after, metrics = step(on_device(state), broken)
+    assert not np.isfinite(metrics["loss"]) and int(metrics["bad_steps"]) == 1
+    for part in ("trainable", "moments", "average"):
+        leaves = jax.tree.leaves(getattr(after, part)), jax.tree.leaves(getattr(state, part))
+        assert all(map(np.array_equal, *leaves)), part
+    after, metrics = step(after, broken)
+    assert int(metrics["bad_steps"]) == 2
+    after, metrics = step(after, random_batch(0))
+    assert np.isfinite(metrics["loss"]) and int(metrics["bad_steps"]) == 0
+
+
+def test_four_batches_of_one_are_one_batch_of_four(built):
+    """Samples differ in learned tokens and in objects, so that a mean of means would be another number."""
+    batch = random_batch(3, size=4)
+    rows = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(4)]
+    step, state, _ = built
+    together, metrics = step(on_device(state), batch)
+    apart, metrics_apart = step(on_device(state), *rows)
+    assert int(metrics["tokens"]) == int(metrics_apart["tokens"])
+    for name in ("loss", "loss_tokens", "loss_mask", "loss_dice", "gradient_norm"):
+        assert float(metrics[name]) == pytest.approx(float(metrics_apart[name]), rel=1e-6), name
+    # The first moment of the first update is the clipped gradient times 1 - beta1.
+    for a, b in zip(
+        jax.tree.leaves(together.moments[1].mu), jax.tree.leaves(apart.moments[1].mu), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-6 * 0.1)
+
+
+def test_the_average_follows_the_parameters(built):
+    step, start, _ = built
+    state, _ = step(on_device(start), random_batch(0))
+    for path, value in state.average.items():
+        expected = 0.75 * start.trainable[path] + 0.25 * state.trainable[path]
+        np.testing.assert_allclose(value, expected, atol=1e-6)
+
+
+def test_batches_without_masks_train_the_language_alone(built):
+    step, state, _ = built
+    batch = random_batch(0)
+    batch["object_valid"] = np.zeros_like(batch["object_valid"])
+    after, metrics = step(on_device(state), batch)
+    assert float(metrics["loss_mask"]) == 0 and float(metrics["loss_dice"]) == 0
+    assert float(metrics["loss"]) == float(metrics["loss_tokens"]) > 0
+
+
+def test_dropout_and_points_are_new_for_every_update_and_batch(monkeypatch):
+    seen = []
+    monkeypatch.setattr(step_module, "predict", lambda *_, dropout_key, **__: seen.append(dropout_key))
+    monkeypatch.setattr(
+        step_module, "loss_sums", lambda *arguments: seen.append(arguments[-1]) or empty_sums()
+    )
+    graphdef, trainable = split(nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
+
+    def keys(update, index):
+        state = dataclasses.replace(init_state(trainable, STEP), step=jnp.int32(update))
+        gradients(graphdef, STEP, IDS, state, {}, {}, LossCounts(1, 1), index)
+        return [jax.random.key_data(seen.pop()).tolist() for _ in range(2)]
+
+    assert keys(0, 0) == keys(0, 0)
+    drawn = [key for update in range(2) for index in range(2) for key in keys(update, index)]
+    assert len(set(map(tuple, drawn))) == 8
