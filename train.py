@@ -384,5 +384,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except InputError as error:
-        Console(stderr=True).print(f"Error: {error}", style="red")
+        Console(stderr=True).print(
+            f"Error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
         sys.exit(2)

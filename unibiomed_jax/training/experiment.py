@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import runpy
 import sys
@@ -16,13 +17,25 @@ import tyro
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.training.config import TrainConfig
 
+# Fields of which zero or less would mean nothing.
+AT_LEAST_ONE = (
+    "optim.steps",
+    "optim.accumulate",
+    "loss.num_points",
+    "loss.token_chunk",
+    "checkpoint.every",
+    "checkpoint.keep_last",
+    "log.every",
+    "max_bad_steps",
+)
+
 
 def load_experiment(path: str, arguments: Sequence[str] = ()) -> TrainConfig:
     """The `config` that a file defines, with fields replaced as in `--optim.lr=1e-5 --seed 1`.
 
     Raises:
         InputError: no such file, a file without a TrainConfig named `config`, an unknown field (names the
-            nearest), or a value that does not fit its field.
+            nearest), or a value that its field cannot have.
     """
     if not Path(path).is_file():
         raise InputError(f"{path} is not a file; give a configuration such as configs/tiny.py.")
@@ -40,11 +53,16 @@ def load_experiment(path: str, arguments: Sequence[str] = ()) -> TrainConfig:
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            return tyro.cli(TrainConfig, default=config, args=arguments)
+            config = tyro.cli(TrainConfig, default=config, args=arguments)
     except SystemExit:
         lines = [line.strip(" │╭╰─╮╯") for line in messages.getvalue().splitlines()]
         reason = " ".join(line for line in lines if line)
-        raise InputError(f"The options {' '.join(arguments)} cannot be used: {reason}") from None
+        raise InputError(f"The options {' '.join(arguments)} cannot be used: {reason.rstrip('.')}.") from None
+    for name in AT_LEAST_ONE:
+        value = functools.reduce(getattr, name.split("."), config)
+        if value < 1:
+            raise InputError(f"--{name}={value} is impossible; give 1 or more.")
+    return config
 
 
 def field_names(config: object, prefix: str = "") -> list[str]:

@@ -1,0 +1,164 @@
+"""What train.py refuses, in one sentence before the first step."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+from small import STEP
+from small_datasets import coco_table, save_picture, save_square, write_table
+
+from unibiomed_jax.data.pipeline import Batch
+from unibiomed_jax.errors import InputError
+from unibiomed_jax.training.checkpoint import Checkpointer
+from unibiomed_jax.training.config import CheckpointConfig
+from unibiomed_jax.training.log import RunLog
+
+ROOT = Path(__file__).parents[2]
+CONFIG = Path(__file__).with_name("micro_run.py")
+
+
+@pytest.fixture(scope="module")
+def train():
+    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A dataset of two images that the configuration finds."""
+    root = tmp_path / "data"
+    for split in ("train", "val"):
+        for number in range(2):
+            save_picture(root / split / f"{number}.png", seed=number)
+            save_square(root / f"{split}_mask" / f"{number}_liver.png")
+        write_table(root / f"{split}.json", coco_table(2))
+    monkeypatch.setenv("MICRO_DATA", str(root))
+    return root
+
+
+@pytest.fixture
+def refuses(train, data, tmp_path, monkeypatch):
+    """`refuses(pattern, *options)`: the run ends with this one sentence."""
+
+    def check(pattern, *options):
+        run = [f"--folder={tmp_path / 'run'}", *options]
+        monkeypatch.setattr("sys.argv", ["train.py", str(CONFIG), *run])
+        monkeypatch.setattr(train.runtime, "prepare", lambda: None)
+        with pytest.raises(InputError, match=pattern) as raised:
+            train.main()
+        message = str(raised.value)
+        assert "\n" not in message and message.endswith(".")
+
+    return check
+
+
+def test_the_command_says_it_in_one_line_and_exits_with_2(data, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(CONFIG.parent))
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), str(CONFIG), "--optim.lrr=1"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr == "Error: There is no field 'optim.lrr'; the nearest is --optim.lr.\n"
+
+
+@pytest.mark.parametrize(
+    "pattern, option",
+    [
+        (r"no field 'optim\.steps2'; the nearest is --optim\.steps", "--optim.steps2=3"),
+        ("optim.steps", "--optim.steps=many"),
+        ("Unknown sharding strategy 'fsdb'", "--strategy=fsdb"),
+        ("nowhere", "--tokenizer=nowhere"),
+        (
+            r"292 tokens but the model only 100.*--model\.language\.vocab-size",
+            "--model.language.vocab-size=100",
+        ),
+        ("'sam3.\\*' in trainable matches no parameter", "--freeze.trainable=sam3.*"),
+        ("nowhere", "--initial=nowhere"),
+        ("no checkpoint 'best'", "--export=best"),
+        ("batch_size=0", "--data.batch-size=0"),
+        (r"--optim\.accumulate=0 is impossible", "--optim.accumulate=0"),
+        (r"--log\.every=-1 is impossible", "--log.every=-1"),
+    ],
+)
+def test_a_configuration_that_cannot_be_meant(refuses, pattern, option):
+    refuses(pattern, option)
+
+
+def test_a_batch_that_the_devices_cannot_share(refuses, train, monkeypatch):
+    monkeypatch.setattr(train.sharding, "make_mesh", lambda: AbstractMesh((8,), ("data",)))
+    refuses("batch of 2 samples cannot be split over 8 devices")
+
+
+def test_no_dataset_where_the_configuration_looks(refuses, data):
+    shutil.rmtree(data)
+    refuses("data does not exist")
+    data.mkdir()
+    refuses("holds no table for the split 'train'")
+
+
+def harm_mask_missing(root):
+    (root / "train_mask" / "1_liver.png").unlink()
+
+
+def harm_empty_table(root):
+    write_table(root / "train.json", coco_table(0))
+
+
+def harm_schema(root):
+    write_table(root / "train.json", {"pictures": []})
+
+
+def harm_json(root):
+    (root / "train.json").write_text('{"images": [')
+
+
+def harm_mask_field(root):
+    table = coco_table(2)
+    del table["annotations"][1]["mask_file"]
+    write_table(root / "train.json", table)
+
+
+@pytest.mark.parametrize(
+    "harm, pattern",
+    [
+        (harm_mask_missing, "1_liver.png"),
+        (harm_empty_table, "train.json holds no samples"),
+        (harm_schema, "train.json.*images"),
+        (harm_json, "train.json.*JSON"),
+        (harm_mask_field, "train.json.*mask_file"),
+    ],
+)
+def test_a_dataset_that_cannot_be_read(refuses, data, harm, pattern):
+    harm(data)
+    refuses(pattern)
+
+
+def test_a_checkpoint_of_another_model(refuses, tmp_path):
+    checkpointer = Checkpointer(tmp_path / "run" / "checkpoints", CheckpointConfig())
+    checkpointer.save(4, {"train": {"weight": jax.numpy.zeros(3)}}, position={}, config={})
+    checkpointer.wait()
+    refuses("00000004 was saved by another model, adapter or optimiser: .*; resume with")
+
+
+def test_a_run_stops_after_too_many_losses_that_are_not_finite(train, tmp_path, capsys):
+    log = RunLog(tmp_path, tensorboard=False)
+    batches = [Batch({}, ("liver/3", ""), 0), Batch({}, ("liver/7",), 1)]
+    train.refuse_bad_steps(STEP, log, 8, {"bad_steps": np.int32(0)}, batches)
+    train.refuse_bad_steps(STEP, log, 9, {"bad_steps": np.int32(4)}, batches)
+    assert "Update 9 was skipped" in capsys.readouterr().out
+    line = json.loads((tmp_path / "log.jsonl").read_text())
+    assert line["step"] == 9 and line["samples"] == ["liver/3", "liver/7"]
+    with pytest.raises(InputError, match="not finite 5 times in a row.*liver/3, liver/7"):
+        train.refuse_bad_steps(STEP, log, 10, {"bad_steps": np.int32(5)}, batches)
