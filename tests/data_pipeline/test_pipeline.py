@@ -145,6 +145,10 @@ def test_validation_goes_once_through_in_order_with_blank_rows(mixture, byte_tok
     assert sorted(names) == sorted(records)
     segmentation = [name for name in names if "segmentation" in name]
     assert segmentation == sorted(segmentation)
+    shapes = [batch.arrays["input_ids"].shape + batch.arrays["masks"].shape for batch in batches]
+    # The first half of a validation already shows every shape that has batches enough.
+    often = {shape for shape in shapes if shapes.count(shape) > 1}
+    assert len(often) > 1 and often <= set(shapes[: -(-len(shapes) // 2)])
     blank = [(batch, row) for batch in batches for row, name in enumerate(batch.names) if not name]
     assert blank
     for batch, row in blank:

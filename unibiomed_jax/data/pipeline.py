@@ -1,7 +1,11 @@
 """Batches from datasets: Grain reads ahead in threads or worker processes; the order is the plan's."""
 
+import functools
 import hashlib
 import logging
+import multiprocessing
+import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -35,7 +39,7 @@ class PipelineConfig:
     buckets: BucketConfig = field(default_factory=BucketConfig)
     # Order of samples and every random choice about them.
     seed: int = 42
-    # Shuffled and without end, for training; otherwise once through in order, the last rows of a shape blank.
+    # Shuffled and without end, for training; otherwise every sample once, the last rows of a shape blank.
     training: bool = True
     # Processes that read; 0 reads in threads of this process.
     workers: int = 0
@@ -187,6 +191,10 @@ class _BatchSource:
     hosts: int
     first: int = 0
 
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        _end_with_parent()
+
     def __len__(self) -> int:
         return (_ENDLESS if self.config.training else self.plan.batches_per_epoch) - self.first
 
@@ -217,6 +225,19 @@ class _BatchSource:
         raise InputError(
             f"{_MAX_ATTEMPTS} samples in a row cannot be read, the last for this reason: {failures[-1][1]}"
         )
+
+
+@functools.cache
+def _end_with_parent() -> None:
+    """In a worker process: end when the process it reads for is gone, also if that was killed."""
+    parent = multiprocessing.parent_process()
+
+    def end():
+        parent.join()
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=end, daemon=True).start()
 
 
 def collate(samples: list[Sample | None], shape: Shape, config: SampleConfig) -> dict[str, np.ndarray]:

@@ -73,7 +73,8 @@ class BatchPlan:
             shapes: of every record of the mixture.
             batch_size: rows of a batch, all hosts together.
             seed: of the order.
-            shuffle: False keeps the order of the mixture within a shape.
+            shuffle: False keeps the order of the mixture within a shape, in every epoch, and spreads
+                the batches of every shape evenly.
             repeat: fill the last batch of a shape with repeated samples instead of blank rows.
         """
         if batch_size < 1:
@@ -121,9 +122,11 @@ class BatchPlan:
             fill = np.resize(members, missing) if self.repeat else np.full(missing, BLANK)
             batches.append(np.concatenate([members, fill]).reshape(-1, self.batch_size))
             groups += [number] * len(batches[-1])
-        order = np.arange(self.batches_per_epoch)
         if self.shuffle:
             order = permutation(self.batches_per_epoch, self.seed, epoch, len(self.groups))
+        else:  # every shape spread evenly, so that the first batches already show all of them
+            place = np.concatenate([(np.arange(len(batch)) + 0.5) / len(batch) for batch in batches])
+            order = np.argsort(place, kind="stable")
         return np.array(groups)[order], np.concatenate(batches)[order]
 
 

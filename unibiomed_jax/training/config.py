@@ -144,7 +144,7 @@ class LogConfig:
     every: int = 10
     # Updates between two validations; 0 never validates.
     validate_every: int = 500
-    # Batches a validation reads at most.
+    # Batches a validation reads at most, the same ones every time; tasks alternate in them.
     validate_batches: int = 50
     # Pictures of predicted masks a validation keeps.
     overlays: int = 4
@@ -168,7 +168,7 @@ class TrainConfig:
     precision: Precision = field(default_factory=Precision)
     # Training data. Sizes of the arrays follow from the model.
     data: PipelineConfig = field(default_factory=lambda: PipelineConfig(datasets=()))
-    # Validation data, read once through in order; none validates nothing.
+    # Validation data, each sample at most once; none validates nothing.
     validation: tuple[DatasetConfig, ...] = ()
     loss: LossConfig = field(default_factory=LossConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
