@@ -36,8 +36,13 @@ def export_model(
             alpha=settings.alpha,
             dropout=settings.dropout,
         )
+    # Before the adapters are merged, so that the sum is not rounded to the format of what was frozen.
+    parameters = {
+        path: value if ".lora." in path else jnp.asarray(value, config.export_dtype)
+        for path, value in parameters.items()
+    }
+    if settings.rank:
         parameters = checkpoint.merge_adapters(parameters, settings.alpha / settings.rank)
-    parameters = {path: jnp.asarray(value, config.export_dtype) for path, value in parameters.items()}
     checkpoint.save(
         folder / "model",
         config.model,
