@@ -25,7 +25,7 @@ from unibiomed_jax.data.transforms import SampleConfig
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inference.tokenizer import Tokenizer
 from unibiomed_jax.training import flops
-from unibiomed_jax.training.checkpoint import Checkpointer
+from unibiomed_jax.training.checkpoint import NO_SPACE, Checkpointer
 from unibiomed_jax.training.config import TrainConfig
 from unibiomed_jax.training.experiment import load_experiment, main_arguments
 from unibiomed_jax.training.export import export_model, trained_parameters
@@ -380,11 +380,20 @@ def progress_bar() -> Progress:
     )
 
 
-if __name__ == "__main__":
+def command() -> int:
+    """`main`, with what the user must put right as one line."""
     try:
-        sys.exit(main())
+        return main()
     except InputError as error:
-        Console(stderr=True).print(
-            f"Error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
-        )
-        sys.exit(2)
+        reason = error
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        reason = "The disk is full; free some space, and the same command goes on from the last checkpoint."
+    stderr = Console(stderr=True)
+    stderr.print(f"Error: {reason}", style="red", markup=False, highlight=False, soft_wrap=True)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -96,7 +96,11 @@ def test_a_damaged_newest_is_said_and_the_one_before_is_used(checkpointer, caplo
     restored = checkpointer.restore(abstract(state(0)))
     assert restored.step == 1 and equal(restored.state, state(1))
     assert "00000002 is damaged" in caplog.text
-    shutil.rmtree(checkpointer.path(1))
+    save(checkpointer, 3, dice=0.5)
+    checkpointer.wait()
+    assert checkpointer.best() == 3
+    assert checkpointer.steps() == [2, 3] and checkpointer.restore(abstract(state(0))).step == 3
+    shutil.rmtree(checkpointer.path(3))
     with pytest.raises(InputError, match="no undamaged checkpoint"):
         checkpointer.restore(abstract(state(0)))
 

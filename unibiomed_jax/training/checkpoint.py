@@ -35,6 +35,8 @@ from unibiomed_jax.training.config import CheckpointConfig
 logger = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
+# What a full disk is called.
+NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,11 @@ class Checkpointer:
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
 
     def measures(self, step: int) -> dict[str, float]:
-        """Validation results of a checkpoint."""
-        return _read_json(self.path(step) / "manifest.json")["measures"]
+        """Validation results of a checkpoint; none if it is damaged."""
+        try:
+            return _read_json(self.path(step) / "manifest.json")["measures"]
+        except (OSError, ValueError, KeyError):
+            return {}
 
     def best(self) -> int | None:
         """The step with the highest `config.best`, if any was measured."""
@@ -204,10 +209,7 @@ class Checkpointer:
 
     def _explain(self, error: BaseException) -> BaseException:
         text = str(error)
-        if (
-            getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-            or "No space left" in text
-        ):
+        if getattr(error, "errno", None) in NO_SPACE or "No space left" in text:
             steps = self.steps()
             kept = f"checkpoint {steps[-1]} is intact" if steps else "there is no checkpoint yet"
             return InputError(f"The disk of {self.folder} is full ({kept}); free some space and run again.")
