@@ -67,6 +67,7 @@ def main() -> int:
     abstract = abstract_state(config, shapes, mesh, strategy)
     if config.dry_run:
         return report_memory(config, step, abstract, data, mesh, strategy)
+    stop = stop_on_signals()
     folder = Path(config.folder)
     checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint)
     wanted = abstract if config.checkpoint.save_frozen else {"train": abstract["train"]}
@@ -94,7 +95,6 @@ def main() -> int:
     log = RunLog(folder, tensorboard=config.log.tensorboard, first_step=int(state.step))
     measure = build_validation(graphdef, config, ids)
     meter = Meter(config, list(abstract["train"].trainable), mesh.size)
-    stop = stop_on_signals()
     previous: tuple[dict, list[Batch]] | None = None
 
     def save(measures: dict | None = None) -> None:
