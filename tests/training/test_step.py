@@ -55,6 +55,20 @@ def on_device(state):
     return place(jax.tree.map(jnp.array, state), STRATEGY, MESH)
 
 
+def test_random_kernels_suit_their_inputs_and_heads_no_loss_reaches_say_one_thing(built):
+    _, state, frozen = built
+    parameters = state.trainable | frozen
+    inputs = {
+        "vision_model.layers.mlp.fc2.kernel": 32,
+        "sam2.image_encoder.trunk.patch_embed.kernel": 7 * 7 * 3,
+        "sam2.sam_mask_decoder.upscale_conv1.kernel": 16,
+    }
+    for path, count in inputs.items():
+        assert np.std(parameters[path]) == pytest.approx(count**-0.5, rel=0.15), path
+    head = "sam2.sam_mask_decoder.pred_obj_score_head.layers.2"
+    assert not np.any(parameters[f"{head}.kernel"]) and np.all(parameters[f"{head}.bias"] == 1)
+
+
 def test_the_loss_falls_on_a_batch_seen_again_and_again(built):
     step, state, _ = built
     state, batch = on_device(state), random_batch(0)
