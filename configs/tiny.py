@@ -1,6 +1,6 @@
 """unibiomed-tiny: every part of the model at small width, from random parameters, on the sample dataset.
 
-An hour on two CPU cores, minutes on a GPU. All of it trains; there is no adapter.
+About an hour on two CPU cores. All of it trains; there is no adapter.
 """
 
 import dataclasses
