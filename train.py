@@ -108,7 +108,7 @@ def main() -> int:
             measures=measures,
         )
 
-    with progress_bar() as bar:
+    with checkpointer, progress_bar() as bar:
         task = bar.add_task("training", total=config.optim.steps, completed=int(state.step))
         start = int(state.step)
         for update in range(start + 1, config.optim.steps + 1):
@@ -149,7 +149,6 @@ def main() -> int:
                 checkpointer.wait()
                 console.print(f"Stopped by a signal; update {update} is saved, the same command goes on.")
                 return 0
-    checkpointer.wait()
     iterator.close()
     log.close()
     export_model(folder, config, state, frozen, tokenizer_folder)
@@ -319,7 +318,7 @@ def refuse_bad_steps(
     if bad >= config.max_bad_steps:
         raise InputError(
             f"The loss was not finite {bad} times in a row, the last time for {', '.join(names)}; look at "
-            "these samples, lower --optim.lr, or go on from the last checkpoint with another --seed."
+            "these samples or lower --optim.lr."
         )
 
 

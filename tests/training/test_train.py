@@ -175,6 +175,14 @@ def test_a_damaged_checkpoint_is_said_and_the_run_goes_on_from_the_one_before(
     assert digest(folder) == digest(finished)
 
 
+def test_losses_that_are_not_finite_stop_the_run_and_the_save_before_is_finished(environment, tmp_path):
+    code, said = run(environment, tmp_path, "--optim.lr=1e38", "--max-bad-steps=3")
+    assert code == 2 and "Traceback" not in said
+    assert "Error: The loss was not finite 3 times in a row, the last time for data/segmentation" in said
+    assert find_damage(newest(tmp_path)) is None
+    assert not [name for name in checkpoints(tmp_path) if not name.isdigit()]
+
+
 def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(environment, tmp_path):
     inside = "mount -t tmpfs -o size=12m none {0} && {1}; code=$?; cp -r {0} {0}.copy; exit $code"
     script = inside.format(tmp_path / "small", " ".join(command(tmp_path / "small")))

@@ -55,7 +55,8 @@ class Checkpointer:
     """Saves in the background and keeps the newest and the best.
 
     One save runs at a time; the next one waits for it. An error of the background (a full disk, say) is
-    raised by the next call of `save`, `wait` or `check`.
+    raised by the next call of `save`, `wait` or `check`. As a context, it lets the save that runs finish when
+    the block ends, whatever ends it.
     """
 
     def __init__(self, folder: str | os.PathLike, config: CheckpointConfig):
@@ -68,6 +69,15 @@ class Checkpointer:
         if self._primary:
             for leftover in self.folder.glob(f"*{PARTIAL}"):
                 shutil.rmtree(leftover)
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if self._thread is not None:
+            self._thread.join()
+        if error is None:
+            self.wait()
 
     def save(
         self,
