@@ -11,10 +11,10 @@ WORKERS ?= 2
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py --out demo_output
 
-test: $(VENV)/.installed-test lint
+test: $(VENV)/.installed-test-$(PARITY) lint
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-lint: $(VENV)/.installed-test
+lint: $(VENV)/.installed-test-$(PARITY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[medical,tensorboard]'
 	touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
+$(VENV)/.installed-test-$(PARITY): $(VENV)/.installed
 ifeq ($(PARITY),1)
 	$(BIN)/python -m pip install --quiet --editable '.[test,parity]'
 	# sam2 declares torchvision, which its modelling code does not need.

@@ -23,14 +23,20 @@ def encode_tile(config: ModelConfig) -> Work:
     return {config.precision.vision: patches + vision.num_layers * block + projector}
 
 
-def prefill(config: ModelConfig, tokens: int) -> Work:
-    """The language model over a prompt, with scores of the vocabulary after its last token only."""
+def prefill(config: ModelConfig, tokens: int, parts: int = 0) -> Work:
+    """The language model over a prompt, with scores of the vocabulary after its last token only.
+
+    With `parts`, its layers multiply float32 inputs as a sum of so many bfloat16 numbers (inference/cpu.py).
+    """
     language, width = config.language, config.language.hidden_size
     projections = 2 * width * (width + language.num_kv_heads * language.head_dim)
     linear = 2 * tokens * (projections + 3 * width * language.mlp_dim)
     attention = 4 * (tokens**2 / 2) * width
     head = 2 * width * language.vocab_size
-    return {config.precision.language: language.num_layers * (linear + attention) + head}
+    linear, attention = language.num_layers * linear + head, language.num_layers * attention
+    if parts:
+        return {"bfloat16": parts * linear, "float32": attention}
+    return {config.precision.language: linear + attention}
 
 
 def encode_image(config: ModelConfig) -> Work:

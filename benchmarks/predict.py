@@ -31,6 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from unibiomed_jax import UniBiomed
+from unibiomed_jax.inference.cpu import EXACT_PARTS, FAST_PARTS
+from unibiomed_jax.inference.precision import FLOAT32
 
 NEW_TOKENS = 24
 # (title, images, [SEG] per image, (width, height)); 1344x896 pixels make 3x2 tiles and a thumbnail.
@@ -118,9 +120,14 @@ def stage_work(model: UniBiomed, images: int, segments: int, tiles: int, tokens:
     cache = images * cost.cache_bytes(config, tokens + NEW_TOKENS // 2)
     vision, encoder = stored(params["vision_model"], params["mlp1"]), stored(sam2["image_encoder"])
     decoder = stored(sam2["sam_mask_decoder"])
+    parts = 0
+    if config.precision.language == "float32" and any(
+        x.dtype == "bfloat16" for x in jax.tree.leaves(language)
+    ):
+        parts = EXACT_PARTS if config.precision == FLOAT32 else FAST_PARTS
     return {
         "encode tiles": ("tile", images * tiles, times(cost.encode_tile(config), images * tiles), vision),
-        "prefill": ("token", images * tokens, times(cost.prefill(config, tokens), images), weights),
+        "prefill": ("token", images * tokens, times(cost.prefill(config, tokens, parts), images), weights),
         "decode": ("token", images * steps, {}, steps * (weights + cache)),
         "encode image": ("image", images, times(cost.encode_image(config), images), images * encoder),
         "decode masks": (

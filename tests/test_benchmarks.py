@@ -39,6 +39,8 @@ def test_formats_follow_the_precision():
     assert set(mixed) == {"float32", "bfloat16"}
     half = dataclasses.replace(ModelConfig(), precision=BFLOAT16)
     assert set(cost.prefill(half, 281)) == {"bfloat16"}
+    whole, split = cost.prefill(ModelConfig(), 281)["float32"], cost.prefill(ModelConfig(), 281, parts=2)
+    assert split["bfloat16"] / 2 + split["float32"] == pytest.approx(whole)
     assert cost.cache_bytes(half, 1) == 12_288
     assert cost.cache_bytes(ModelConfig(), 1) == 2 * 12_288
 

@@ -86,6 +86,60 @@ def test_failed_images_are_named_and_the_others_done_once(loaded, tmp_path, caps
     assert (out / "sub" / "good.png" / "answer.json").stat().st_mtime_ns != written
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"max_new_tokens": -1}, "--max-new-tokens -1"),
+        ({"conditioning": (0,)}, "add --volume"),
+        ({"region": (IMAGE,)}, "--region belongs to one image"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_before_loading(tmp_path, changes, reason):
+    for name in ("a.png", "b.png"):
+        shutil.copy(IMAGE, tmp_path / name)
+    with pytest.raises(InputError, match=reason):
+        cli.predict(options(tmp_path, tmp_path / "out", checkpoint=tmp_path / "none", **changes))
+
+
+def test_only_the_same_question_about_the_same_file_is_done(loaded, tmp_path, capsys):
+    source, out = tmp_path / "slice [axial].png", tmp_path / "out"
+    shutil.copy(IMAGE, source)
+    for changes in ({}, {"max_new_tokens": 30}, {"hide_absent": True, "max_new_tokens": 30}):
+        assert cli.predict(options(source, out, **changes)) == 0
+        assert "1 answered" in capsys.readouterr().out
+        assert cli.predict(options(source, out, **changes)) == 0
+        assert "0 answered" in capsys.readouterr().out
+    Image.open(IMAGE).rotate(180).save(source)
+    assert cli.predict(options(source, out, hide_absent=True, max_new_tokens=30)) == 0
+    assert "1 answered" in capsys.readouterr().out
+
+
+def test_answers_inside_the_folder_are_not_asked_about(loaded, tmp_path, capsys):
+    shutil.copy(IMAGE, tmp_path / "a.png")
+    for said in ("1 answered", "0 answered"):
+        assert cli.predict(options(tmp_path, tmp_path / "out")) == 0
+        assert said in capsys.readouterr().out
+
+
+def test_a_group_that_fails_is_named_and_the_others_done(loaded, model, tmp_path, capsys, monkeypatch):
+    for name in ("a [x].png", "b.png"):
+        shutil.copy(IMAGE, tmp_path / name)
+    answer, calls = model.predict_batch, []
+
+    def fail_once(requests, **rest):
+        calls.append(requests)
+        if len(calls) == 1:
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return answer(requests, **rest)
+
+    monkeypatch.setattr(model, "predict_batch", fail_once)
+    assert cli.predict(options(tmp_path, tmp_path / "out")) == 1
+    captured = capsys.readouterr()
+    assert "1 answered, 1 failed" in captured.out
+    assert "a [x].png" in captured.err and "out of memory" in captured.err
+
+
 def test_a_volume_leaves_a_mask_and_an_overlay_a_slice(loaded, tmp_path):
     source = tmp_path / "ct"
     source.mkdir()

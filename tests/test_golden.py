@@ -32,8 +32,7 @@ def image() -> Image.Image:
 
 
 def load(case: str) -> dict[str, np.ndarray]:
-    # allow_pickle: the file is the repository's own, and holds its texts as object arrays.
-    with np.load(GOLDEN / "micro" / f"{case}.npz", allow_pickle=True) as arrays:
+    with np.load(GOLDEN / "micro" / f"{case}.npz") as arrays:
         return dict(arrays)
 
 

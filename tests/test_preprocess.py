@@ -36,6 +36,10 @@ GRIDS = [
 ]  # fmt: skip
 
 
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def golden(name: str, key: str) -> np.ndarray:
     return np.load(GOLDEN / "micro" / f"{name}.npz")[key]
 
@@ -311,15 +315,12 @@ def test_pillow_image_is_not_changed():
 def png(width: int, height: int) -> bytes:
     """A PNG that announces a size and holds next to nothing."""
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0" * 9))
-        + chunk(b"IEND", b"")
+        + png_chunk(b"IHDR", header)
+        + png_chunk(b"IDAT", zlib.compress(b"\0" * 9))
+        + png_chunk(b"IEND", b"")
     )
 
 
@@ -487,3 +488,15 @@ def test_boxes():
 def test_unusable_boxes(box):
     with pytest.raises(InputError, match="Box 1"):
         box_masks([box], (5, 4))
+
+
+def test_sixteen_bit_colour_is_refused(tmp_path):
+    """Pillow would keep the upper byte alone, which leaves nothing of 12-bit data."""
+    pixels = np.full((4, 5, 3), 4000, ">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", 5, 4, 16, 2, 0, 0, 0)
+    file = tmp_path / "colour16.png"
+    parts = png_chunk(b"IHDR", header), png_chunk(b"IDAT", zlib.compress(rows)), png_chunk(b"IEND", b"")
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    with pytest.raises(InputError, match="16 bits a colour channel"):
+        open_image(file)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -59,8 +61,9 @@ def predict(options: Predict) -> int:
     from unibiomed_jax.inference.predictor import INTENDED_USE, UniBiomed
 
     sources = _sources(options)
+    _check(options, sources)
     precision = {"auto": None, "float32": FLOAT32, "bfloat16": BFLOAT16}[options.precision]
-    with console.status(f"Loading {options.checkpoint}"):
+    with console.status(f"Loading {escape(str(options.checkpoint))}"):
         model = UniBiomed.from_pretrained(options.checkpoint, precision=precision)
 
     todo = {
@@ -68,7 +71,10 @@ def predict(options: Predict) -> int:
         for name, source in sources.items()
         if options.overwrite
         or not report.is_done(
-            options.out / name, prompt=options.prompt, checkpoint_hash=model.checkpoint_hash
+            options.out / name,
+            prompt=options.prompt,
+            checkpoint_hash=model.checkpoint_hash,
+            request=_settings(options, source),
         )
     }
     if len(todo) < len(sources):
@@ -86,7 +92,7 @@ def predict(options: Predict) -> int:
     done = len(names) - len(failures)
     console.print(f"{done} answered, {len(failures)} failed; results in {options.out}")
     for name, reason in failures.items():
-        errors.print(f"[red]{name}[/red]: {reason}", highlight=False)
+        errors.print(f"[red]{escape(name)}[/red]: {escape(reason)}", highlight=False)
     console.print(INTENDED_USE, style="italic")
     return len(failures)
 
@@ -110,15 +116,52 @@ def _answer(model, options: Predict, group: dict[str, list[Path]]) -> dict[str, 
             requests[name] = request
         except InputError as error:
             failures[name] = str(error)
-    answers = model.predict_batch(
-        list(requests.values()), max_new_tokens=options.max_new_tokens, hide_absent=options.hide_absent
-    )
+    try:
+        answers = model.predict_batch(
+            list(requests.values()), max_new_tokens=options.max_new_tokens, hide_absent=options.hide_absent
+        )
+    except (RuntimeError, MemoryError) as error:  # such as too little memory for these images
+        reason = f"not answered: {error or type(error).__name__}; try a smaller --batch-size"
+        return failures | dict.fromkeys(requests, reason)
     for (name, request), answer in zip(requests.items(), answers, strict=True):
         description = report.describe(
-            answer, checkpoint_hash=model.checkpoint_hash, precision=model.config.precision
+            answer,
+            checkpoint_hash=model.checkpoint_hash,
+            precision=model.config.precision,
+            request=_settings(options, group[name]),
         )
         report.write(options.out / name, request.image, answer, description)
     return failures
+
+
+def _check(options: Predict, sources: dict[str, list[Path]]) -> None:
+    """Refuse options that do not go together, before the model is loaded."""
+    for name in ("batch_size", "max_new_tokens"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1.")
+    if options.region and len(sources) > 1:
+        raise InputError(
+            f"--region belongs to one image, but {options.image_or_folder} holds {len(sources)}; name one."
+        )
+    if options.conditioning is not None and not options.volume:
+        raise InputError("--conditioning chooses slices of a volume; add --volume, or leave it out.")
+
+
+def _settings(options: Predict, paths: list[Path]) -> dict:
+    """What else an answer depends on: it is kept with the answer, and another one is asked for anew."""
+    digest = hashlib.sha256()
+    for path in (*paths, *options.region):
+        with contextlib.suppress(OSError):  # who cannot be read is reported when it is opened
+            digest.update(path.read_bytes())
+    return {
+        "volume": options.volume,
+        "conditioning": None if options.conditioning is None else list(options.conditioning),
+        "regions": [str(path) for path in options.region],
+        "hide_absent": options.hide_absent,
+        "max_new_tokens": options.max_new_tokens,
+        "precision": options.precision,
+        "sha256": digest.hexdigest(),
+    }
 
 
 def _sources(options: Predict) -> dict[str, list[Path]]:
@@ -130,7 +173,12 @@ def _sources(options: Predict) -> dict[str, list[Path]]:
         if options.volume:
             raise InputError(f"{path} is a file; --volume needs a folder of slices.")
         return {path.name: [path]}
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    answers = options.out.resolve()  # not to be asked about, should they lie inside the folder
+    found = sorted(
+        p
+        for p in path.rglob("*")
+        if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and answers not in p.resolve().parents
+    )
     if not found:
         raise InputError(f"{path} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}); check the folder.")
     if options.volume:

@@ -154,11 +154,6 @@ def batch_sharding(strategy: Strategy, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(strategy["batch"]))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
 def require_divisible(batch_size: int, strategy: Strategy, mesh: Mesh) -> None:
     """Refuse a batch that the devices cannot share evenly.
 

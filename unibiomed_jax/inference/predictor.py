@@ -372,8 +372,8 @@ class UniBiomed:
         context = config.language.max_position_embeddings
         if len(ids) >= context:
             raise InputError(
-                f"The prompt has {len(ids)} tokens but the model's context holds {context}; shorten the text "
-                "or cut the image into fewer tiles (max_tiles)."
+                f"The prompt has {len(ids)} tokens but the model's context holds {context}; shorten the "
+                "text, or lower max_tiles in the checkpoint's config.json."
             )
         return Prompt(text, ids, rows)
 

@@ -169,6 +169,11 @@ def _upright(image: Image.Image, name: str) -> tuple[Image.Image | np.ndarray, s
     mode, steps = image.mode, []
     if 0 in image.size:  # before any operation that cannot take it
         return image, mode, ()
+    if mode not in _DEEP_MODES and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
+        raise InputError(
+            f"{name} has 16 bits a colour channel, of which only the upper 8 could be read; convert it to 8 "
+            "bits first."
+        )
     try:
         image.load()  # now, so that a damaged file is found before any model runs
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,11 +30,17 @@ def run_length(mask: np.ndarray) -> dict:
     return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
 
 
-def describe(answer: Answer, *, checkpoint_hash: str, precision: Precision) -> dict:
-    """The answer as JSON-ready values; masks of a volume are lists, one entry a frame."""
+def describe(
+    answer: Answer, *, checkpoint_hash: str, precision: Precision, request: Mapping | None = None
+) -> dict:
+    """The answer as JSON-ready values; masks of a volume are lists, one entry a frame.
+
+    `request` is whatever else was asked for: regions, chosen slices, limits.
+    """
     return {
         "notice": answer.notice,
         "prompt": answer.prompt,
+        "request": dict(request or {}),
         "text": answer.text,
         "readable_text": clean_answer(answer.text),
         "segments": [
@@ -81,11 +88,12 @@ def write(folder: Path, image: OpenedImage, answer: Answer, description: dict) -
         ) from error
 
 
-def is_done(folder: Path, *, prompt: str, checkpoint_hash: str) -> bool:
-    """Whether `folder` holds the answer of this checkpoint to this prompt."""
+def is_done(folder: Path, *, prompt: str, checkpoint_hash: str, request: Mapping) -> bool:
+    """Whether `folder` holds the answer of this checkpoint to this prompt and request (see `describe`)."""
     try:
         found = json.loads((folder / ANSWER_FILE).read_text(encoding="utf-8"))
-        return found["prompt"] == prompt and found["checkpoint"] == checkpoint_hash
+        asked = found["prompt"], found["checkpoint"], found["request"]
+        return asked == (prompt, checkpoint_hash, dict(request))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
