@@ -5,17 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from measured import assert_close
 from PIL import Image
 
+from convert.from_torch import read_released
 from unibiomed_jax import Request, UniBiomed
 from unibiomed_jax.inference.generate import ground
 from unibiomed_jax.inference.precision import CPU, FLOAT32
 from unibiomed_jax.inference.predictor import Answer
 from unibiomed_jax.inference.preprocess import sam_image
+from unibiomed_jax.inference.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 NEW_TOKENS = 24
@@ -142,6 +145,26 @@ def test_default_precision_of_a_cpu_keeps_words_and_masks(image):
             expected = golden_mask(golden, number)
             mask = segment.mask.reshape(expected.shape)
             assert (mask & expected).sum() / (mask | expected).sum() >= 0.999
+
+
+def test_a_checkpoint_stored_in_bfloat16_says_on_a_cpu_what_float32_weights_say(image):
+    """The language model of a release is stored in bfloat16, and a CPU multiplies it in parts."""
+    folder = GOLDEN / "micro" / "checkpoint"
+    loaded = read_released(folder)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), loaded.params["language_model"])
+    models = []
+    for language in (rounded, jax.tree.map(lambda x: x.astype(jnp.float32), rounded)):
+        params = {**loaded.params, "language_model": language}
+        models.append(UniBiomed(loaded.config, params, Tokenizer.from_folder(folder), precision=CPU))
+    for case in CASES:
+        golden = load(case)
+        parts, whole = (
+            model.predict_batch([request(model, image, case, golden)], max_new_tokens=NEW_TOKENS)[0]
+            for model in models
+        )
+        assert parts.text == whole.text and len(parts.segments) == len(whole.segments)
+        for found, expected in zip(parts.segments, whole.segments, strict=True):
+            assert (found.mask & expected.mask).sum() / (found.mask | expected.mask).sum() >= 0.999
 
 
 def test_nothing_compiles_again_once_warm(model, image):
