@@ -1,6 +1,6 @@
 """Dice and right answers of a checkpoint on one split of a dataset, target by target.
 
-    python scripts/measure_accuracy.py --checkpoint models/unibiomed-tiny --markdown docs/accuracy.md
+    python scripts/measure_accuracy.py --checkpoint runs/tiny/model --markdown accuracy.md
 
 Every record is asked once, as a user would ask, with one of its task's questions (the same one in every run):
 
