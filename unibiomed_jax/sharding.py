@@ -82,7 +82,7 @@ LOGICAL_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 DATA_PARALLEL: Strategy = {"batch": "data"}
 # Beside the batch, every device holds a share of the parameters, gradients and optimiser state, and gathers a
 # layer when it needs it (Zhao et al. 2023, arXiv 2304.11277).
-FSDP: Strategy = dict.fromkeys(("batch", "embed", "rank", "vision", "trunk", "folded"), "data")
+FSDP: Strategy = dict.fromkeys(("batch", "embed", "rank", "vision", "trunk", "folded", "mask"), "data")
 
 STRATEGIES: dict[str, Strategy] = {"data_parallel": DATA_PARALLEL, "fsdp": FSDP}
 

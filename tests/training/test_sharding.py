@@ -66,8 +66,8 @@ def test_data_parallel_keeps_parameters_whole_and_fsdp_splits_what_is_large(full
     assert all(row.spec == PartitionSpec(*[None] * len(row.shape)) for row in whole)
     total = sum(row.bytes_per_device for row in whole)
     split_rows = sharding.explain(full, sharding.FSDP, EIGHT)
-    # Whole stay norms, biases and SAM2's small kernels: 1 % of everything, so 7 % of an eighth.
-    assert sum(row.bytes_per_device for row in split_rows) < total / 8 * 1.08
+    # Whole stay norms, biases and what eight does not divide.
+    assert sum(row.bytes_per_device for row in split_rows) < total / 8 * 1.06
     by_path = {row.path: row for row in split_rows}
     assert by_path["language_model.embed_tokens"].spec == PartitionSpec(None, "data")
     assert by_path["language_model.layers.mlp.down_proj.kernel"].spec == PartitionSpec(None, None, "data")
