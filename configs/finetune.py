@@ -16,7 +16,7 @@ config = TrainConfig(
     initial="runs/start",
     precision=default_precision(),
     data=PipelineConfig(datasets=find_datasets(DATASET, "train", minimum=0), batch_size=4),
-    validation=find_datasets(DATASET, "val", minimum=0),
+    validation=find_datasets(DATASET, "val", minimum=0, repeats=1),
     lora=LoraConfig(rank=16, alpha=32.0),
     optim=OptimConfig(lr=1e-4, steps=1000, warmup=0.05, accumulate=4),
     checkpoint=CheckpointConfig(every=100),
