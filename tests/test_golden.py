@@ -168,18 +168,28 @@ def test_a_checkpoint_stored_in_bfloat16_says_on_a_cpu_what_float32_weights_say(
 
 
 def test_nothing_compiles_again_once_warm(model, image):
+    """Per bucket of image count, text length and objects, whatever is in it and whatever came in between."""
+
     def programs() -> int:
         return sum(stage.compiled._cache_size() for stage in model.stages.values())
 
-    def ask(width: int) -> None:
-        golden = load("image_abdomen")
-        asked = request(model, image.crop((0, 0, width, 400)), "image_abdomen", golden)
-        model.predict_batch([asked], max_new_tokens=NEW_TOKENS)
+    def ask(*widths: int, words: int = 0, segments: int = 1) -> None:
+        forced = {1 + 2 * i: model.tokenizer.seg_id for i in range(segments)}
+        prompt = "<image>Describe this image." + " liver" * words
+        asked = [Request(prompt, model.open(image.crop((0, 0, w, 400))), forced=forced) for w in widths]
+        for answer in model.predict_batch(asked, max_new_tokens=NEW_TOKENS):
+            assert len(answer.segments) >= segments
 
     ask(410)
+    ask(410, words=60)
+    ask(410, segments=3)
+    ask(410, 409, 408, 407)
     before = programs()
-    for width in (409, 405, 402):  # the same tile grid and text bucket; other pixels, other sizes
+    for width in (409, 405, 402):  # the same tile grid; other pixels, other sizes
         ask(width)
+    ask(403, words=58)
+    ask(404, segments=4)
+    ask(410, 402, 403)
     assert programs() == before
 
 

@@ -392,9 +392,11 @@ class UniBiomed:
             raise InputError(f"max_new_tokens is {max_new_tokens}; at least one token must be generated.")
         new = int(min(max_new_tokens, context - lengths.max()))
         length = bucket(int(lengths.max()))
-        ids = np.full((batch, length), self.tokenizer.pad_id, np.int32)
-        source = np.full((batch, length), -1, np.int32)
-        visual = np.zeros((batch * length, self.config.language.hidden_size), np.float32)
+        rows = 1 << (batch - 1).bit_length()  # those beyond the batch are one token long and done at once
+        lengths = np.pad(lengths, (0, rows - batch), constant_values=1)
+        ids = np.full((rows, length), self.tokenizer.pad_id, np.int32)
+        source = np.full((rows, length), -1, np.int32)
+        visual = np.zeros((rows * length, self.config.language.hidden_size), np.float32)
         for i, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
             ids[i, : lengths[i]] = prompt.ids
             if request.image is not None:
@@ -402,7 +404,7 @@ class UniBiomed:
                 source[i, places] = i * length + np.arange(len(places))
                 visual[i * length + np.arange(len(places))] = request.image.visual[prompt.rows]
         slots = bucket(new)
-        forced = np.full((batch, slots), -1, np.int32)
+        forced = np.full((rows, slots), -1, np.int32)
         for i, request in enumerate(requests):
             for step, token in request.forced.items():
                 if step < new:
@@ -412,10 +414,12 @@ class UniBiomed:
             state = self.stages["start"](ids, source, lengths, visual, forced)
             jax.block_until_ready(state.step)
         with _timed(seconds, "decode"):
-            return self._decode(state, new)
+            return self._decode(state, batch, new)
 
-    def _decode(self, state: generate.Decoding, new: int) -> tuple[list[list[int]], list[np.ndarray]]:
-        batch = len(state.lengths)
+    def _decode(
+        self, state: generate.Decoding, batch: int, new: int
+    ) -> tuple[list[list[int]], list[np.ndarray]]:
+        """Token ids and hidden states of the first `batch` rows."""
         ends: list[int | None] = [None] * batch
         looked = 0
         while True:
@@ -427,7 +431,7 @@ class UniBiomed:
             looked = step
             if step >= new or all(end is not None for end in ends):
                 break
-            done = np.array([end is not None for end in ends])
+            done = np.array([*(end is not None for end in ends), *[True] * (len(state.lengths) - batch)])
             limit = np.int32(min(TOKENS_PER_LOOK, new - step))
             state = self.stages["advance"](state, done, limit)
         hidden = np.asarray(state.hidden)
