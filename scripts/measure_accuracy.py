@@ -46,6 +46,8 @@ class Args:
     dataset: Path = Path(__file__).parent.parent / "sample_data"
     # Which part of it; nothing of it may have been trained on.
     split: str = "test"
+    # Only the datasets of these names; by default all.
+    datasets: tuple[str, ...] = ()
     # Questions asked at a time.
     batch: int = 8
     # Write the tables there, too.
@@ -156,7 +158,9 @@ def markdown(rows: dict[str, list[tuple[str, float, int, int]]]) -> str:
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     model = UniBiomed.from_pretrained(args.checkpoint)
-    mixture = read_mixture(find_datasets(args.dataset, args.split, minimum=0, repeats=1))
+    found = find_datasets(args.dataset, args.split, minimum=0, repeats=1)
+    wanted = [data for data in found if not args.datasets or Path(data.root).name in args.datasets]
+    mixture = read_mixture(wanted)
     records = [record for record in mixture.records if record.kind is not Kind.CAPTION]
     results = list(ask(model, records, args.batch))
     rows = tables(results)
