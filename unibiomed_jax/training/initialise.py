@@ -17,7 +17,7 @@ from unibiomed_jax.errors import InputError
 from unibiomed_jax.models.unibiomed import UniBiomedModel
 from unibiomed_jax.training import lora
 from unibiomed_jax.training.config import TrainConfig
-from unibiomed_jax.training.parameters import Parameters, partition, split
+from unibiomed_jax.training.parameters import Parameters, matches, partition, split
 
 # Last layers of the two heads that no loss reaches: they start, and stay, at "the masks are equally good, so
 # take the first" and "the object is in sight".
@@ -25,6 +25,20 @@ UNTAUGHT_HEADS = {
     "sam2.sam_mask_decoder.iou_prediction_head.layers.2": 0.0,
     "sam2.sam_mask_decoder.pred_obj_score_head.layers.2": 1.0,
 }
+
+# Spread of learned positions. The 0.02 that is usual for long pre-training is nothing beside the pixels:
+# attention would be blind to place for the first hundreds of updates. The mask decoder's own tokens keep
+# 0.02, so that the language vector is heard among them.
+POSITION_SPREAD = 0.5
+POSITIONS = (
+    "*.pos_embed",
+    "*.pos_embed_window",
+    "*.position_embedding",
+    "*.class_embedding",
+    "*.maskmem_tpos_enc",
+)
+# Layer scales start at 1 and not at InternViT's 0.1, which is meant for many layers.
+LAYER_SCALES = ("*.ls1", "*.ls2")
 
 
 def resolve_model(config: TrainConfig) -> TrainConfig:
@@ -58,25 +72,38 @@ def structure(config: TrainConfig) -> tuple[nnx.GraphDef, Parameters]:
 
 
 def random_parameters(config: TrainConfig) -> Parameters:
-    """All parameters, drawn from the seed; kernels with variance 1 / fan-in, which suits any width.
+    """All parameters, drawn from the seed, with spreads that suit any width; layer scales start at 1.
 
-    The kernels are slices of one long draw: a program with a draw for each takes minutes to compile.
+    They are slices of one long draw: a program with a draw for each takes minutes to compile.
     """
     _, shapes = structure(config)
-    kernels = {path: value.shape for path, value in shapes.items() if path.endswith(".kernel")}
+    spreads = {path: spread(path, value.shape) for path, value in shapes.items()}
+    drawn = [path for path, value in spreads.items() if value is not None]
 
     def draw() -> Parameters:
         _, parameters = split(build_model(config))
-        ends = np.cumsum([math.prod(shape) for shape in kernels.values()])
+        ends = np.cumsum([math.prod(shapes[path].shape) for path in drawn])
         numbers = jax.random.normal(jax.random.key(config.seed), (ends[-1],))
-        for (path, shape), part in zip(kernels.items(), jnp.split(numbers, ends[:-1]), strict=True):
-            parameters[path] = part.reshape(shape) * fan_in(path, shape) ** -0.5
+        for path, part in zip(drawn, jnp.split(numbers, ends[:-1]), strict=True):
+            parameters[path] = part.reshape(shapes[path].shape) * spreads[path]
+        for path, leaf in shapes.items():
+            if matches(path, LAYER_SCALES):
+                parameters[path] = jnp.ones(leaf.shape)
         for head, says in UNTAUGHT_HEADS.items():
-            parameters[f"{head}.kernel"] = jnp.zeros(kernels[f"{head}.kernel"])
+            parameters[f"{head}.kernel"] = jnp.zeros(shapes[f"{head}.kernel"].shape)
             parameters[f"{head}.bias"] = jnp.full(shapes[f"{head}.bias"].shape, says)
         return parameters
 
     return jax.jit(draw)()
+
+
+def spread(path: str, shape: tuple[int, ...]) -> float | None:
+    """Standard deviation of a parameter at the start, or None for what is not drawn."""
+    if path.endswith(".kernel"):
+        return fan_in(path, shape) ** -0.5
+    if path == "language_model.embed_tokens":
+        return shape[-1] ** -0.5  # as a kernel of the output head, which it may be
+    return POSITION_SPREAD if matches(path, POSITIONS) else None
 
 
 def fan_in(path: str, shape: tuple[int, ...]) -> int:

@@ -1,0 +1,44 @@
+"""The random start: signals keep their size at any width, and the language vector is heard."""
+
+import numpy as np
+import pytest
+from small import STEP
+
+from unibiomed_jax.training.initialise import UNTAUGHT_HEADS, fan_in, random_parameters
+
+
+@pytest.fixture(scope="module")
+def parameters():
+    return {path: np.asarray(value) for path, value in random_parameters(STEP).items()}
+
+
+def test_kernels_have_variance_one_over_fan_in(parameters):
+    kernels = {
+        path: value
+        for path, value in parameters.items()
+        if path.endswith(".kernel") and path.removesuffix(".kernel") not in UNTAUGHT_HEADS
+    }
+    assert kernels
+    for path, value in kernels.items():
+        spread = value.std() * fan_in(path, value.shape) ** 0.5
+        assert abs(spread - 1) < 5 / np.sqrt(value.size), path
+
+
+def test_fan_in_counts_what_an_output_sums_over():
+    assert fan_in("language_model.lm_head.kernel", (24, 100)) == 24
+    assert fan_in("sam2.image_encoder.trunk.patch_embed.kernel", (7, 7, 3, 32)) == 147
+    assert fan_in("vision_model.layers.mlp.fc1.kernel", (3, 48, 96)) == 48  # three layers in one array
+    assert fan_in("sam2.sam_mask_decoder.upscale_conv1.kernel", (96, 2, 2, 24)) == 96
+
+
+def test_positions_are_seen_and_decoder_tokens_are_quiet(parameters):
+    for path in ("sam2.image_encoder.trunk.pos_embed", "vision_model.position_embedding"):
+        assert 0.4 < parameters[path].std() < 0.6, path
+    for path in ("sam2.sam_mask_decoder.mask_tokens", "sam2.sam_prompt_encoder.not_a_point_embed"):
+        assert parameters[path].std() < 0.05, path
+    assert all((value == 1).all() for path, value in parameters.items() if path.endswith((".ls1", ".ls2")))
+
+
+def test_heads_that_no_loss_reaches_start_neutral(parameters):
+    for head, says in UNTAUGHT_HEADS.items():
+        assert (parameters[f"{head}.kernel"] == 0).all() and (parameters[f"{head}.bias"] == says).all()
