@@ -84,6 +84,9 @@ def test_choices():
         == "<image>Please segment liver in abdomen ct."
     )
     assert only(SEG, PromptConfig(lower_case=False))[0][1] == "<image>\nPlease segment Liver in abdomen CT."
+    assert only(SEG, PromptConfig(name_target=True))[1] == ["[SEG] liver in abdomen ct."]
+    volume = replace(SEG, kind=Kind.SEQUENCE, texts=("Liver in abdomen CT.",))
+    assert only(volume, PromptConfig(name_target=True))[1] == ["[SEG] liver in abdomen ct."]
 
 
 def test_wording_is_fixed_by_seed_and_name_or_drawn_anew():

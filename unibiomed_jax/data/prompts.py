@@ -27,6 +27,10 @@ class PromptConfig:
     # A target with several wordings keeps one for the whole run ("fixed") or draws anew at every visit
     # ("redraw").
     wording: Literal["fixed", "redraw"] = "fixed"
+    # Segmentation is answered by "[SEG] <target>." and not by the reference's sentences, so that the state
+    # at [SEG] has to know the target in order to say it next. Without pre-training, masks alone do not teach
+    # that: [SEG] stays the same whatever was asked for.
+    name_target: bool = False
 
 
 SEGMENTATION_QUESTIONS = (
@@ -236,6 +240,8 @@ def answers(record: Record, texts: tuple[str, ...], config: PromptConfig) -> lis
     """The task's answers for this record: one [SEG] per object, none for the text-only tasks."""
     kind = record.kind
     if kind in (Kind.SEGMENTATION, Kind.SEQUENCE):
+        if config.name_target:
+            return [f"{SEG} {_case(texts[0], config).removesuffix('.')}."]
         return list(SEGMENTATION_ANSWERS)
     if kind is Kind.DISEASE:
         finding = _case(texts[0], config).removesuffix(".")
