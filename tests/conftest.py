@@ -19,7 +19,9 @@ and checked by `tests/test_parity_page.py`: every comparison is listed and none 
 are relative: the largest difference over the largest value of the reference. All in float32 on a CPU, random
 weights; the row nearest to its tolerance is shown for a test of several arrays.
 
-- `tests/parity/*`: against the torch modules of transformers and of sam2, gradients included.
+- `tests/parity/*`: against the torch modules of transformers and of sam2, gradients included. Where torch is
+  absent, `tests/test_recorded.py` holds every module to the same tolerance against what torch answered
+  (`tests/recorded`).
 - `tests/test_golden.py`: the whole predictor against recordings of the reference implementation. It asserts
   more than this table shows: equal token ids and texts, and masks equal but where |logit| < 1e-3.
 

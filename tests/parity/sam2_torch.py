@@ -13,8 +13,8 @@ from unibiomed_jax.models.sam2 import Sam2
 
 torch = pytest.importorskip("torch")
 
-from measured import note  # noqa: E402
-from torch_weights import arrays, gradients, load, randomise  # noqa: E402
+from module_checks import load  # noqa: E402
+from torch_weights import arrays, gradients, randomise  # noqa: E402
 
 # At 96 pixels the grids are 24, 12, 6 and 3: the windows of the two coarse stages need padding.
 CONFIG = Sam2Config(
@@ -142,26 +142,6 @@ def our_gradients(model, config=CONFIG):
     matrix = "sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
     grads[matrix] = np.zeros((2, config.d_model // 2), np.float32)
     return our_values(grads, config)
-
-
-def assert_gradients_close(ours, theirs, tolerance, touched):
-    """Compare gradients by path. Below `touched` (a prefix or several) something must be there to compare.
-
-    A bias is measured on the scale of its layer: that of keys shifts all scores of a query alike, so that its
-    gradient is zero but for rounding.
-    """
-    assert set(ours) == set(theirs), set(ours) ^ set(theirs)
-    for path, expected in theirs.items():
-        scale = np.abs(expected).max()
-        if path.endswith(".bias"):
-            kernel = theirs.get(path.removesuffix("bias") + "kernel", expected)
-            scale = max(scale, np.abs(kernel).max())
-        error = np.abs(np.asarray(ours[path]) - expected).max() / max(scale, 1e-30)
-        note(error, tolerance)
-        assert error <= tolerance, f"{path}: relative error {error:.2e} above {tolerance:.0e}"
-    moved = {path for path, expected in theirs.items() if np.abs(expected).max() > 0}
-    assert all(any(path.startswith(prefix) for path in moved) for prefix in touched)
-    assert all(path.startswith(tuple(touched)) for path in moved), moved
 
 
 def huggingface_sam2(state, config=CONFIG):

@@ -17,18 +17,9 @@ from unibiomed_jax.models.projector import Projector, pixel_shuffle
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from torch_weights import (  # noqa: E402
-    arrays,
-    assert_all_close,
-    assert_close,
-    gradients,
-    linear,
-    load,
-    norm,
-    randomise,
-    stack,
-    value_and_gradients,
-)
+from measured import assert_all_close, assert_close  # noqa: E402
+from module_checks import load, value_and_gradients  # noqa: E402
+from torch_weights import arrays, gradients, linear, norm, randomise, stack  # noqa: E402
 
 CONFIG = VisionConfig(hidden_size=48, num_layers=3, num_heads=4, mlp_dim=96, patch_size=4, image_size=24)
 TOKENS = 1 + CONFIG.grid**2
@@ -149,12 +140,11 @@ def test_other_tile_sizes_are_refused():
         model(np.zeros((1, 28, 24, 3), np.float32))
 
 
-@pytest.fixture(scope="module")
-def internvl():
+def torch_internvl(vision, hidden_size=32):
     """A whole torch InternVL, for its projector and pixel shuffle."""
     text = transformers.Qwen2Config(
         vocab_size=64,
-        hidden_size=32,
+        hidden_size=hidden_size,
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -162,12 +152,17 @@ def internvl():
         tie_word_embeddings=False,
     )
     config = transformers.InternVLConfig(
-        vision_config=torch_vision_config(CONFIG),
+        vision_config=torch_vision_config(vision),
         text_config=text,
         image_token_id=3,
         tie_word_embeddings=False,
     )
-    return randomise(transformers.InternVLForConditionalGeneration(config), 3)
+    return transformers.InternVLForConditionalGeneration(config)
+
+
+@pytest.fixture(scope="module")
+def internvl():
+    return randomise(torch_internvl(CONFIG), 3)
 
 
 def test_pixel_shuffle_equals_torch(internvl):

@@ -16,8 +16,10 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+from measured import assert_close  # noqa: E402
+from module_checks import load  # noqa: E402
 from test_qwen2 import qwen2_parameters, torch_qwen2  # noqa: E402
-from torch_weights import arrays, assert_close, load  # noqa: E402
+from torch_weights import arrays  # noqa: E402
 
 CONFIG = LanguageConfig(
     vocab_size=67, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, mlp_dim=72, vocab_multiple=16

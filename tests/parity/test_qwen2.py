@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,18 +14,9 @@ from unibiomed_jax.models.qwen2 import Qwen2
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from torch_weights import (  # noqa: E402
-    arrays,
-    assert_all_close,
-    assert_close,
-    gradients,
-    linear,
-    load,
-    norm,
-    randomise,
-    stack,
-    value_and_gradients,
-)
+from measured import assert_all_close, assert_close  # noqa: E402
+from module_checks import decode, load, value_and_gradients  # noqa: E402
+from torch_weights import arrays, gradients, linear, norm, randomise, stack  # noqa: E402
 
 CONFIG = LanguageConfig(
     vocab_size=67,
@@ -154,45 +144,21 @@ def test_padding_changes_nothing():
     assert_close(hidden[0, 4:], expected[1, :6], 1e-5)
 
 
-def decode(model, ids, lengths, steps, slots):
-    """Hidden states by prefill and cached steps that are fed with the tokens after the prompt of each row."""
-    bucket = max(lengths)
-    prompts = np.where(np.arange(bucket) < np.array(lengths)[:, None], ids[:, :bucket], 66)
-    lengths = jnp.asarray(lengths)
-    cache = model.init_cache(len(ids), slots)
-    graphdef, state = nnx.split(model)
-
-    @jax.jit
-    def run(state, cache):
-        model = nnx.merge(graphdef, state)
-        hidden, cache = model.prefill(model.embed(prompts), lengths, cache)
-        hiddens = jnp.zeros((steps + 1, *hidden.shape), hidden.dtype).at[0].set(hidden)
-
-        def step(t, carry):
-            hiddens, cache = carry
-            tokens = jnp.take_along_axis(jnp.asarray(ids), (lengths + t)[:, None], axis=1)
-            hidden, cache = model.decode_step(model.embed(tokens), lengths + t, cache)
-            return hiddens.at[t + 1].set(hidden), cache
-
-        return jax.lax.fori_loop(0, steps, step, (hiddens, cache))[0]
-
-    return np.asarray(run(state, cache)).swapaxes(0, 1)
-
-
 @pytest.mark.parametrize("layout", ["stack", "list"])
 def test_cached_decoding_equals_the_whole_sequence(layout):
     theirs, model = pair(CONFIG)
     if layout == "list":
         model.layers = unstack_layers(model.layers)
     ids, lengths, steps = random_ids(3, 16), [9, 4, 1], 6
-    hiddens = decode(model, ids, lengths, steps, slots=15)
+    embeds = model.embed(ids)
+    hiddens = decode(model, embeds, lengths, steps, slots=15)
     with torch.no_grad():
         expected = theirs.model(torch.tensor(ids)).last_hidden_state.numpy()
-    whole = np.asarray(model(model.embed(ids)))
+    whole = np.asarray(model(embeds))
     for row, length in enumerate(lengths):
         assert_close(hiddens[row], expected[row, length - 1 : length + steps], 1e-5)
         assert_close(hiddens[row], whole[row, length - 1 : length + steps], 1e-5)
-        alone = decode(model, ids[row : row + 1], [length], steps, slots=length + steps)[0]
+        alone = decode(model, embeds[row : row + 1], [length], steps, slots=length + steps)[0]
         assert_close(alone, hiddens[row], 1e-6)
 
 

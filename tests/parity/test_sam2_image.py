@@ -11,9 +11,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("sam2.modeling")
 
 from measured import assert_close  # noqa: E402
+from module_checks import assert_gradients_close, value_and_gradients  # noqa: E402
 from sam2_torch import (  # noqa: E402
     CONFIG,
-    assert_gradients_close,
     compiled,
     huggingface_sam2,
     meta_sam2,
@@ -24,7 +24,6 @@ from sam2_torch import (  # noqa: E402
     random,
     released_names,
 )
-from torch_weights import value_and_gradients  # noqa: E402
 
 IMAGES, OBJECTS = 2, 3
 GRID, DIM = CONFIG.grid, CONFIG.d_model
@@ -132,7 +131,8 @@ def huggingface_decode(model, features, language):
 def torch_best(ious, values):
     """The entry of the highest predicted IoU."""
     best = ious.argmax(-1)
-    return values[torch.arange(IMAGES)[:, None], torch.arange(OBJECTS)[None], best]
+    images, objects = (torch.arange(count) for count in best.shape)
+    return values[images[:, None], objects[None], best]
 
 
 def test_mask_decoder_and_gradients_equal_torch(meta, huggingface, ours):

@@ -13,9 +13,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("sam2.modeling")
 
 from measured import assert_close  # noqa: E402
+from module_checks import assert_gradients_close, value_and_gradients  # noqa: E402
 from sam2_torch import (  # noqa: E402
     CONFIG,
-    assert_gradients_close,
     huggingface_sam2,
     meta_sam2,
     nchw,
@@ -25,7 +25,6 @@ from sam2_torch import (  # noqa: E402
     random,
     released_names,
 )
-from torch_weights import value_and_gradients  # noqa: E402
 
 OBJECTS, GRID, DIM, MEMORY_DIM = 2, CONFIG.grid, CONFIG.d_model, CONFIG.memory_dim
 CELLS, TOKENS = GRID * GRID, DIM // MEMORY_DIM
@@ -88,17 +87,18 @@ def random_memory():
 
 def torch_memory_attention(attention, image, position, frames, times, place, pointers):
     """Meta's or transformers' module on lists of memories (N, objects, c) and pointers (objects, d)."""
-    tokens = [chunk for pointer in pointers for chunk in pointer.reshape(len(pointer), TOKENS, -1).unbind(1)]
+    channels = frames[0].shape[-1]
+    tokens = [chunk for pointer in pointers for chunk in pointer.unflatten(1, (-1, channels)).unbind(1)]
     keys = torch.cat([*frames, torch.stack(tokens)])
     positions = [place[:, None].expand_as(frame) + time for frame, time in zip(frames, times, strict=True)]
     positions = torch.cat([*positions, torch.zeros(len(tokens), *keys.shape[1:], dtype=keys.dtype)])
     return attention(image, keys, position, positions, len(tokens))
 
 
-def sine_positions(meta):
+def sine_positions(meta, grid=GRID):
     """(N, 1, d_model) of the feature map and (N, memory_dim) of a memory, as Meta's modules give them."""
-    image = meta.image_encoder.neck.position_encoding(torch.zeros(1, 1, GRID, GRID))
-    memory = meta.memory_encoder.position_encoding(torch.zeros(1, 1, GRID, GRID))
+    image = meta.image_encoder.neck.position_encoding(torch.zeros(1, 1, grid, grid))
+    memory = meta.memory_encoder.position_encoding(torch.zeros(1, 1, grid, grid))
     return image.flatten(2).permute(2, 0, 1).double(), memory[0].flatten(1).T.double()
 
 
