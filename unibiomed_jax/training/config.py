@@ -44,6 +44,9 @@ class LossConfig:
     # Segment the frames of a sequence after SAM2's conditioning frames by following the object, as inference
     # does, which trains the memory. The reference prompts every frame and leaves the memory as it was.
     track: bool = False
+    # Update from which on masks are learned; before it, only words. A mask decoder from random parameters
+    # that starts while [SEG] says nothing yet learns to drown it, and stays deaf.
+    masks_from: int = 0
     # Positions a row whose logits exist at one time.
     token_chunk: int = 256
 

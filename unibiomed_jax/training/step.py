@@ -94,7 +94,9 @@ def gradients(
             dropout_key=dropout_key,
         )
         sums = loss_sums(prediction, batch, config.loss, points_key)
-        return mean_losses(sums, counts, config.loss)["loss"], sums
+        losses = mean_losses(sums, counts, config.loss)
+        masks = losses["loss_mask"] + losses["loss_dice"]
+        return losses["loss_tokens"] + jnp.where(state.step < config.loss.masks_from, 0, masks), sums
 
     with jax.default_matmul_precision("highest"):  # for what the policy computes in float32
         return jax.grad(share, has_aux=True)(state.trainable)
