@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from small import STEP
 
-from unibiomed_jax.training.initialise import UNTAUGHT_HEADS, fan_in, random_parameters
+from unibiomed_jax.training.initialise import (
+    MASK_WEIGHTS,
+    NECK,
+    UNTAUGHT_HEADS,
+    fan_in,
+    random_parameters,
+    structure,
+)
+from unibiomed_jax.training.parameters import matches, merge
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +24,9 @@ def test_kernels_have_variance_one_over_fan_in(parameters):
     kernels = {
         path: value
         for path, value in parameters.items()
-        if path.endswith(".kernel") and path.removesuffix(".kernel") not in UNTAUGHT_HEADS
+        if path.endswith(".kernel")
+        and path.removesuffix(".kernel") not in (*UNTAUGHT_HEADS, MASK_WEIGHTS)
+        and not matches(path, (NECK,))
     }
     assert kernels
     for path, value in kernels.items():
@@ -42,3 +52,13 @@ def test_positions_are_seen_and_decoder_tokens_are_quiet(parameters):
 def test_heads_that_no_loss_reaches_start_neutral(parameters):
     for head, says in UNTAUGHT_HEADS.items():
         assert (parameters[f"{head}.kernel"] == 0).all() and (parameters[f"{head}.bias"] == says).all()
+
+
+def test_masks_start_as_background_and_follow_the_language_vector(parameters):
+    rng = np.random.default_rng(0)
+    sam2 = merge(structure(STEP)[0], parameters, {}).sam2
+    size, width = STEP.model.sam2.image_size, STEP.model.sam2.d_model
+    features = sam2.encode_image(rng.normal(size=(2, size, size, 3)).astype(np.float32))
+    masks = np.asarray(sam2.decode(features, rng.normal(size=(2, 8, width)).astype(np.float32)).masks)
+    assert -4 < masks.mean() < -1
+    assert masks.std(axis=1).mean() > 0.2 * masks.std(axis=(2, 3)).mean()

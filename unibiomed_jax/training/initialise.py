@@ -37,6 +37,16 @@ POSITIONS = (
     "*.class_embedding",
     "*.maskmem_tpos_enc",
 )
+# The trunk's maps are sums that no norm has passed; made so much smaller, they reach the mask decoder at the
+# size of the language vector.
+NECK = "*.image_encoder.neck.*"
+NECK_SCALE = 0.3
+# Masks start as background, as boxes do in RetinaNet (Lin et al. 2017, arXiv 1708.02002). They have no bias
+# and would learn "background" by blowing up the maps until the language vector counts for nothing.
+MASK_DECODER = "sam2.sam_mask_decoder"
+MASK_WEIGHTS = f"{MASK_DECODER}.output_hypernetworks_mlps.layers.2"
+MASK_SCALE = 0.4
+BACKGROUND_LOGIT = -2.0
 # Layer scales start at 1 and not at InternViT's 0.1, which is meant for many layers.
 LAYER_SCALES = ("*.ls1", "*.ls2")
 
@@ -89,6 +99,10 @@ def random_parameters(config: TrainConfig) -> Parameters:
         for path, leaf in shapes.items():
             if matches(path, LAYER_SCALES):
                 parameters[path] = jnp.ones(leaf.shape)
+        # All channels of the upscaled map start near 1, and every mask takes the same little from each.
+        parameters[f"{MASK_DECODER}.upscale_conv2.bias"] += 1
+        bias = parameters[f"{MASK_WEIGHTS}.bias"]
+        parameters[f"{MASK_WEIGHTS}.bias"] = bias + BACKGROUND_LOGIT / bias.shape[-1]
         for head, says in UNTAUGHT_HEADS.items():
             parameters[f"{head}.kernel"] = jnp.zeros(shapes[f"{head}.kernel"].shape)
             parameters[f"{head}.bias"] = jnp.full(shapes[f"{head}.bias"].shape, says)
@@ -100,7 +114,8 @@ def random_parameters(config: TrainConfig) -> Parameters:
 def spread(path: str, shape: tuple[int, ...]) -> float | None:
     """Standard deviation of a parameter at the start, or None for what is not drawn."""
     if path.endswith(".kernel"):
-        return fan_in(path, shape) ** -0.5
+        scale = NECK_SCALE if matches(path, (NECK,)) else MASK_SCALE if path.startswith(MASK_WEIGHTS) else 1
+        return scale * fan_in(path, shape) ** -0.5
     if path == "language_model.embed_tokens":
         return shape[-1] ** -0.5  # as a kernel of the output head, which it may be
     return POSITION_SPREAD if matches(path, POSITIONS) else None
