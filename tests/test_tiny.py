@@ -1,0 +1,55 @@
+"""The model that comes with the repository answers, and its masks lie where the dataset's lie."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unibiomed_jax import UniBiomed, checkpoint
+
+REPOSITORY = Path(__file__).parents[1]
+FOLDER = REPOSITORY / "checkpoints" / "unibiomed-tiny"
+DATA = REPOSITORY / "sample_data"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return UniBiomed.from_pretrained(FOLDER)
+
+
+def test_it_is_small():
+    parameters = checkpoint.flatten(checkpoint.load(FOLDER).params)
+    assert sum(value.size for value in parameters.values()) < 8e6
+    assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) < 20e6
+
+
+def test_it_finds_what_it_was_trained_to_find_in_a_patient_it_never_saw(model):
+    image = model.open(DATA / "hc18_fetal_head/test/1044.jpg")
+    answer = model.predict(
+        image, "<image>\nCan you segment the fetal head in fetal ultrasound?", max_new_tokens=32
+    )
+    with Image.open(DATA / "hc18_fetal_head/test_mask/1044_fetal+head.png") as file:
+        truth = np.asarray(file) > 0
+    (segment,) = answer.segments
+    assert segment.phrase == "fetal head in fetal ultrasound"
+    dice = 2 * (segment.mask & truth).sum() / (segment.mask.sum() + truth.sum())
+    # The whole image would give less than 0.5.
+    assert truth.mean() < 0.33 and dice > 0.7
+
+
+def test_its_mask_depends_on_what_was_asked_for(model):
+    image = model.open(DATA / "cxr_montgomery/test/montgomery_2.jpg")
+    masks = [
+        model.predict(image, f"<image>\nPlease segment {target}.", max_new_tokens=32).segments[0].mask
+        for target in ("left lung in chest X-ray", "right lung in chest X-ray")
+    ]
+    assert (masks[0] & masks[1]).sum() < 0.5 * (masks[0] | masks[1]).sum()
+
+
+def test_it_follows_a_target_through_a_volume(model):
+    slices = sorted((DATA / "sarcoma_ct/STS_008_ct").glob("*.png"))
+    volume = model.open_volume(slices, conditioning=[3, 6, 9])
+    answer = model.predict(volume, "<image>Please segment soft tissue sarcoma in body CT.", max_new_tokens=32)
+    (segment,) = answer.segments
+    assert segment.mask.shape[0] == len(slices) and np.isfinite(segment.logits).all()
