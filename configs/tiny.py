@@ -1,6 +1,6 @@
 """unibiomed-tiny: every part of the model at small width, from random parameters, on the sample dataset.
 
-Half an hour on two CPU cores. All of it trains; there is no adapter. docs/unibiomed_tiny.md says what came out.
+Half an hour on two CPU cores; docs/unibiomed_tiny.md says what came out. All of it trains, without adapters.
 """
 
 import dataclasses
