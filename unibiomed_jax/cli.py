@@ -46,7 +46,7 @@ class Predict:
     hide_absent: bool = False
     # Longest answer, tokens.
     max_new_tokens: int = 2048
-    # Images answered in one go.
+    # Images answered in one go; takes the memory of the next power of two.
     batch_size: int = 1
     # "auto": the fastest policy of this machine that keeps the answers of float32.
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -20,6 +20,7 @@ from unibiomed_jax import checkpoint, runtime
 from unibiomed_jax.config import ModelConfig, Precision
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inference import generate
+from unibiomed_jax.inference.buckets import frame_bucket, in_chunks, power_of_two, tile_chunks, token_bucket
 from unibiomed_jax.inference.cpu import split_linears, stored_in_bfloat16
 from unibiomed_jax.inference.masks import upscale_masks
 from unibiomed_jax.inference.precision import FLOAT32, cast_parameters, default_precision
@@ -336,7 +337,7 @@ class UniBiomed:
         if not images:
             return
         tiles = np.concatenate([image.tiles for image in images])
-        rows = _in_chunks(self.stages["encode_tiles"], tiles, _tile_chunks())
+        rows = in_chunks(self.stages["encode_tiles"], tiles, tile_chunks())
         bounds = np.cumsum([image.num_tiles for image in images])[:-1]
         for image, part in zip(images, np.split(rows, bounds), strict=True):
             image.visual, image.tiles = part.reshape(-1, part.shape[-1]), None
@@ -391,8 +392,8 @@ class UniBiomed:
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}; at least one token must be generated.")
         new = int(min(max_new_tokens, context - lengths.max()))
-        length = bucket(int(lengths.max()))
-        rows = 1 << (batch - 1).bit_length()  # those beyond the batch are one token long and done at once
+        length = token_bucket(int(lengths.max()))
+        rows = power_of_two(batch)  # those beyond the batch are one token long and done at once
         lengths = np.pad(lengths, (0, rows - batch), constant_values=1)
         ids = np.full((rows, length), self.tokenizer.pad_id, np.int32)
         source = np.full((rows, length), -1, np.int32)
@@ -403,7 +404,7 @@ class UniBiomed:
                 places = np.flatnonzero(ids[i] == self.tokenizer.image_context_id)
                 source[i, places] = i * length + np.arange(len(places))
                 visual[i * length + np.arange(len(places))] = request.image.visual[prompt.rows]
-        slots = bucket(new)
+        slots = token_bucket(new)
         forced = np.full((rows, slots), -1, np.int32)
         for i, request in enumerate(requests):
             for step, token in request.forced.items():
@@ -448,12 +449,12 @@ class UniBiomed:
     ) -> tuple[Segment, ...]:
         """All `[SEG]` of one answer in one call; the number of objects is padded to a bucket."""
         count = len(hidden)
-        slots = 1 << (count - 1).bit_length()
+        slots = power_of_two(count)
         padded = np.concatenate([hidden, np.repeat(hidden[:1], slots - count, axis=0)])
         size = self.config.sam2.image_size
         if image.is_volume:
             with _timed(seconds, "segment volume"):
-                frames = np.zeros((_frame_bucket(len(image.frames)), size, size, 3), np.uint8)
+                frames = np.zeros((frame_bucket(len(image.frames)), size, size, 3), np.uint8)
                 for i, frame in enumerate(image.frames):
                     frames[i] = sam_bytes(frame, size)
                 plan = plan_frames(
@@ -492,33 +493,6 @@ class UniBiomed:
                     )
                 )
         return tuple(segments)
-
-
-def bucket(length: int) -> int:
-    """The smallest allowed size that holds `length`: in steps of 32, from 512 on of an eighth of the size."""
-    step = max(32, 1 << max(0, (length - 1).bit_length() - 4))
-    return -(-length // step) * step
-
-
-def _frame_bucket(count: int) -> int:
-    """Steps of 8 frames up to 64, then an eighth of the power of two."""
-    step = max(8, 1 << max(0, (count - 1).bit_length() - 3))
-    return -(-count // step) * step
-
-
-def _tile_chunks() -> tuple[int, ...]:
-    """How many tiles go through the vision model at a time: a CPU gains nothing from more than one."""
-    return (1,) if jax.default_backend() == "cpu" else (8, 4, 2, 1)
-
-
-def _in_chunks(function, array: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
-    """Apply a compiled function along the first axis in chunks of the given sizes, which descend to 1."""
-    outputs, start = [], 0
-    for size in sizes:
-        while len(array) - start >= size:
-            outputs.append(function(array[start : start + size]))
-            start += size
-    return np.concatenate([np.asarray(output) for output in outputs])
 
 
 @contextmanager
