@@ -1,4 +1,4 @@
-"""Ask unibiomed-tiny about real images of patients it never saw: seven images and one CT volume.
+"""Ask unibiomed-tiny about real images it was not trained on: seven images and one CT volume.
 
     python examples/demo.py [--out demo_output]
 
@@ -20,11 +20,11 @@ from rich.console import Console
 from unibiomed_jax import Answer, Request, UniBiomed
 from unibiomed_jax.inference import report
 from unibiomed_jax.inference.prompt import clean_answer
+from unibiomed_jax.training.metrics import dice_score
 
 REPOSITORY = Path(__file__).parent.parent
 CHECKPOINT = REPOSITORY / "checkpoints" / "unibiomed-tiny"
 DATA = REPOSITORY / "sample_data"
-ABNORMALITY = "Can we see abnormality? Please highlight the region with interleaved segmentation masks."
 
 
 class Example(NamedTuple):
@@ -49,7 +49,7 @@ IMAGES = (
     ),
     Example(
         "isic2017/test/ISIC_0012928.jpg",
-        ABNORMALITY,
+        "Can we see abnormality? Please highlight the region with interleaved segmentation masks.",
         "isic2017/test_mask/ISIC_0012928_skin+lesion.png",
     ),
     Example(
@@ -101,8 +101,11 @@ def dice(answer: Answer, example: Example) -> str:
     for path in sorted(DATA.glob(example.truth)):
         with Image.open(path) as image:
             expected.append(np.asarray(image) > 0)
-    found, expected = answer.segments[0].mask, np.squeeze(expected)
-    return f"Dice {2 * (found & expected).sum() / max(found.sum() + expected.sum(), 1):.2f}"
+    # The slices of a volume count as one tall image.
+    found, expected = (
+        mask.reshape(-1, mask.shape[-1]) for mask in (answer.segments[0].mask, np.stack(expected))
+    )
+    return f"Dice {dice_score(found, expected):.2f}"
 
 
 def main() -> None:

@@ -30,7 +30,9 @@ from unibiomed_jax.data.prompts import Conversation, PromptConfig, draw, variant
 from unibiomed_jax.data.readers import find_datasets, read_mixture
 from unibiomed_jax.data.records import Kind, Record
 from unibiomed_jax.data.transforms import draw_box, load_mask
+from unibiomed_jax.errors import InputError
 from unibiomed_jax.inference.prompt import STOP_TEXT
+from unibiomed_jax.training.metrics import dice_score
 
 PROMPTS = PromptConfig(turn="inference", phrase_marks="special")
 ANSWERED = (Kind.DISEASE, Kind.REGION, Kind.VQA, Kind.REPORT)
@@ -66,6 +68,20 @@ class Result:
     text: str
 
 
+def read_records(folder: Path, split: str, names: Sequence[str]) -> list[Record]:
+    """All records but captions of the datasets of these names, or of all.
+
+    Raises:
+        InputError: no dataset has one of the names.
+    """
+    found = find_datasets(folder, split, minimum=0, repeats=1)
+    unknown = set(names) - {path.name for path in folder.rglob("*") if path.is_dir()}
+    if unknown:
+        raise InputError(f"{folder} holds no dataset {', '.join(sorted(unknown))}; correct --datasets.")
+    wanted = [data for data in found if not names or Path(data.root).name in names]
+    return [record for record in read_mixture(wanted).records if record.kind is not Kind.CAPTION]
+
+
 def conversation(record: Record) -> Conversation:
     """Question and answer of a record, drawn from its name alone."""
     seed = int.from_bytes(hashlib.sha256(record.name.encode()).digest()[:4], "big")
@@ -96,11 +112,11 @@ def request(model: UniBiomed, record: Record) -> Request:
 
 
 def dice(answer: Answer, mask: np.ndarray) -> float:
-    """2 |P and T| / (|P| + |T|); 0 without an answer."""
+    """Dice of the first mask, all slices of a volume together; 0 without an answer."""
     if not answer.segments:
         return 0.0
-    found = answer.segments[0].mask
-    return 2 * float((found & mask).sum()) / max(int(found.sum() + mask.sum()), 1)
+    width = mask.shape[-1]
+    return float(dice_score(answer.segments[0].mask.reshape(-1, width), mask.reshape(-1, width)))
 
 
 def right(answer: Answer, record: Record) -> float:
@@ -158,10 +174,7 @@ def markdown(rows: dict[str, list[tuple[str, float, int, int]]]) -> str:
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     model = UniBiomed.from_pretrained(args.checkpoint)
-    found = find_datasets(args.dataset, args.split, minimum=0, repeats=1)
-    wanted = [data for data in found if not args.datasets or Path(data.root).name in args.datasets]
-    mixture = read_mixture(wanted)
-    records = [record for record in mixture.records if record.kind is not Kind.CAPTION]
+    records = read_records(args.dataset, args.split, args.datasets)
     results = list(ask(model, records, args.batch))
     rows = tables(results)
     console = Console(highlight=False)
