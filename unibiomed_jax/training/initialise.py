@@ -26,9 +26,9 @@ UNTAUGHT_HEADS = {
     "sam2.sam_mask_decoder.pred_obj_score_head.layers.2": 1.0,
 }
 
-# Spread of learned positions. The 0.02 that is usual for long pre-training is nothing beside the pixels:
-# attention would be blind to place for the first hundreds of updates. The mask decoder's own tokens keep
-# 0.02, so that the language vector is heard among them.
+# Spread of learned positions and of the class token among them. The usual 0.02, meant for long pre-training,
+# is little beside the pixels: attention would be slow to see place. The mask decoder's own tokens keep it, so
+# that the language vector is heard among them.
 POSITION_SPREAD = 0.5
 POSITIONS = (
     "*.pos_embed",
@@ -41,8 +41,8 @@ POSITIONS = (
 # size of the language vector.
 NECK = "*.image_encoder.neck.*"
 NECK_SCALE = 0.3
-# Masks start as background, as boxes do in RetinaNet (Lin et al. 2017, arXiv 1708.02002). They have no bias
-# and would learn "background" by blowing up the maps until the language vector counts for nothing.
+# Masks start as background, as boxes do in RetinaNet (Lin et al. 2017, arXiv 1708.02002), and nearly flat.
+# They have no bias: "background" would be learned by blowing up the maps until the words count for nothing.
 MASK_DECODER = "sam2.sam_mask_decoder"
 MASK_WEIGHTS = f"{MASK_DECODER}.output_hypernetworks_mlps.layers.2"
 MASK_SCALE = 0.4
