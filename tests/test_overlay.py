@@ -97,12 +97,21 @@ def test_size_of_the_picture(size, picture):
     mask[size[1] // 2, size[0] // 2] = True
     result = overlay(grey(*size), [mask], ["spot"])
     assert result.width == picture[0]
-    assert picture[1] < result.height <= picture[1] + 150
+    assert picture[1] < result.height <= picture[1] + 215  # a label and the notice, of 48 pixels each
     assert np.asarray(result)[: picture[1]].std() > 0
 
 
-def test_without_masks_there_is_no_legend():
-    assert overlay(grey(800, 600), [], []).size == (800, 600)
+@pytest.mark.parametrize("size", [(20, 800), (800, 600), (4096, 1024)])
+def test_the_notice_is_under_every_picture(size, monkeypatch):
+    """Also without a mask, and as a whole also under the narrowest picture."""
+    with_notice = overlay(grey(*size), [], [])
+    monkeypatch.setattr("unibiomed_jax.inference.overlay.NOTICE", " ")
+    without = overlay(grey(*size), [], [])
+    height = round(size[1] * np.clip(max(size), 768, 2048) / max(size))
+    assert with_notice.size == without.size and with_notice.height > height
+    rows, columns = np.nonzero((np.asarray(with_notice) != np.asarray(without)).any(-1))
+    assert rows.min() >= height and rows.max() < with_notice.height - 5
+    assert len(np.unique(columns)) > 200 and columns.max() < with_notice.width - 5
 
 
 @given(st.integers(1, 900), st.integers(1, 900), st.data())
@@ -121,7 +130,7 @@ def test_a_single_pixel_leaves_a_trace(width, height, data):
 def test_any_label_can_be_drawn(label):
     result = overlay(grey(300, 200), [np.ones((200, 300))], [label])
     assert result.width == 768
-    assert result.height < 512 + 120
+    assert result.height < 512 + 145  # three lines of label and one of notice
 
 
 def test_unusable_masks():

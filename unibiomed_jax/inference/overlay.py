@@ -28,6 +28,8 @@ _SMALLEST, _LARGEST = 768, 2048
 # The legend is at least this wide, also under a narrow image.
 _PANEL_WIDTH = 480
 _LABEL_LINES = 3
+# Under every picture, which may be passed on without the answer it belongs to.
+NOTICE = "For research use only; a qualified expert must review it."
 
 
 def overlay(
@@ -36,7 +38,8 @@ def overlay(
     """Draw masks on an image, with one colour and one legend entry for each distinct label.
 
     The legend is a strip below the image, so it never covers a region; a label whose masks are all empty is
-    listed as having none. Lines and letters grow with the picture, whose long side is 768 to 2048 pixels.
+    listed as having none, and the intended-use notice is the last line. Lines and letters grow with the
+    picture, whose long side is 768 to 2048 pixels.
 
     Args:
         image: RGB image of (width, height).
@@ -70,8 +73,6 @@ def overlay(
     )
     centres = [_draw_mask(canvas, masks[index], colours[names[index]]) for index in order]
     picture = Image.fromarray(np.rint(canvas).astype(np.uint8))
-    if not names:
-        return picture
     # Where colours repeat, numbers in the regions and in the legend tell them apart.
     if len(colours) > len(PALETTE):
         numbers = {name: str(number) for number, name in enumerate(colours, 1)}
@@ -140,7 +141,7 @@ def _letters(picture: Image.Image) -> int:
 def _add_legend(
     picture: Image.Image, entries: Sequence[tuple[str, tuple[int, int, int], bool]]
 ) -> Image.Image:
-    """Put a strip with a swatch and a label for each entry under the picture, as many to a row as fit."""
+    """Put a strip under the picture: a swatch and a label an entry, as many a row as fit, then the notice."""
     letters = _letters(picture)
     font = ImageFont.load_default(letters)
     pad, swatch, line_height = round(0.9 * letters), letters, round(1.35 * letters)
@@ -157,7 +158,9 @@ def _add_legend(
         placed.append((left, top, lines))
         left += length + 1.5 * letters
         row_height = max(row_height, len(lines) * line_height)
-    strip = top + row_height + 2 * pad - (line_height - letters)
+    small = ImageFont.load_default(round(0.7 * letters))
+    notice_top = top + row_height
+    strip = notice_top + line_height + 2 * pad - (line_height - letters)
 
     result = Image.new("RGB", (width, picture.height + strip), _PANEL)
     result.paste(picture, ((width - picture.width) // 2, 0))
@@ -173,6 +176,9 @@ def _add_legend(
             draw.text(
                 (x + 1.5 * swatch, middle), text, fill=_TEXT if is_found else _MUTED, font=font, anchor="lm"
             )
+    draw.text(
+        (pad, picture.height + pad + notice_top + letters / 2), NOTICE, fill=_MUTED, font=small, anchor="lm"
+    )
     return result
 
 
