@@ -1,4 +1,4 @@
-"""Tests run without a persistent cache of other runs, and can write down the errors they measured."""
+"""Tests can write down the errors they measured."""
 
 from __future__ import annotations
 
