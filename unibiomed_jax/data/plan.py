@@ -52,8 +52,8 @@ class BatchPlan:
     """The batches of every epoch.
 
     Samples are grouped by shape. Every epoch shuffles each group, cuts it into batches and shuffles the
-    batches. The last batch of a group is filled with samples of the group (`repeat`) or left partly blank. No
-    sample is left out.
+    batches; without `shuffle` all epochs have one mixed order. The last batch of a group is filled with
+    samples of the group (`repeat`) or left partly blank. No sample is left out.
     """
 
     def __init__(
@@ -73,8 +73,9 @@ class BatchPlan:
             shapes: of every record of the mixture.
             batch_size: rows of a batch, all hosts together.
             seed: of the order.
-            shuffle: False keeps the order of the mixture within a shape, in every epoch, and spreads
-                the batches of every shape evenly.
+            shuffle: False gives every epoch the same order, whatever the seed, whose beginning is a fair
+                part of the whole: the samples of a shape are mixed once, the first batch of every shape
+                comes first, and the others are spread evenly.
             repeat: fill the last batch of a shape with repeated samples instead of blank rows.
         """
         if batch_size < 1:
@@ -116,16 +117,16 @@ class BatchPlan:
         """Group number and samples of every batch of an epoch."""
         groups, batches = [], []
         for number, members in enumerate(self.groups):
-            if self.shuffle:
-                members = members[permutation(len(members), self.seed, epoch, number)]
+            key = (self.seed, epoch, number) if self.shuffle else (number,)
+            members = members[permutation(len(members), *key)]
             missing = -len(members) % self.batch_size
             fill = np.resize(members, missing) if self.repeat else np.full(missing, BLANK)
             batches.append(np.concatenate([members, fill]).reshape(-1, self.batch_size))
             groups += [number] * len(batches[-1])
         if self.shuffle:
             order = permutation(self.batches_per_epoch, self.seed, epoch, len(self.groups))
-        else:  # every shape spread evenly, so that the first batches already show all of them
-            place = np.concatenate([(np.arange(len(batch)) + 0.5) / len(batch) for batch in batches])
+        else:  # the first batch of every shape at 0, the others evenly up to 1
+            place = np.concatenate([np.arange(len(batch)) / len(batch) for batch in batches])
             order = np.argsort(place, kind="stable")
         return np.array(groups)[order], np.concatenate(batches)[order]
 

@@ -147,7 +147,8 @@ class LogConfig:
     every: int = 10
     # Updates between two validations; 0 never validates.
     validate_every: int = 500
-    # Batches a validation reads at most, the same ones every time; tasks alternate in them.
+    # Batches a validation reads at most, the same ones every time: first one of every shape, then shapes in
+    # proportion, each with its datasets mixed.
     validate_batches: int = 50
     # Pictures of predicted masks a validation keeps.
     overlays: int = 4
