@@ -187,6 +187,23 @@ def test_a_truncated_file_is_named(copied):
         checkpoint.load(copied)
 
 
+def test_a_parameter_of_other_bytes_is_named(copied, params):
+    """Orbax has no checksum of the numbers themselves."""
+    stored = params["mlp1"]["linear1"]["kernel"].tobytes()
+    path = next(
+        p for p in (copied / "params" / "mlp1").rglob("*") if p.is_file() and stored in p.read_bytes()
+    )
+    content = bytearray(path.read_bytes())
+    content[content.index(stored) + len(stored) // 2] ^= 1
+    path.write_bytes(content)
+    reason = r"model: mlp1\.linear1\.kernel is damaged .*; convert the release again"
+    for dtype in (None, "bfloat16"):
+        with pytest.raises(InputError, match=reason):
+            checkpoint.load(copied, dtype=dtype)
+    with pytest.raises(InputError, match=reason):
+        checkpoint.read_part(copied, "mlp1", checkpoint.read_manifest(copied))
+
+
 @pytest.mark.parametrize("name", ["params/mlp1", "manifest.json", "config.json"])
 def test_a_missing_file_is_named(copied, name):
     path = copied / name

@@ -38,6 +38,8 @@ from unibiomed_jax.errors import InputError
 
 FORMAT = 1
 REMEDY = "convert the release again with: python -m convert.from_torch SRC DST"
+# Threads that hash what was read; hashlib lets go of the interpreter meanwhile.
+HASHERS = 4
 
 
 @dataclass(frozen=True)
@@ -334,14 +336,21 @@ def read_part(path: str | os.PathLike, name: str, manifest: Manifest) -> dict[st
     """The parameters of one part as host arrays in their stored dtypes, by path below the part.
 
     Raises:
-        InputError: the part is missing or damaged.
+        InputError: the part is missing or damaged, or a parameter is not the one whose hash was recorded.
     """
     leaves = {p.partition(".")[2]: leaf for p, leaf in manifest.leaves.items() if p.partition(".")[0] == name}
     # A broadcast scalar tells Orbax to restore a numpy array of this shape and takes no memory.
     abstract = {
         p: np.broadcast_to(np.zeros((), dtype_of(leaf["dtype"])), leaf["shape"]) for p, leaf in leaves.items()
     }
-    return _restore(Path(path), name, abstract)
+    found = _restore(Path(path), name, abstract)
+    with ThreadPoolExecutor(HASHERS) as hashers:
+        for p, record in zip(found, hashers.map(describe, found.values()), strict=True):
+            if record != leaves[p]:
+                raise InputError(
+                    f"{path}: {name}.{p} is damaged or was changed after it was written; {REMEDY}."
+                )
+    return found
 
 
 def load(
@@ -351,7 +360,7 @@ def load(
     sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
     merge_lora: bool = True,
 ) -> Checkpoint:
-    """Load a checkpoint folder onto the devices.
+    """Load a checkpoint folder onto the devices, part by part; each process reads and checks all of it.
 
     Args:
         path: the folder.
@@ -362,7 +371,8 @@ def load(
             at <linear>.lora.{a, b}.
 
     Raises:
-        InputError: a file is missing or damaged, or config.json describes another model than the parameters.
+        InputError: a file is missing, a file or a parameter is damaged, or config.json describes another
+            model than the parameters.
     """
     path = Path(path)
     if not path.is_dir():
@@ -377,14 +387,12 @@ def load(
     params: dict = {}
     for name in dict.fromkeys(p.partition(".")[0] for p in manifest.leaves):
         wanted = dtype if isinstance(dtype, str) or dtype is None else dtype.get(name)
-        abstract = {
-            p.removeprefix(f"{name}."): jax.ShapeDtypeStruct(
-                leaf["shape"], dtype_of(wanted or leaf["dtype"]), sharding=place(p, tuple(leaf["shape"]))
+        part = read_part(path, name, manifest)
+        for p, leaf in part.items():  # the host array goes when its like on the devices takes its place
+            host = leaf.astype(dtype_of(wanted), copy=False) if wanted else leaf
+            part[p] = jax.make_array_from_callback(
+                host.shape, place(f"{name}.{p}", host.shape), host.__getitem__
             )
-            for p, leaf in manifest.leaves.items()
-            if p.partition(".")[0] == name
-        }
-        part = _restore(path, name, abstract)
         if manifest.lora and merge_lora:
             part = merge_adapters(part, manifest.lora.scale)
         params[name] = unflatten(part)
