@@ -70,6 +70,8 @@ def main() -> int:
     stop = stop_on_signals()
     folder = Path(config.folder)
     checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint)
+    if not config.export:
+        checkpointer.claim()
     wanted = abstract if config.checkpoint.save_frozen else {"train": abstract["train"]}
     restored = checkpointer.restore(wanted, chosen_step(checkpointer, config.export))
     if restored is None or not config.checkpoint.save_frozen:

@@ -1,6 +1,5 @@
 import errno
 import os
-import shutil
 import time
 
 import jax
@@ -99,10 +98,38 @@ def test_a_damaged_newest_is_said_and_the_one_before_is_used(checkpointer, caplo
     save(checkpointer, 3, dice=0.5)
     checkpointer.wait()
     assert checkpointer.best() == 3
-    assert checkpointer.steps() == [2, 3] and checkpointer.restore(abstract(state(0))).step == 3
-    shutil.rmtree(checkpointer.path(3))
+    assert checkpointer.steps() == [1, 3] and checkpointer.restore(abstract(state(0))).step == 3
+    for step in checkpointer.steps():
+        (checkpointer.path(step) / "manifest.json").unlink()
     with pytest.raises(InputError, match="no undamaged checkpoint"):
         checkpointer.restore(abstract(state(0)))
+
+
+def test_a_damaged_checkpoint_ahead_displaces_nothing(checkpointer):
+    save(checkpointer, 500, dice=0.6)
+    save(checkpointer, 1000, dice=0.9)
+    checkpointer.wait()
+    (checkpointer.path(1000) / "position.json").unlink()
+    again = Checkpointer(checkpointer.folder, CheckpointConfig(keep_last=1, keep_best=1))
+    assert again.restore(abstract(state(0))).step == 500 == again.best()
+    save(again, 600)
+    again.wait()
+    assert again.steps() == [500, 600, 1000]
+    save(again, 700, dice=0.7)
+    again.wait()
+    assert again.steps() == [700, 1000]
+    save(again, 1000)
+    again.wait()
+    assert again.steps() == [700, 1000] and again.restore(abstract(state(0))).step == 1000
+
+
+def test_all_that_were_measured_stay_while_they_are_fewer_than_wanted(tmp_path):
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(keep_last=1, keep_best=3))
+    save(checkpointer, 1, dice=0.3)
+    save(checkpointer, 2, dice=0.9)
+    save(checkpointer, 3)
+    checkpointer.wait()
+    assert checkpointer.steps() == [1, 2, 3]
 
 
 def test_a_checkpoint_of_another_model_names_the_leaf(checkpointer):
@@ -143,4 +170,6 @@ def test_leftovers_of_a_killed_run_are_removed(checkpointer):
     leftover = checkpointer.folder / "00000009.partial"
     leftover.mkdir()
     again = Checkpointer(checkpointer.folder, checkpointer.config)
+    assert leftover.exists()  # for all it knows, the save of a run that goes on
+    again.claim()
     assert not leftover.exists() and again.steps() == []

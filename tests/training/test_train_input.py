@@ -152,6 +152,16 @@ def test_a_checkpoint_of_another_model(refuses, tmp_path):
     refuses("00000004 was saved by another model, adapter or optimiser: .*; resume with")
 
 
+def test_a_folder_in_which_another_process_trains(refuses, tmp_path):
+    running = Checkpointer(tmp_path / "run" / "checkpoints", CheckpointConfig())
+    running.claim()
+    unfinished = running.folder / "00000004.partial"
+    unfinished.mkdir()
+    refuses("Another process trains in")
+    refuses("no checkpoint 'last'", "--export=last")
+    assert unfinished.exists()
+
+
 def test_a_run_stops_after_too_many_losses_that_are_not_finite(train, tmp_path, capsys):
     log = RunLog(tmp_path, tensorboard=False)
     batches = [Batch({}, ("liver/3", ""), 0), Batch({}, ("liver/7",), 1)]

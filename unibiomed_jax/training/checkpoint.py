@@ -14,13 +14,14 @@ is either whole or was damaged later, which the manifest shows. Older ones go on
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 PARTIAL = ".partial"
 # What a full disk is called.
 NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+# What file systems without locks answer to one.
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,8 @@ class Checkpointer:
         self._primary = jax.process_index() == 0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        if self._primary:
-            for leftover in self.folder.glob(f"*{PARTIAL}"):
-                shutil.rmtree(leftover)
+        # Steps of the checkpoints that were found damaged and passed over.
+        self._damaged: set[int] = set()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -78,6 +80,30 @@ class Checkpointer:
             self._thread.join()
         if error is None:
             self.wait()
+
+    def claim(self) -> None:
+        """Make the run's folder this process's own to train in, and clear what a killed run left unfinished.
+
+        The lock ends with the process, whatever ends it. A file system without locks goes without.
+
+        Raises:
+            InputError: another process trains in the folder.
+        """
+        if not self._primary:
+            return
+        run = self.folder.parent
+        self._lock = (run / "lock").open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"Another process trains in {run}; wait until it ends, stop it, or choose another --folder."
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        for leftover in self.folder.glob(f"*{PARTIAL}"):
+            shutil.rmtree(leftover)
 
     def save(
         self,
@@ -148,9 +174,7 @@ class Checkpointer:
 
     def best(self) -> int | None:
         """The step with the highest `config.best`, if any was measured."""
-        measured = {step: self.measures(step).get(self.config.best) for step in self.steps()}
-        measured = {step: value for step, value in measured.items() if value is not None}
-        return max(measured, key=lambda step: (measured[step], step), default=None)
+        return next(iter(self._ranked(self.steps())), None)
 
     def path(self, step: int) -> Path:
         return self.folder / f"{step:08d}"
@@ -172,6 +196,7 @@ class Checkpointer:
             if not damage:
                 return self._load(candidate, abstract)
             logger.warning("Checkpoint %s is damaged: %s.", self.path(candidate), damage)
+            self._damaged.add(candidate)
         if steps:
             raise InputError(
                 f"There is no undamaged checkpoint in {self.folder} ({', '.join(map(str, steps))} tried); "
@@ -200,17 +225,26 @@ class Checkpointer:
                 _write_json(partial / "manifest.json", manifest | {"files": digests(partial)})
                 shutil.rmtree(self.path(step), ignore_errors=True)
                 os.replace(partial, self.path(step))
-                self._prune()
+                self._damaged.discard(step)
+                self._prune(step)
         except BaseException as error:
             self._error = error
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _prune(self) -> None:
-        """Delete what is neither among the newest nor among the best."""
-        steps = self.steps()
-        values = {step: self.measures(step).get(self.config.best) for step in steps}
-        ranked = sorted((s for s in steps if values[s] is not None), key=lambda s: (values[s], s))
-        keep = {*steps[-self.config.keep_last :], *ranked[len(ranked) - self.config.keep_best :]}
+    def _ranked(self, steps: Iterable[int]) -> list[int]:
+        """The undamaged among these steps that were measured by `config.best`, best first."""
+        values = {step: self.measures(step).get(self.config.best) for step in set(steps) - self._damaged}
+        measured = [step for step, value in values.items() if value is not None]
+        return sorted(measured, key=lambda step: (values[step], step), reverse=True)
+
+    def _prune(self, saved: int) -> None:
+        """Delete what is neither among the newest nor among the best, up to the step just saved.
+
+        Later ones were passed over when the run went on: they stay, uncounted, until it gets there again.
+        """
+        steps = [step for step in self.steps() if step <= saved]
+        newest = [step for step in steps if step not in self._damaged][-self.config.keep_last :]
+        keep = {*newest, *self._ranked(steps)[: self.config.keep_best]}
         for step in set(steps) - keep:
             # Out of sight first: a half-deleted checkpoint must not look like a damaged one.
             doomed = self.path(step).with_suffix(PARTIAL)
@@ -220,7 +254,7 @@ class Checkpointer:
     def _explain(self, error: BaseException) -> BaseException:
         text = str(error)
         if getattr(error, "errno", None) in NO_SPACE or "No space left" in text:
-            steps = self.steps()
+            steps = [step for step in self.steps() if step not in self._damaged]
             kept = f"checkpoint {steps[-1]} is intact" if steps else "there is no checkpoint yet"
             return InputError(f"The disk of {self.folder} is full ({kept}); free some space and run again.")
         return error

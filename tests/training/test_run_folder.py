@@ -1,0 +1,47 @@
+"""One process trains in a run's folder; any number may read."""
+
+import errno
+import subprocess
+import sys
+
+import pytest
+
+from unibiomed_jax.errors import InputError
+from unibiomed_jax.training.checkpoint import Checkpointer
+from unibiomed_jax.training.config import CheckpointConfig
+
+HOLD = "import fcntl, sys; lock = open(sys.argv[1], 'a'); fcntl.flock(lock, fcntl.LOCK_EX); print(); input()"
+
+
+@pytest.fixture
+def checkpointer(tmp_path):
+    return Checkpointer(tmp_path / "checkpoints", CheckpointConfig())
+
+
+def test_the_lock_of_another_process_holds_until_its_death(checkpointer, tmp_path):
+    leftover = checkpointer.folder / "00000009.partial"
+    leftover.mkdir()
+    command = [sys.executable, "-u", "-c", HOLD, str(tmp_path / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(InputError, match=f"Another process trains in {tmp_path}; .*--folder.$"):
+            checkpointer.claim()
+        assert leftover.exists()
+        other.kill()
+    checkpointer.claim()
+    assert not leftover.exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks_goes_without(checkpointer, monkeypatch, code):
+    def refuse(*_):
+        raise OSError(code, "flock")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    checkpointer.claim()
+
+
+def test_only_the_first_host_locks(checkpointer, monkeypatch, tmp_path):
+    checkpointer.claim()
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    Checkpointer(tmp_path / "checkpoints", CheckpointConfig()).claim()
