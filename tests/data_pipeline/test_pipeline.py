@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from small_datasets import SMALL, save_square
+from small_datasets import SMALL, coco_table, save_square, write_table
 
 from unibiomed_jax.data import BucketConfig, DatasetConfig, Kind, Pipeline, PipelineConfig
 from unibiomed_jax.data.plan import BatchPlan, Shape, permutation
@@ -225,6 +225,18 @@ def test_too_many_unreadable_samples_stop_the_run(mixture, targets, byte_tokeniz
     with pytest.raises(InputError, match=r"1 of 24 records cannot be read.*2_liver\.png.*61x30"):
         for _ in range(pipeline.steps_per_epoch):
             next(iterator)
+
+
+def test_an_image_of_another_size_than_the_table_says_is_unreadable(targets, byte_tokenizer):
+    """Planned as one tile, it has three."""
+    table = coco_table(5)
+    table["images"][2] |= {"width": 30, "height": 30}
+    write_table(targets / "train.json", table)
+    dataset = DatasetConfig(Kind.SEGMENTATION, str(targets), minimum=0)
+    pipeline = Pipeline(config((dataset,), training=False, max_unreadable=0.5), byte_tokenizer)
+    iterator = iter(pipeline)
+    assert sum(bool(name) for batch in iterator for name in batch.names) == 4
+    assert list(iterator.unreadable) == ["liver/segmentation:train/2_liver.png"]
 
 
 def test_nothing_readable_stops_at_once(targets, byte_tokenizer):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from small_datasets import SMALL, save_picture, save_square
+from small_datasets import SMALL, coco_table, save_picture, save_square, write_table
 
 from unibiomed_jax.config import ModelConfig
 from unibiomed_jax.data import DatasetConfig, Kind, SampleConfig, read_dataset
@@ -173,6 +173,16 @@ def test_masks_in_any_mode_and_the_ones_that_are_refused(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"mask .*bad\.png of sample cannot be read"):
         load_mask(str(tmp_path / "bad.png"), (40, 30), "sample")
+
+
+def test_an_image_of_another_size_than_the_table_says_is_refused(targets, byte_tokenizer):
+    table = targets / "train.json"
+    write_table(table, coco_table(5, width=60, height=30))
+    assert len(build(Kind.SEGMENTATION, targets, byte_tokenizer).pixel_values) == 3
+    write_table(table, coco_table(5, width=30, height=60))
+    message = r"0\.png of liver/segmentation:train/0_liver\.png is 60x30 .* its table says 30x60; correct"
+    with pytest.raises(InputError, match=message):
+        build(Kind.SEGMENTATION, targets, byte_tokenizer)
 
 
 def test_slices_of_different_sizes_are_refused(volumes, byte_tokenizer):

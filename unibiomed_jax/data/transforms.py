@@ -97,13 +97,18 @@ class SampleBuilder:
         """Read and build one sample.
 
         Raises:
-            InputError: a file that cannot be read, a mask of another size than its image, or a text that does
-                not fit; the message names the record.
+            InputError: a file that cannot be read, an image of another size than the table says, a mask of
+                another size than its image, or a text that does not fit; the message names the record.
         """
         config = self.config
         chosen = _draw_slices(record, rng) if record.kind is Kind.SEQUENCE else [0]
         frames = open_frames([record.images[index] for index in chosen])[0]
         size = frames[0].size
+        if min(record.size) > 0 and size != record.size:  # the batch has its number of tiles from the table
+            raise InputError(
+                f"{record.images[chosen[0]]} of {record.name} is {size[0]}x{size[1]} pixels (upright) but "
+                f"its table says {record.size[0]}x{record.size[1]}; correct width and height in the table."
+            )
         masks = np.zeros((len(record.masks), len(chosen), *size[::-1]), bool)
         for number, files in enumerate(record.masks):
             masks[number] = [load_mask(files[index], size, record.name) for index in chosen]
