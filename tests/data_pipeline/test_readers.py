@@ -3,11 +3,13 @@
 import json
 
 import pytest
+from PIL import ExifTags, Image
 from small_datasets import coco_table, save_picture, write_table
 
-from unibiomed_jax.data import DatasetConfig, Kind, find_datasets, read_dataset, read_mixture
+from unibiomed_jax.data import DatasetConfig, Kind, Record, find_datasets, read_dataset, read_mixture
 from unibiomed_jax.data.readers import check_files, image_size
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.inference.preprocess import open_image
 
 
 def test_targets(targets):
@@ -19,6 +21,16 @@ def test_targets(targets):
     assert records[1].masks == ((str(targets / "train_mask" / "1_liver.png"),),)
     assert records[1].texts == ("Liver in abdomen CT.",)
     assert image_size(records[1]) == (60, 30)
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "tif", "webp"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_image_sizes_are_those_of_the_upright_image(tmp_path, ending, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = str(tmp_path / f"a.{ending}")
+    Image.new("RGB", (60, 30)).save(path, exif=exif)
+    assert image_size(Record("a", Kind.CAPTION, (path,))) == open_image(path)[0].size
 
 
 def test_targets_are_paired_by_file_name_in_the_order_of_images(targets):
@@ -113,6 +125,23 @@ def test_find_datasets_by_the_names_of_tables(tmp_path, targets, findings, capti
         find_datasets(tmp_path, "test")
 
 
+def test_linked_datasets_are_found_once_and_loops_end(tmp_path, targets, captions):
+    root = tmp_path / "data"
+    (root / "inner").mkdir(parents=True)
+    targets.rename(root / "own")
+    (captions / "train.json").rename(captions / "train_captions.json")
+    (root / "also").symlink_to(root / "own", target_is_directory=True)
+    (root / "inner" / "loop").symlink_to(root, target_is_directory=True)
+    (root / "linked").symlink_to(captions, target_is_directory=True)
+    (captions / "back").symlink_to(root / "linked", target_is_directory=True)
+    found = find_datasets(root, minimum=0)
+    assert [config.name for config in found] == ["data/linked/caption", "data/own/segmentation"]
+    assert [config.root for config in found] == [str(root / "linked"), str(root / "own")]
+    check_files(read_mixture(found).records)
+    (tmp_path / "link").symlink_to(root, target_is_directory=True)
+    assert [config.name for config in find_datasets(tmp_path / "link")] == [config.name for config in found]
+
+
 def test_tables_beside_their_images(volumes):
     save_picture(volumes / "a.png")
     save_picture(volumes / "a_mask.png")
@@ -157,10 +186,7 @@ def test_wrong_tables_of_targets(targets, edit, message):
         read_dataset(DatasetConfig(Kind.SEGMENTATION, str(targets)))
 
 
-def test_wrong_tables_of_other_kinds(volumes, findings, captions):
-    change(volumes / "meta_train.json", lambda t: t["volumes"]["v1"]["slices"].clear())
-    with pytest.raises(InputError, match=r"expressions\['0'\] has no mask named after one of the slices"):
-        read_dataset(DatasetConfig(Kind.SEQUENCE, str(volumes)))
+def test_wrong_tables_of_other_kinds(findings, captions):
     change(findings / "train_parse.json", lambda t: t["c"].update(mask_file="train_mask/2.png"))
     with pytest.raises(InputError, match=r"\['c'\] has 2 abnormalities but 1 mask files"):
         read_dataset(DatasetConfig(Kind.REPORT, str(findings)))
@@ -170,6 +196,37 @@ def test_wrong_tables_of_other_kinds(volumes, findings, captions):
     change(captions / "train.json", lambda t: t["annotations"][0].update(caption=None))
     with pytest.raises(InputError, match=r"'caption' of annotations\[0\] must be a string, not a null"):
         read_dataset(DatasetConfig(Kind.CAPTION, str(captions)))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (None, r"'images' of the table must be a list, not a null"),
+        (["0.png"], r"images\[0\] must be an object with the field 'file_name', not a string"),
+    ],
+)
+def test_wrong_images_of_captions(captions, images, message):
+    change(captions / "train.json", lambda t: t.update(images=images))
+    with pytest.raises(InputError, match=message):
+        read_dataset(DatasetConfig(Kind.CAPTION, str(captions)))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda v: v["slices"].pop(3), r"'0'\] has the mask mask/v1/v1-003_lung\+tumor\.png, which is not"),
+        (
+            lambda v: v["expressions"]["0"]["mask_file"].append("other/v1-003_lung+tumor.png"),
+            r"2 masks for the slice v1-003\.png \(mask/v1/v1-003_.*, other/v1-003_lung\+tumor\.png\); merge",
+        ),
+        (lambda v: v["expressions"]["0"]["mask_file"].clear(), r"expressions\['0'\] has no masks"),
+        (lambda v: v["slices"].append(7), r"'slices\[14\]' of volumes\['v1'\] must be a string"),
+    ],
+)
+def test_wrong_tables_of_volumes(volumes, edit, message):
+    change(volumes / "meta_train.json", lambda t: edit(t["volumes"]["v1"]))
+    with pytest.raises(InputError, match=message):
+        read_dataset(DatasetConfig(Kind.SEQUENCE, str(volumes)))
 
 
 def test_missing_folders_and_files(tmp_path, targets):

@@ -2,12 +2,12 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from unibiomed_jax.data.records import DatasetConfig, Kind, Record
 from unibiomed_jax.errors import InputError
@@ -42,14 +42,14 @@ _BESIDE_IMAGES = (Kind.SEGMENTATION, Kind.DISEASE, Kind.REGION)
 
 
 def find_datasets(root: str | os.PathLike, split: str = "train", **choices) -> tuple[DatasetConfig, ...]:
-    """The datasets of a folder and its sub-folders, recognised by the names of their tables.
+    """The datasets of a folder and its sub-folders, links followed, recognised by the names of their tables.
 
     `{split}.json` segmentation, `meta_{split}.json` sequences, `{split}_disease.json`, `{split}_region.json`,
     `{split}_parse.json` (grounded questions and reports), `{split}_captions.json`. Where there is no folder
     `{split}`, image paths are relative to the dataset's folder.
 
     Args:
-        root: searched with all folders below it.
+        root: searched with all folders below it, each once: under its own path, else that of a link to it.
         split: which tables.
         choices: further fields of every DatasetConfig (minimum, repeats, slices).
 
@@ -60,7 +60,7 @@ def find_datasets(root: str | os.PathLike, split: str = "train", **choices) -> t
     if not root.is_dir():
         raise InputError(f"The dataset folder {root} does not exist; check the path.")
     found = []
-    for folder in sorted({path.parent for path in root.rglob(f"*{split}*.json")}):
+    for folder in sorted(_folders(root)):
         for pattern, kinds in _TASK_TABLES:
             name = pattern.format(split=split)
             for kind in kinds if (folder / name).is_file() else ():
@@ -70,7 +70,7 @@ def find_datasets(root: str | os.PathLike, split: str = "train", **choices) -> t
                     DatasetConfig(
                         kind,
                         str(folder),
-                        name=f"{folder.resolve().relative_to(root.resolve().parent).as_posix()}/{kind}",
+                        name=(root.resolve().name / folder.relative_to(root) / kind).as_posix(),
                         split=split,
                         annotations=name,
                         images=place,
@@ -84,6 +84,21 @@ def find_datasets(root: str | os.PathLike, split: str = "train", **choices) -> t
             "docs/train_on_your_data.md, or write one with `unibiomed data build`."
         )
     return tuple(found)
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    """A folder and all below it, each once even where links meet or form a loop."""
+    starts, seen = [root], set()
+    for start in starts:  # grows by the links, whose turn comes after that of all folders without one
+        for path, inner, _ in os.walk(start):  # does not follow links
+            real = os.path.realpath(path)
+            if real in seen:
+                inner.clear()
+                continue
+            seen.add(real)
+            yield Path(path)
+            inner.sort()
+            starts += [link for name in inner if os.path.islink(link := os.path.join(path, name))]
 
 
 def read_mixture(datasets: Sequence[DatasetConfig]) -> Mixture:
@@ -155,13 +170,16 @@ def check_files(records: Iterable[Record]) -> None:
 
 
 def image_size(record: Record) -> tuple[int, int]:
-    """(width, height) of the record's images: from the table, else from the first file's header."""
+    """(width, height) of the record's images, upright: from the table, else from the first file's header."""
     if min(record.size) > 0:
         return record.size
     try:
         with Image.open(record.images[0]) as image:
-            return image.size
-    except OSError as error:
+            # The base class's method: that of PNG decodes the pixels. TIFF's size is the upright one.
+            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+            turned = image.format != "TIFF" and orientation in (5, 6, 7, 8)
+            return image.size[::-1] if turned else image.size
+    except Exception as error:  # Pillow's plugins raise whatever their parser met
         raise InputError(
             f"{record.images[0]} of {record.name} cannot be read ({error}); replace the file or remove the "
             "annotation."
@@ -250,31 +268,36 @@ def _read_volumes(config: DatasetConfig, path: Path, table) -> list[Record]:
     """Volumes with expressions: one record per volume and expression, with the slices that have a mask of it.
 
     A mask belongs to the slice whose name without ending, followed by an underscore, begins the mask's name.
+    A mask of no slice, or a second one of a slice, raises InputError.
     """
     names = _Names(config)
     records = []
     for volume, entry in _get(table, "volumes", dict, path).items():
         where = f"volumes[{volume!r}]"
-        slices = sorted(_get(entry, "slices", list, path, where))
+        slices = sorted(_strings(entry, "slices", path, where))
         expressions = _get(entry, "expressions", dict, path, where)
         for key in sorted(expressions):
             inner = f"{where}.expressions[{key!r}]"
             text = _text(expressions[key], "exp", path, inner)
-            files = {Path(file).name: file for file in _get(expressions[key], "mask_file", list, path, inner)}
+            files = _strings(expressions[key], "mask_file", path, inner)
             pairs = []
             for name in slices:
-                matching = [file for base, file in files.items() if base.startswith(Path(name).stem + "_")]
+                matching = [file for file in files if Path(file).name.startswith(Path(name).stem + "_")]
                 if len(matching) > 1:
                     raise InputError(
-                        f"{path}: {inner} has {len(matching)} masks for the slice {name}; merge them into "
-                        "one file."
+                        f"{path}: {inner} has {len(matching)} masks for the slice {name} "
+                        f"({', '.join(matching)}); merge them into one file."
                     )
                 pairs += [(name, file) for file in matching]
-            if not pairs:
+            used = {file for _, file in pairs}
+            lost = [file for file in files if file not in used]
+            if lost:
                 raise InputError(
-                    f"{path}: {inner} has no mask named after one of the slices (<slice>_<target>.png); "
-                    "rename them."
+                    f"{path}: {inner} has the mask {lost[0]}, which is not named after one of the slices "
+                    "(<slice>_<target>.png); rename it or take it out."
                 )
+            if not pairs:
+                raise InputError(f"{path}: {inner} has no masks; add them or remove the expression.")
             records.append(
                 Record(
                     name=names.unique(f"{volume}/{text}"),
@@ -292,14 +315,14 @@ def _read_volumes(config: DatasetConfig, path: Path, table) -> list[Record]:
 
 def _read_captions(config: DatasetConfig, path: Path, table) -> list[Record]:
     """Image-text pairs, one record per annotation; `question`, where present, replaces the task's own."""
-    images = (
-        {image.get("file_name"): image for image in table.get("images", [])}
-        if isinstance(table, dict)
-        else {}
-    )
+    annotations = _get(table, "annotations", list, path)
+    listed = _get(table, "images", list, path) if "images" in table else []
+    images = {
+        _get(image, "file_name", str, path, f"images[{number}]"): image for number, image in enumerate(listed)
+    }
     names = _Names(config)
     records = []
-    for number, annotation in enumerate(_get(table, "annotations", list, path)):
+    for number, annotation in enumerate(annotations):
         where = f"annotations[{number}]"
         file_name = _get(annotation, "file_name", str, path, where)
         image = images.get(file_name, {})
