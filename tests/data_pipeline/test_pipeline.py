@@ -1,10 +1,13 @@
 """Batches: their order, their shapes, their state, and samples that cannot be read."""
 
+import json
 import logging
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import tokenizers
 from small_datasets import SMALL, coco_table, save_square, write_table
 
 from unibiomed_jax.data import BucketConfig, DatasetConfig, Kind, Pipeline, PipelineConfig
@@ -12,6 +15,7 @@ from unibiomed_jax.data.plan import BatchPlan, Shape, permutation
 from unibiomed_jax.data.readers import Mixture
 from unibiomed_jax.data.records import Record
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.inference.tokenizer import Tokenizer
 
 BUCKETS = BucketConfig(tiles=(1, 3, 5), text=(64, 160, 300), objects=(1, 2))
 
@@ -106,7 +110,7 @@ def plan_of(datasets, records, shapes, batch_size=4, **choices) -> BatchPlan:
     """Plan of datasets of so many records each, whose shapes come in turn."""
     names = [f"{dataset}/{number}" for dataset in range(datasets) for number in range(records)]
     mixture = Mixture(
-        tuple(Record(name, Kind.CAPTION, (f"{name}.png",)) for name in names), np.arange(len(names)), ()
+        tuple(Record(name, Kind.CAPTION, (f"{name}.png",)) for name in names), np.arange(len(names)), (), ""
     )
     chosen = [Shape(0, 0, 1, 64 * (1 + number % shapes)) for number in range(len(names))]
     return BatchPlan(mixture, chosen, batch_size, **{"seed": 42} | choices)
@@ -166,6 +170,36 @@ def test_state_of_other_data_is_refused(mixture, byte_tokenizer):
         with pytest.raises(InputError, match="belongs to other datasets"):
             iter(Pipeline(config(mixture, **choices), byte_tokenizer)).set_state(state)
     iter(Pipeline(config(mixture, threads=1, prefetch=9), byte_tokenizer)).set_state(state)
+
+
+def test_the_fingerprint_is_of_all_that_decides_the_batches(targets, tmp_path, byte_tokenizer):
+    def fingerprint(root=targets, tokenizer=byte_tokenizer, kind=Kind.SEGMENTATION):
+        return Pipeline(config((DatasetConfig(kind, str(root)),)), tokenizer).fingerprint
+
+    shutil.copytree(targets, tmp_path / "elsewhere" / targets.name)
+    seen = [fingerprint()]
+    assert fingerprint(tmp_path / "elsewhere" / targets.name) == seen[0]
+
+    more = json.loads(byte_tokenizer.backend.to_str())
+    more["added_tokens"].append(
+        {**more["added_tokens"][-1], "id": byte_tokenizer.vocab_size, "content": "?!"}
+    )
+    backend = tokenizers.Tokenizer.from_str(json.dumps(more))
+    seen.append(fingerprint(tokenizer=Tokenizer(backend, eos=byte_tokenizer.eos, pad=byte_tokenizer.pad)))
+
+    tables = [coco_table(5, sentence="Renal in abdomen CT."), coco_table(5), coco_table(5), coco_table(5)]
+    tables[1]["annotations"][0]["file_name"] = "1.png"
+    # One image of one tile, then another one: the same shapes, of other records.
+    for table, number in zip(tables[2:], (0, 1), strict=True):
+        table["images"][number] |= {"width": 30, "height": 30}
+    for table in tables:
+        write_table(targets / "train.json", table)
+        seen.append(fingerprint())
+    for question in ("Is it?", "Was it"):
+        asked = {"file_name": "train/0.png", "caption": "yes", "question": question}
+        write_table(targets / "train.json", {"annotations": [asked]})
+        seen.append(fingerprint(kind=Kind.CAPTION))
+    assert len(set(seen)) == len(seen) == 8
 
 
 def test_validation_goes_once_through_with_blank_rows(mixture, byte_tokenizer):

@@ -98,8 +98,9 @@ class Pipeline:
             shuffle=config.training,
             repeat=config.training,
         )
-        content = f"{self.plan.fingerprint} {config.sample} {config.seed}"
-        # Equal for pipelines that give the same batches.
+        content = f"{self.plan.fingerprint} {config.sample} {config.seed} {tokenizer.backend.to_str()}"
+        # Equal for pipelines of the same batches, as far as tables, choices and tokenizer tell: where the
+        # folders lie does not count, and pixels are not looked at.
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
         self._source = _BatchSource(config, self.mixture, self.plan, builder, host, hosts)
 
@@ -148,12 +149,12 @@ class BatchIterator(Iterator[Batch]):
         """Go on where `get_state` was called.
 
         Raises:
-            InputError: the state is of other data, or of another seed or batch size.
+            InputError: the state is of other data, or of another tokenizer, seed or batch size.
         """
         if state.get("pipeline") != self.pipeline.fingerprint:
             raise InputError(
-                "The data position in the checkpoint belongs to other datasets, prompts, seed or batch size; "
-                "resume with the configuration it was saved with, or start a new run."
+                "The data position in the checkpoint belongs to other datasets, prompts, tokenizer, seed or "
+                "batch size; resume with the configuration it was saved with, or start a new run."
             )
         self.close()
         self.step, self.unreadable = state["step"], dict(state["unreadable"])

@@ -86,11 +86,11 @@ class BatchPlan:
         group = np.array([numbers[shape] for shape in shapes])[mixture.order]
         self.groups = [np.flatnonzero(group == number) for number in range(len(self.shapes))]
         self.batches_per_epoch = sum(-(-len(members) // batch_size) for members in self.groups)
-        names = [record.name for record in mixture.records]
-        table = repr((self.shapes, batch_size, seed, shuffle, repeat, names))
-        digest = hashlib.sha256(table.encode())
-        digest.update(mixture.order.astype("<i8").tobytes())
-        # Equal plans, and only those, have equal fingerprints.
+        choices = repr((self.shapes, batch_size, seed, shuffle, repeat, mixture.fingerprint))
+        digest = hashlib.sha256(choices.encode())
+        for numbers in (mixture.order, group):
+            digest.update(numbers.astype("<i8").tobytes())
+        # Another one for other records, another shape of any of them, or other arguments.
         self.fingerprint = digest.hexdigest()
         self._layout = lru_cache(maxsize=2)(self._lay_out)
 

@@ -1,9 +1,10 @@
 """JSON tables on disk to records, one reader per table format. No pixel is read here."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ class Mixture:
     order: np.ndarray
     # Title, records and samples (repeats counted) of every dataset, for logs.
     sizes: tuple[tuple[str, int, int], ...]
+    # Of all that the records say; it does not change when a dataset's folder moves.
+    fingerprint: str
 
 
 # Table names by which `find_datasets` knows a task.
@@ -113,6 +116,7 @@ def read_mixture(datasets: Sequence[DatasetConfig]) -> Mixture:
     order: list[np.ndarray] = []
     sizes = []
     titles = set()
+    digest = hashlib.sha256()
     for config in datasets:
         title = f"{config.title} ({config.split})"
         if title in titles:
@@ -125,7 +129,18 @@ def read_mixture(datasets: Sequence[DatasetConfig]) -> Mixture:
         order.append(np.tile(span, config.repetitions(len(found))))
         sizes.append((title, len(found), len(order[-1])))
         records += found
-    return Mixture(tuple(records), np.concatenate(order), tuple(sizes))
+        for record in found:
+            digest.update(repr(_without_place(record, config.root)).encode())
+    return Mixture(tuple(records), np.concatenate(order), tuple(sizes), digest.hexdigest())
+
+
+def _without_place(record: Record, root: str) -> Record:
+    """The record with paths relative to its dataset's folder, and without what decides no batch."""
+    prefix = os.path.join(Path(root), "")
+    images, *masks = (
+        tuple(file.removeprefix(prefix) for file in files) for files in (record.images, *record.masks)
+    )
+    return replace(record, images=images, masks=tuple(masks), size=(0, 0), patient="")
 
 
 def read_dataset(config: DatasetConfig) -> list[Record]:
