@@ -278,8 +278,23 @@ def test_nothing_readable_stops_at_once(targets, byte_tokenizer):
     pipeline = Pipeline(config((dataset,), max_unreadable=1.0), byte_tokenizer)
     for path in (targets / "train").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(InputError, match="10 samples in a row cannot be read.*empty file"):
+    with pytest.raises(InputError, match="5 of 5 records cannot be read.*empty file"):
         next(iter(pipeline))
+
+
+def test_an_unreadable_sample_without_another_of_its_shape_leaves_blank_rows(targets, byte_tokenizer):
+    table = coco_table(5)
+    table["annotations"][2]["sentences"] = [{"raw": "Liver " * 20}]
+    write_table(targets / "train.json", table)
+    dataset = DatasetConfig(Kind.SEGMENTATION, str(targets), minimum=0)
+    pipeline = Pipeline(config((dataset,), max_unreadable=0.2), byte_tokenizer)
+    (targets / "train" / "2.png").write_bytes(b"")
+    iterator = iter(pipeline)
+    batches = [next(iterator) for _ in range(2 * pipeline.steps_per_epoch)]
+    blank = [batch for batch in batches if not any(batch.names)]
+    assert len(batches) == 4 and len(blank) == 2 and len(iterator.unreadable) == 1
+    for batch in blank:
+        assert (batch.arrays["labels"] == -100).all() and not batch.arrays["object_valid"].any()
 
 
 def test_what_is_wrong_is_said_before_the_first_batch(mixture, targets, byte_tokenizer):

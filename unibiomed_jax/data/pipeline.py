@@ -20,7 +20,7 @@ from unibiomed_jax.inference.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# Unreadable samples in one place of one batch before the run gives up.
+# Samples of a shape that are tried for one row of a batch before it stays blank.
 _MAX_ATTEMPTS = 10
 _ENDLESS = 1 << 48
 
@@ -47,8 +47,9 @@ class PipelineConfig:
     threads: int = 2
     # Batches read ahead, by each process.
     prefetch: int = 2
-    # A record that cannot be read is named and counted; another of its shape takes its place in training, a
-    # blank row otherwise. The run stops when more than this share of the records are like that.
+    # A record that cannot be read is named and counted; in training another of its shape takes its place. If
+    # none can be read, and in validation, the row stays blank, which counts in no loss. The run stops when
+    # more than this share of the records, or all of them, are like that.
     max_unreadable: float = 0.01
 
 
@@ -127,7 +128,7 @@ class BatchIterator(Iterator[Batch]):
         self._reader = None
 
     def __next__(self) -> Batch:
-        """Raises InputError when more than the allowed share of the records turned out unreadable."""
+        """Raises InputError when more records than allowed, or all of them, turned out unreadable."""
         if not self.pipeline.config.training and self.step >= self.pipeline.steps_per_epoch:
             raise StopIteration
         if self._reader is None:
@@ -171,12 +172,12 @@ class BatchIterator(Iterator[Batch]):
                 logger.warning("Skipped %s: %s", name, reason)
             self.unreadable[name] = reason
         records, share = len(self.pipeline.mixture.records), self.pipeline.config.max_unreadable
-        if len(self.unreadable) > share * records:
+        if len(self.unreadable) > min(share * records, records - 1):
             name, reason = next(iter(self.unreadable.items()))
             raise InputError(
-                f"{len(self.unreadable)} of {records} records cannot be read, more than "
-                f"max_unreadable={share:g} allows; repair the dataset (`unibiomed data validate`). The first "
-                f"is {name}: {reason}"
+                f"{len(self.unreadable)} of {records} records cannot be read, too many for "
+                f"max_unreadable={share:g}; repair the dataset (`unibiomed data validate`). The first is "
+                f"{name}: {reason}"
             )
 
 
@@ -221,11 +222,7 @@ class _BatchSource:
             except (OSError, InputError) as error:
                 failures.append((record.name, str(error)))
             number = self.plan.substitute(step, row, attempt)
-        if not self.config.training:
-            return None
-        raise InputError(
-            f"{_MAX_ATTEMPTS} samples in a row cannot be read, the last for this reason: {failures[-1][1]}"
-        )
+        return None
 
 
 @functools.cache

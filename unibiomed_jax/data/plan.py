@@ -108,7 +108,7 @@ class BatchPlan:
         return Rows(self.shapes[groups[position]], samples[position])
 
     def substitute(self, step: int, row: int, attempt: int) -> int:
-        """A sample of the same shape to try where the planned one of `row` cannot be read."""
+        """A sample of the same shape (maybe the same one) to try where that of `row` cannot be read."""
         shape = self.rows(step).shape
         members = self.groups[self.shapes.index(shape)]
         return int(members[scramble(np.array([attempt]), self.seed, step, row)[0] % np.uint64(len(members))])
