@@ -2,7 +2,10 @@
 
 import json
 import logging
+import multiprocessing
+import os
 import shutil
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -97,13 +100,20 @@ def test_order_depends_on_seed_and_step_alone(mixture, byte_tokenizer):
     assert [batch.names for batch in other] != [batch.names for batch in base]
 
 
-def test_workers_do_not_change_a_bit(mixture, byte_tokenizer):
+def test_workers_do_not_change_a_bit_and_leave_signals_to_the_main_process(mixture, byte_tokenizer):
     base = Pipeline(config(mixture), byte_tokenizer)
     reader = iter(Pipeline(config(mixture, workers=2), byte_tokenizer))
     reader.set_state({**iter(base).get_state(), "step": 2})
-    for step in range(2, 7):
+    assert_equal(next(reader), base.read(2))
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, signal.SIGTERM)
+    for step in range(3, 20):  # more than were read before the signals
         assert_equal(next(reader), base.read(step))
+    assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
     reader.close()
+    assert not any(worker.is_alive() for worker in workers)
 
 
 def plan_of(datasets, records, shapes, batch_size=4, **choices) -> BatchPlan:

@@ -1,10 +1,10 @@
 """Batches from datasets: Grain reads ahead in threads or worker processes; the order is the plan's."""
 
-import functools
 import hashlib
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -193,10 +193,6 @@ class _BatchSource:
     hosts: int
     first: int = 0
 
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
-        _end_with_parent()
-
     def __len__(self) -> int:
         return (_ENDLESS if self.config.training else self.plan.batches_per_epoch) - self.first
 
@@ -225,17 +221,21 @@ class _BatchSource:
         return None
 
 
-@functools.cache
-def _end_with_parent() -> None:
-    """In a worker process: end when the process it reads for is gone, also if that was killed."""
+def _start_worker(_index: int, _count: int) -> None:
+    """In a worker process: end when the process it reads for says so or is gone, also if that was killed.
+
+    Nothing else ends it: signals to the whole process group (Ctrl-C, a scheduler's SIGTERM) are left to that
+    process, which still needs batches until it has saved its state.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def end():
         parent.join()
         os._exit(1)
 
-    if parent is not None:
-        threading.Thread(target=end, daemon=True).start()
+    threading.Thread(target=end, daemon=True).start()
 
 
 def collate(samples: list[Sample | None], shape: Shape, config: SampleConfig) -> dict[str, np.ndarray]:
@@ -289,7 +289,8 @@ def _start_reader(config: PipelineConfig, source: _BatchSource, first: int):
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=config.prefetch)
+            grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=config.prefetch),
+            worker_init_fn=_start_worker,
         )
     return iter(dataset)
 
