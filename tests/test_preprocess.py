@@ -19,6 +19,7 @@ from unibiomed_jax.inference.preprocess import (
     normalize,
     open_frames,
     open_image,
+    open_mask,
     region_cells,
     sam_image,
     tile_grid,
@@ -307,6 +308,52 @@ def test_pillow_image_is_not_changed():
     opened, record = open_image(image)
     np.testing.assert_array_equal(np.asarray(opened), np.asarray(image))
     assert record.source == "Pillow image"
+
+
+# --- masks ---
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        ([[0, 1, 1000]], np.uint16),  # label 1 would round to 0 on the way to 8 bits
+        ([[700, 700]], np.uint16),
+        ([[0, 255]], np.uint8),
+        ([[0, 1]], np.uint8),
+        ([[-5, 0, 3]], np.int32),
+        ([[0.0, 0.001, 1.0]], np.float32),
+    ],
+)
+def test_a_mask_is_whatever_is_not_zero(tmp_path, values, dtype):
+    labels = np.array(values, dtype)
+    file = save(tmp_path / "mask.tif", Image.fromarray(labels))
+    for source in (file, labels):
+        np.testing.assert_array_equal(open_mask(source), labels != 0)
+
+
+def test_a_palette_mask_is_judged_by_its_index(tmp_path):
+    mask = Image.fromarray(np.array([[0, 1], [2, 0]], np.uint8)).convert("P")
+    mask.putpalette([255, 255, 255, 0, 0, 0, 9, 9, 9])  # the background is white and label 1 black
+    assert open_mask(save(tmp_path / "mask.png", mask)).tolist() == [[False, True], [True, False]]
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "PA"])
+def test_the_alpha_of_a_mask_does_not_count(mode):
+    mask = Image.fromarray(np.array([[0, 1]], np.uint8))
+    if mode == "PA":
+        mask.putpalette([9, 9, 9, 0, 0, 0])
+    mask = mask.convert(mode)
+    mask.putalpha(255)
+    assert open_mask(mask).tolist() == [[False, True]]
+
+
+def test_a_colour_mask_is_judged_by_any_channel_and_stands_upright(tmp_path):
+    pixels = np.zeros((2, 3, 3), np.uint8)
+    pixels[0, 1, 2] = 1
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    mask = open_mask(save(tmp_path / "mask.png", Image.fromarray(pixels), exif=exif))
+    assert np.argwhere(mask).tolist() == [[1, 1]]
 
 
 # --- image files that cannot be used ---

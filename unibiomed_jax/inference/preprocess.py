@@ -8,7 +8,7 @@ when shrinking), because the weights were trained on exactly that.
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -95,13 +95,19 @@ def open_frames(sources: Sequence[ImageSource]) -> tuple[list[Image.Image], list
 
 
 def open_mask(source: ImageSource) -> Bool[np.ndarray, "height width"]:
-    """A mask image as booleans: True where any channel is not 0.
+    """A mask image as booleans: True where it is not 0, whatever the other values are.
+
+    A palette image is judged by its indices and not by their colours, a colour image by any of its channels;
+    alpha does not count.
 
     Raises:
         InputError: whatever `open_image` would refuse.
     """
-    pixels, _ = open_image(source)
-    return np.asarray(pixels).any(axis=-1)
+    pixels, record = _decode(source)
+    if isinstance(pixels, Image.Image):
+        indexed = record.mode in ("P", "PA")
+        pixels = np.asarray(pixels.getchannel(0) if indexed else _convert(pixels, record)[0])
+    return (pixels != 0).reshape(record.height, record.width, -1).any(axis=-1)
 
 
 def check_frames(frames: Sequence[Image.Image]) -> None:
@@ -117,7 +123,7 @@ def check_frames(frames: Sequence[Image.Image]) -> None:
 
 
 def _decode(source: ImageSource) -> tuple[Image.Image | np.ndarray, ImageRecord]:
-    """Pixels as an upright 8-bit Pillow image, or as an array when there are more than 8 bits a sample."""
+    """Upright pixels: an 8-bit Pillow image in its own mode, or an array if a sample has more than 8 bits."""
     if isinstance(source, np.ndarray):
         name, file_format, pixels, mode, steps = "array", None, *_check_array(source)
     else:
@@ -184,16 +190,8 @@ def _upright(image: Image.Image, name: str) -> tuple[Image.Image | np.ndarray, s
         raise InputError(
             f"{name} is truncated or damaged ({error}); copy it again from its source."
         ) from error
-    if mode in _DEEP_MODES:
-        return _check_finite(np.asarray(image), name), mode, tuple(steps)
-    if mode != "RGB":
-        steps.append(_RGB_STEPS.get(mode, f"{mode} converted to RGB"))
-    try:
-        if mode in ("P", "PA"):  # transparency may hang on palette entries
-            image = image.convert("RGBA")
-        return image.convert("RGB"), mode, tuple(steps)
-    except ValueError as error:
-        raise InputError(f"{name} has the colour mode {mode}; convert it to RGB first.") from error
+    deep = mode in _DEEP_MODES
+    return _check_finite(np.asarray(image), name) if deep else image, mode, tuple(steps)
 
 
 def _check_array(array: np.ndarray) -> tuple[Image.Image | np.ndarray, str, tuple[str, ...]]:
@@ -239,7 +237,29 @@ def _as_rgb(
     pixels: Image.Image | np.ndarray, record: ImageRecord, value_range: tuple[float, float]
 ) -> tuple[Image.Image, ImageRecord]:
     if isinstance(pixels, Image.Image):
-        return pixels, record
+        image, step = _convert(pixels, record)
+    else:
+        image, step = _scale(pixels, record, value_range)
+    return image, replace(record, steps=(*record.steps, step)) if step else record
+
+
+def _convert(image: Image.Image, record: ImageRecord) -> tuple[Image.Image, str | None]:
+    """An 8-bit image of any mode in RGB, and the step that this is."""
+    step = None if image.mode == "RGB" else _RGB_STEPS.get(image.mode, f"{image.mode} converted to RGB")
+    try:
+        if image.mode in ("P", "PA"):  # transparency may hang on palette entries
+            image = image.convert("RGBA")
+        return image.convert("RGB"), step
+    except ValueError as error:
+        raise InputError(
+            f"{record.source} has the colour mode {record.mode}; convert it to RGB first."
+        ) from error
+
+
+def _scale(
+    pixels: np.ndarray, record: ImageRecord, value_range: tuple[float, float]
+) -> tuple[Image.Image, str]:
+    """Samples of more than 8 bits in RGB, and the step that this is."""
     low, high = value_range
     if value_range == (0.0, 255.0):
         step = f"{record.mode} values lie in 0..255 and were kept"
@@ -247,8 +267,7 @@ def _as_rgb(
         step = f"{record.mode} values {low:g}..{high:g} scaled linearly to 0..255"
     span = (high - low) or 1.0  # a constant image becomes black
     scaled = np.rint((pixels.astype(np.float64) - low) * 255.0 / span).astype(np.uint8)
-    record = ImageRecord(**{**vars(record), "steps": (*record.steps, step)})
-    return Image.fromarray(scaled).convert("RGB"), record
+    return Image.fromarray(scaled).convert("RGB"), step
 
 
 # ------------------------------------------------------------------------------------------------------------
