@@ -1,5 +1,6 @@
 """Tokenizer, prompt strings, stopping, and the phrases of an answer."""
 
+import errno
 import json
 import lzma
 import pickle
@@ -194,6 +195,51 @@ def test_broken_tokenizer_folders(qwen2_folder, tmp_path):
         Tokenizer.from_folder(tmp_path)
     config.write_text('{"pad_token": "<|endoftext|>"}')
     with pytest.raises(InputError, match="has no eos_token"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("merges.txt", b"\xff\xfe", "merges.txt is truncated or damaged .*; copy it again"),
+        ("merges.txt", b"one\n", "vocab.json and merges.txt that do not fit; copy both"),
+        ("vocab.json", b"[]", "vocab.json is not a JSON object; copy it again"),
+        ("vocab.json", b'{"a": "b"}', "vocab.json and merges.txt that do not fit; copy both"),
+        ("tokenizer_config.json", b"[]", "tokenizer_config.json is not a JSON object; copy it again"),
+        ("tokenizer_config.json", b"\xff", "tokenizer_config.json is truncated or damaged .*; copy it again"),
+        ("tokenizer_config.json", b'{"eos_token": {}}', "tokenizer_config.json has no eos_token; copy it"),
+        ("tokenizer_config.json", b'{"eos_token": 5}', "tokenizer_config.json has no eos_token; copy it"),
+    ]
+    + [
+        (
+            "tokenizer_config.json",
+            b'{"added_tokens_decoder": %b}' % added,
+            r"tokenizer_config.json has a damaged added_tokens_decoder \(.*\); copy it again",
+        )
+        for added in (b"[1]", b'{"x": {}}', b'{"256": "text"}', b'{"256": {"content": 5}}', b"null")
+    ],
+)
+def test_damaged_tokenizer_files_are_named(tmp_path, name, content, reason):
+    old_files(MICRO / "checkpoint", tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=reason):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt"])
+def test_unreadable_tokenizer_files_are_named(tmp_path, monkeypatch, name):
+    old_files(MICRO / "checkpoint", tmp_path)
+    if name == "tokenizer.json":
+        shutil.copy(MICRO / "checkpoint" / name, tmp_path)
+    read_text = Path.read_text
+
+    def refuse(path, *args, **options):
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return read_text(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(InputError, match=rf"{name} cannot be read \(Permission denied\); change its perm"):
         Tokenizer.from_folder(tmp_path)
 
 

@@ -64,7 +64,7 @@ class Tokenizer:
             add_missing: append those of UNIBIOMED_TOKENS that an InternVL tokenizer does not have yet.
 
         Raises:
-            InputError: files missing or damaged, or special tokens missing.
+            InputError: files missing, unreadable or damaged, or special tokens missing.
         """
         folder = Path(folder)
         config = _read_json(folder / "tokenizer_config.json")
@@ -75,8 +75,8 @@ class Tokenizer:
         names = {}
         for kind in ("eos_token", "pad_token"):
             value = config.get(kind)
-            names[kind] = value["content"] if isinstance(value, dict) else value
-            if names[kind] is None:
+            names[kind] = value.get("content") if isinstance(value, dict) else value
+            if not isinstance(names[kind], str):
                 raise InputError(
                     f"{folder / 'tokenizer_config.json'} has no {kind}; copy it from the release."
                 )
@@ -138,21 +138,38 @@ class Tokenizer:
             os.replace(partial, folder / name)
 
 
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise InputError(f"{path} is missing; copy the tokenizer files of the checkpoint into its folder.")
+def _read_text(path: Path) -> str:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path} is missing; copy the tokenizer files of the checkpoint into its folder."
+        ) from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); change its permissions.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is truncated or damaged ({error}); copy it again from its source."
+        ) from error
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        values = json.loads(_read_text(path))
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}); copy it again from its source.") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is not a JSON object; copy it again from its source.")
+    return values
 
 
 def _read_backend(folder: Path, config: dict) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return _qwen2_backend(folder, config.get("added_tokens_decoder", {}))
+    text = _read_text(path)
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
         raise InputError(
             f"{path} is truncated or damaged ({error}); copy it again from its source."
@@ -162,12 +179,7 @@ def _read_backend(folder: Path, config: dict) -> tokenizers.Tokenizer:
 def _qwen2_backend(folder: Path, added: dict[str, dict]) -> tokenizers.Tokenizer:
     """The same tokenizer from the older pair of files, as InternVL releases have them."""
     vocabulary = _read_json(folder / "vocab.json")
-    merges_path = folder / "merges.txt"
-    if not merges_path.is_file():
-        raise InputError(
-            f"{merges_path} is missing; copy the tokenizer files of the checkpoint into its folder."
-        )
-    merges = _read_merges(merges_path.read_text(encoding="utf-8").splitlines())
+    merges = _read_merges(_read_text(folder / "merges.txt").splitlines())
     try:
         backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     except Exception as error:  # as above
@@ -182,12 +194,19 @@ def _qwen2_backend(folder: Path, added: dict[str, dict]) -> tokenizers.Tokenizer
         ]
     )
     backend.decoder = decoders.ByteLevel()
-    for token_id, entry in sorted(added.items(), key=lambda item: int(item[0])):
-        backend.add_tokens([AddedToken(**entry)])
-        if backend.token_to_id(entry["content"]) != int(token_id):
+    config_path = folder / "tokenizer_config.json"
+    try:
+        tokens = {int(token_id): AddedToken(**entry) for token_id, entry in added.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{config_path} has a damaged added_tokens_decoder ({error}); copy it again from its source."
+        ) from error
+    for token_id, token in sorted(tokens.items()):
+        backend.add_tokens([token])
+        if backend.token_to_id(token.content) != token_id:
             raise InputError(
-                f"{folder / 'tokenizer_config.json'} gives {entry['content']} the id {token_id}, which does "
-                "not follow from vocab.json; copy both again from one release."
+                f"{config_path} gives {token.content} the id {token_id}, which does not follow from "
+                "vocab.json; copy both again from one release."
             )
     return backend
 
