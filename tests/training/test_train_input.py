@@ -18,6 +18,7 @@ from unibiomed_jax.data.pipeline import Batch
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.training.checkpoint import Checkpointer
 from unibiomed_jax.training.config import CheckpointConfig
+from unibiomed_jax.training.experiment import load_experiment
 from unibiomed_jax.training.log import RunLog
 
 ROOT = Path(__file__).parents[2]
@@ -90,10 +91,27 @@ def test_the_command_says_it_in_one_line_and_exits_with_2(data, monkeypatch):
         ("batch_size=0", "--data.batch-size=0"),
         (r"--optim\.accumulate=0 is impossible", "--optim.accumulate=0"),
         (r"--log\.every=-1 is impossible", "--log.every=-1"),
+        (r"'bf16'.*--export-dtype.*'float32', 'bfloat16'", "--export-dtype=bf16"),
+        (r"'bf16'.*--freeze\.frozen-dtype.*'bfloat16', 'float32'", "--freeze.frozen-dtype=bf16"),
+        (r"'Full'.*--remat\.language.*'none', 'full', 'dots'", "--remat.language=Full"),
+        (r"--loss\.importance=2\.0 is impossible; give 0 to 1", "--loss.importance=2"),
+        (r"--loss\.oversample=0\.5 is impossible; give 1 or more", "--loss.oversample=0.5"),
+        (r"--loss\.copies=0 is impossible; give 1 or more", "--loss.copies=0"),
+        (r"--checkpoint\.best=dize is no measure.*dice, dice/segmentation, .*", "--checkpoint.best=dize"),
     ],
 )
 def test_a_configuration_that_cannot_be_meant(refuses, pattern, option):
     refuses(pattern, option)
+
+
+def test_a_choice_in_the_file_that_does_not_exist(tmp_path):
+    file = tmp_path / "wrong.py"
+    file.write_text(
+        "from unibiomed_jax.training.config import RematConfig, TrainConfig\n"
+        "config = TrainConfig(remat=RematConfig(language='Full'))\n"
+    )
+    with pytest.raises(InputError, match=r"--remat\.language=Full is impossible; .* none, full, dots"):
+        load_experiment(str(file))
 
 
 def test_a_batch_that_the_devices_cannot_share(refuses, train, monkeypatch):

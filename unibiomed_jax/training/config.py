@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from unibiomed_jax.config import ModelConfig, Precision
 from unibiomed_jax.data.pipeline import PipelineConfig
@@ -100,8 +101,8 @@ class FreezeConfig:
         "sam2.sam_mask_decoder.iou_prediction_head.*",
         "sam2.sam_mask_decoder.pred_obj_score_head.*",
     )
-    # Storage of what is frozen: "bfloat16", or "float32" to keep a checkpoint's last bits.
-    frozen_dtype: str = "bfloat16"
+    # Storage of what is frozen; "float32" keeps a checkpoint's last bits.
+    frozen_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
 # What the reference gives to its optimiser. No loss reaches the memory, which then only decays.
@@ -111,16 +112,20 @@ REFERENCE_FREEZE = FreezeConfig(
 )
 
 
+# Nothing, everything, or everything but products with weights.
+Remat = Literal["none", "full", "dots"]
+
+
 @dataclass(frozen=True)
 class RematConfig:
-    """What the backward pass computes again instead of keeping, by part: "none", "full" or "dots"."""
+    """What the backward pass computes again instead of keeping, by part."""
 
     # InternViT (matters only where it trains).
-    vision: str = "none"
+    vision: Remat = "none"
     # The language model.
-    language: str = "full"
+    language: Remat = "full"
     # SAM2's image encoder (matters only where it trains).
-    sam2_encoder: str = "none"
+    sam2_encoder: Remat = "none"
 
 
 @dataclass(frozen=True)
@@ -191,7 +196,7 @@ class TrainConfig:
     dry_run: bool = False
     # Record a trace of updates 10 to 14 for TensorBoard or Perfetto.
     profile: bool = False
-    # Number format in which the finished model is stored: "float32" or "bfloat16".
-    export_dtype: str = "float32"
+    # Number format in which the finished model is stored.
+    export_dtype: Literal["float32", "bfloat16"] = "float32"
     # Write the model of a checkpoint ("last", "best" or a step) and stop.
     export: str | None = None

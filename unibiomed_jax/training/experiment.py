@@ -7,8 +7,10 @@ import dataclasses
 import difflib
 import functools
 import io
+import itertools
 import runpy
 import sys
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,12 +18,15 @@ import tyro
 
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.training.config import TrainConfig
+from unibiomed_jax.training.metrics import SCORES
 
 # Fields of which zero or less would mean nothing.
 AT_LEAST_ONE = (
     "optim.steps",
     "optim.accumulate",
     "loss.num_points",
+    "loss.oversample",
+    "loss.copies",
     "loss.token_chunk",
     "checkpoint.every",
     "checkpoint.keep_last",
@@ -42,6 +47,7 @@ def load_experiment(path: str, arguments: Sequence[str] = ()) -> TrainConfig:
     config = runpy.run_path(path).get("config")
     if not isinstance(config, TrainConfig):
         raise InputError(f"{path} defines no `config = TrainConfig(...)`; see configs/tiny.py.")
+    require_choices(config)
     if any(argument in ("-h", "--help") for argument in arguments):
         return tyro.cli(TrainConfig, default=config, args=arguments, prog=f"train.py {path}")
     known = field_names(config)
@@ -55,14 +61,47 @@ def load_experiment(path: str, arguments: Sequence[str] = ()) -> TrainConfig:
         with contextlib.redirect_stderr(messages):
             config = tyro.cli(TrainConfig, default=config, args=arguments)
     except SystemExit:
+        # A box with a title, the reason, and below a line where to find help.
         lines = [line.strip(" │╭╰─╮╯") for line in messages.getvalue().splitlines()]
-        reason = " ".join(line for line in lines if line)
+        reason = " ".join(itertools.takewhile(bool, lines[1:]))
         raise InputError(f"The options {' '.join(arguments)} cannot be used: {reason.rstrip('.')}.") from None
+    require_possible(config)
+    return config
+
+
+def require_possible(config: TrainConfig) -> None:
+    """Refuse what would fail only after hours, or be without effect.
+
+    Raises:
+        InputError: a value that its field cannot have.
+    """
     for name in AT_LEAST_ONE:
         value = functools.reduce(getattr, name.split("."), config)
-        if value < 1:
+        if value is not None and value < 1:
             raise InputError(f"--{name}={value} is impossible; give 1 or more.")
-    return config
+    if not 0 <= config.loss.importance <= 1:
+        raise InputError(f"--loss.importance={config.loss.importance} is impossible; give 0 to 1.")
+    if config.checkpoint.best not in SCORES:
+        raise InputError(
+            f"--checkpoint.best={config.checkpoint.best} is no measure of a validation in which higher is "
+            f"better; give one of {', '.join(SCORES)}."
+        )
+
+
+def require_choices(config: object, prefix: str = "") -> None:
+    """Check fields with a fixed set of values in a file; the parser of the command line checks only its own.
+
+    Raises:
+        InputError: a value that is not in the set.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        name, hint, value = prefix + field.name, hints[field.name], getattr(config, field.name)
+        if typing.get_origin(hint) is typing.Literal and value not in typing.get_args(hint):
+            choices = ", ".join(typing.get_args(hint))
+            raise InputError(f"--{name}={value} is impossible; give one of {choices}.")
+        if dataclasses.is_dataclass(value):
+            require_choices(value, f"{name}.")
 
 
 def field_names(config: object, prefix: str = "") -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from unibiomed_jax.data.records import TEXT_ONLY, Kind
 from unibiomed_jax.training.config import TrainConfig
 from unibiomed_jax.training.forward import (
     Batch,
@@ -25,6 +26,13 @@ from unibiomed_jax.training.forward import (
 )
 from unibiomed_jax.training.losses import IGNORE, next_token_labels
 from unibiomed_jax.training.parameters import Parameters, merge
+
+# Measures of `summarise` of which higher is better.
+SCORES = (
+    "dice",
+    *(f"dice/{kind}" for kind in Kind if kind not in TEXT_ONLY),
+    *(f"answers/{kind}" for kind in Kind),
+)
 
 
 class Measured(NamedTuple):
