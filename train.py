@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import jax
@@ -21,6 +22,7 @@ from rich.table import Table
 from unibiomed_jax import runtime, sharding
 from unibiomed_jax.config import to_dict
 from unibiomed_jax.data.pipeline import Batch, Pipeline, collate
+from unibiomed_jax.data.plan import Shape
 from unibiomed_jax.data.transforms import SampleConfig
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inference.tokenizer import Tokenizer
@@ -199,6 +201,11 @@ def abstract_state(config: TrainConfig, shapes: dict, mesh, strategy) -> dict:
         for path, value in frozen.items()
     }
     tree = {"train": jax.eval_shape(lambda: init_state(zeros(trainable), config)), "frozen": frozen}
+    return laid_out(tree, strategy, mesh)
+
+
+def laid_out(tree, strategy, mesh):
+    """A tree of abstract arrays with their layout on the devices."""
     return jax.tree.map(
         lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
         tree,
@@ -240,23 +247,49 @@ def describe(config: TrainConfig, abstract: dict, data: Pipeline, mesh) -> None:
     )
 
 
+def heaviest(config: TrainConfig, shapes: Sequence[Shape], trainable: Collection[str]) -> Shape:
+    """The shape of the batch that asks for most arithmetic when every slot of it is taken."""
+
+    def work(shape: Shape) -> float:
+        slots = {
+            "tile_valid": shape.tiles,
+            "token_valid": shape.tokens,
+            "labels": shape.tokens,
+            "frame_valid": shape.frames,
+            "object_valid": shape.objects,
+        }
+        full = {name: np.ones((config.data.batch_size, count), np.int32) for name, count in slots.items()}
+        return flops.step_flops(flops.forward_work(config.model, full, config.lora.rank), trainable)
+
+    return max(shapes, key=work)
+
+
 def report_memory(config, step: TrainStep, abstract: dict, data: Pipeline, mesh, strategy) -> int:
-    """Compile the step for the largest batch and print what a device must hold."""
-    blank = collate([None] * config.data.batch_size, max(data.plan.shapes), data.config.sample)
+    """Compile the step for the heaviest batch and print what a device must hold."""
+    state, frozen = abstract["train"], abstract["frozen"]
+    shape = heaviest(config, data.plan.shapes, state.trainable)
+    blank = collate([None] * config.data.batch_size, shape, data.config.sample)
     layout = sharding.batch_sharding(strategy, mesh)
     arrays = {
         name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=layout) for name, value in blank.items()
     }
-    started = time.perf_counter()
-    compiled = step.whole.lower(abstract["train"], abstract["frozen"], arrays).compile()
-    seconds = time.perf_counter() - started
-    table = Table("part", "MiB a device", title="Memory of one update")
     parts = {
-        "trainable parameters": abstract["train"].trainable,
-        "optimiser": abstract["train"].moments,
-        "frozen parameters": abstract["frozen"],
+        "trainable parameters": state.trainable,
+        "optimiser": state.moments,
+        "frozen parameters": frozen,
         "batch": arrays,
     }
+    if config.optim.accumulate == 1:
+        program, arguments = step.whole, (state, frozen, arrays)
+    else:
+        total = laid_out(jax.eval_shape(step.nothing, state.trainable), strategy, mesh)
+        parts["gradient total"] = total
+        counts, index = jax.eval_shape(step.count, arrays), jax.ShapeDtypeStruct((), np.int32)
+        program, arguments = step.accumulate, (total, state, frozen, arrays, counts, index)
+    started = time.perf_counter()
+    compiled = program.lower(*arguments).compile()
+    seconds = time.perf_counter() - started
+    table = Table("part", "MiB a device", title="Memory of one update")
     for name, tree in parts.items():
         table.add_row(name, f"{device_bytes(tree) / 2**20:,.1f}")
     analysis = compiled.memory_analysis()

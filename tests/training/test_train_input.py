@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from small import STEP
 from small_datasets import coco_table, save_picture, save_square, write_table
 
 from unibiomed_jax.data.pipeline import Batch
+from unibiomed_jax.data.plan import Shape
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.training.checkpoint import Checkpointer
 from unibiomed_jax.training.config import CheckpointConfig
@@ -178,6 +180,26 @@ def test_a_folder_in_which_another_process_trains(refuses, tmp_path):
     refuses("Another process trains in")
     refuses("no checkpoint 'last'", "--export=last")
     assert unfinished.exists()
+
+
+def test_a_dry_run_takes_the_heaviest_shape(train):
+    more_frames, more_tokens = Shape(2, 1, 2, 40), Shape(1, 1, 13, 4000)
+    assert train.heaviest(STEP, [more_frames, more_tokens], ["mlp1"]) == more_tokens
+
+
+def test_a_dry_run_shows_the_program_that_sums_gradients(train, data, tmp_path, monkeypatch, capsys):
+    class Accumulating(train.TrainStep):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            del self.whole
+
+    monkeypatch.setattr(train, "TrainStep", Accumulating)
+    monkeypatch.setattr(train.runtime, "prepare", lambda: None)
+    options = [f"--folder={tmp_path / 'run'}", "--dry-run", "--optim.accumulate=2"]
+    monkeypatch.setattr("sys.argv", ["train.py", str(CONFIG), *options])
+    assert train.main() == 0
+    rows = dict(re.findall(r"│ ([a-z ]+?) +│ ([0-9.]+) +│", capsys.readouterr().out))
+    assert rows["gradient total"] == rows["trainable parameters"]
 
 
 def test_a_run_stops_after_too_many_losses_that_are_not_finite(train, tmp_path, capsys):

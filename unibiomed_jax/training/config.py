@@ -192,7 +192,7 @@ class TrainConfig:
     seed: int = 42
     # Updates in a row that may fail with a loss that is not finite before the run stops.
     max_bad_steps: int = 5
-    # Compile the step of the largest batch and print the memory it needs, without training.
+    # Compile the step of the heaviest batch and print the memory it needs, without training.
     dry_run: bool = False
     # Record a trace of updates 10 to 14 for TensorBoard or Perfetto.
     profile: bool = False
