@@ -40,6 +40,17 @@ from unibiomed_jax.training.step import TrainState, TrainStep, init_state, place
 
 console = Console()
 
+# Fields of a sample that follow from the model, and what of the model decides them.
+SAMPLE_SIZES = {
+    "tile_size": "vision.image_size",
+    "tokens_per_tile": "vision.image_size with its patch_size and downsample_ratio",
+    "min_tiles": "min_tiles",
+    "max_tiles": "max_tiles",
+    "use_thumbnail": "use_thumbnail",
+    "sam_size": "sam2.image_size",
+    "mask_size": "sam2.image_size",
+}
+
 
 def main() -> int:
     # Configuration
@@ -170,18 +181,20 @@ def find_tokenizer(config: TrainConfig) -> Path:
 
 
 def open_data(config: TrainConfig, tokenizer: Tokenizer, *, training: bool) -> Pipeline:
-    """The pipeline of the training or of the validation data; sizes of arrays come from the model."""
-    sizes = SampleConfig.from_model(config.model)
-    names = (
-        "tile_size",
-        "tokens_per_tile",
-        "min_tiles",
-        "max_tiles",
-        "use_thumbnail",
-        "sam_size",
-        "mask_size",
-    )
-    sample = dataclasses.replace(config.data.sample, **{name: getattr(sizes, name) for name in names})
+    """The pipeline of the training or of the validation data; sizes of arrays come from the model.
+
+    Raises:
+        InputError: other sizes were given, a dataset cannot be read, or there is none.
+    """
+    defaults, sizes = SampleConfig(), SampleConfig.from_model(config.model)
+    for name, source in SAMPLE_SIZES.items():
+        given, size = getattr(config.data.sample, name), getattr(sizes, name)
+        if given not in (size, getattr(defaults, name)):
+            raise InputError(
+                f"--data.sample.{name}={given} would have no effect, since the model's {source} decides it "
+                f"(here {size}); leave it out."
+            )
+    sample = dataclasses.replace(config.data.sample, **{name: getattr(sizes, name) for name in SAMPLE_SIZES})
     settings = dataclasses.replace(config.data, sample=sample)
     if not training:
         sample = dataclasses.replace(sample, augment=None)

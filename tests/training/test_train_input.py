@@ -93,6 +93,7 @@ def test_the_command_says_it_in_one_line_and_exits_with_2(data, monkeypatch):
         ("batch_size=0", "--data.batch-size=0"),
         (r"--optim\.accumulate=0 is impossible", "--optim.accumulate=0"),
         (r"--log\.every=-1 is impossible", "--log.every=-1"),
+        (r"--data\.sample\.max_tiles=6 .* model's max_tiles decides .*1\)", "--data.sample.max-tiles=6"),
         (r"'bf16'.*--export-dtype.*'float32', 'bfloat16'", "--export-dtype=bf16"),
         (r"'bf16'.*--freeze\.frozen-dtype.*'bfloat16', 'float32'", "--freeze.frozen-dtype=bf16"),
         (r"'Full'.*--remat\.language.*'none', 'full', 'dots'", "--remat.language=Full"),
