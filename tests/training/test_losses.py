@@ -113,8 +113,22 @@ def test_no_gradient_flows_through_the_choice_of_points():
 
 
 def test_cyclic_copies_repeat_the_objects_of_a_sample():
-    index, valid = cyclic_copies(jnp.array([[1, 1, 0], [1, 0, 0], [0, 0, 0], [1, 1, 1]], bool), 5)
+    objects = jnp.array([[1, 1, 0], [1, 0, 0], [0, 0, 0], [1, 1, 1]], bool)
+    index, valid = cyclic_copies(objects, 5, jax.random.key(0))
     np.testing.assert_array_equal(
         index[np.array([0, 1, 3])], [[0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [0, 1, 2, 0, 1]]
     )
     np.testing.assert_array_equal(valid.all(1), [True, True, False, True])
+
+
+def test_of_more_objects_than_copies_a_random_choice_is_taken():
+    objects = jnp.arange(8) < jnp.array([7, 5, 3])[:, None]
+    draws = []
+    for seed in range(40):
+        index, valid = cyclic_copies(objects, 5, jax.random.key(seed))
+        assert valid.all()
+        np.testing.assert_array_equal(index[1:], [[0, 1, 2, 3, 4], [0, 1, 2, 0, 1]])
+        draws.append(index[0].tolist())
+    assert all(len(set(draw)) == 5 for draw in draws)
+    assert {slot for draw in draws for slot in draw} == set(range(7))
+    assert cyclic_copies(objects, 5, jax.random.key(3))[0][0].tolist() == draws[3]

@@ -39,8 +39,8 @@ class LossConfig:
     oversample: float = 3.0
     # Share of the points chosen where the prediction is least sure.
     importance: float = 0.75
-    # Rows a frame, filled by repeating its objects (the reference: 5); none: every object once, which is
-    # equal in expectation and a fifth of the work.
+    # Rows a frame, filled by repeating its objects, or by a random choice of more (the reference: 5); none:
+    # every object once, which is equal in expectation for one object and a fifth of the work.
     copies: int | None = None
     # Segment the frames of a sequence after SAM2's conditioning frames by following the object, as inference
     # does, which trains the memory. The reference prompts every frame and leaves the memory as it was.

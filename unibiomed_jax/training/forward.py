@@ -175,7 +175,8 @@ def loss_sums(
     logits, targets = prediction.masks, batch["masks"].astype(jnp.float32)
     valid = prediction.masks_valid
     if config.copies is not None:
-        index, _ = cyclic_copies(valid.any(2), config.copies)
+        key_objects = jax.random.fold_in(key, 2)  # `choose_points` splits the key in two
+        index, _ = cyclic_copies(valid.any(2), config.copies, key_objects)
         logits, targets, valid = (
             jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
             for x in (logits, targets, valid)

@@ -162,11 +162,16 @@ def mask_losses(
 
 
 def cyclic_copies(
-    object_valid: Bool[Array, "batch objects"], copies: int
+    object_valid: Bool[Array, "batch objects"], copies: int, key: Array
 ) -> tuple[Int[Array, "batch copies"], Bool[Array, "batch copies"]]:
-    """Which object slot each of `copies` rows takes: the valid objects over and over, as the reference does.
+    """Which object slot each of `copies` rows takes, as the reference does it.
 
-    Valid slots must come first in a row. Rows of a sample without any object are not valid.
+    The valid objects over and over, in order; a random choice of them in a sample that has more than
+    `copies`. Valid slots must come first in a row. Rows of a sample without any object are not valid.
     """
     count = object_valid.sum(1, keepdims=True)
-    return jnp.arange(copies) % jnp.maximum(count, 1), jnp.broadcast_to(count > 0, (len(count), copies))
+    index = jnp.arange(copies) % jnp.maximum(count, 1)
+    if object_valid.shape[1] > copies:
+        shuffled = jnp.argsort(jnp.where(object_valid, jax.random.uniform(key, object_valid.shape), 1))
+        index = jnp.where(count > copies, shuffled[:, :copies], index)
+    return index, jnp.broadcast_to(count > 0, (len(count), copies))
