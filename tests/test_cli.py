@@ -140,6 +140,15 @@ def test_a_group_that_fails_is_named_and_the_others_done(loaded, model, tmp_path
     assert "a [x].png" in captured.err and "out of memory" in captured.err
 
 
+def test_slices_are_ordered_by_number_and_those_of_subfolders_left_out(tmp_path):
+    for name in ("slice10.png", "slice2.png", "slice1.png", "masks/slice1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(IMAGE, tmp_path / name)
+    (slices,) = cli._sources(options(tmp_path, tmp_path / "out", volume=True)).values()
+    assert [path.name for path in slices] == ["slice1.png", "slice2.png", "slice10.png"]
+    assert len(cli._sources(options(tmp_path, tmp_path / "out"))) == 4
+
+
 def test_a_volume_leaves_a_mask_and_an_overlay_a_slice(loaded, tmp_path):
     source = tmp_path / "ct"
     source.mkdir()
@@ -152,14 +161,72 @@ def test_a_volume_leaves_a_mask_and_an_overlay_a_slice(loaded, tmp_path):
     assert len(json.loads((folder / "answer.json").read_text())["segments"][0]["mask"]) == 3
 
 
-def test_a_full_disk_leaves_nothing_half_written(loaded, tmp_path, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
+def test_a_full_disk_ends_the_run_and_leaves_nothing_half_written(
+    loaded, model, tmp_path, capsys, monkeypatch
+):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        shutil.copy(IMAGE, source / name)
+    replace, answered = os.replace, []
+
+    def full(old, new):
+        if Path(new).name == "b.png":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(old, new)
 
     monkeypatch.setattr(report.os, "replace", full)
-    with pytest.raises(InputError, match="No space left on device.*--out"):
-        cli.predict(options(IMAGE, tmp_path / "out"))
-    assert list((tmp_path / "out").iterdir()) == []
+    predict_batch = model.predict_batch
+    monkeypatch.setattr(
+        model, "predict_batch", lambda *args, **kw: answered.append(1) or predict_batch(*args, **kw)
+    )
+    assert cli.predict(options(source, out)) == 2
+    captured = capsys.readouterr()
+    assert "1 answered, 2 failed" in captured.out and "research use" in captured.out
+    assert "b.png: " in captured.err and "c.png: " in captured.err
+    assert "No space left on device" in captured.err and "--out" in captured.err
+    assert len(answered) == 2  # c.png was not even asked about
+    assert [path.name for path in out.iterdir()] == ["a.png"]
+
+
+def test_an_answer_that_cannot_be_written_fails_alone(loaded, tmp_path, capsys):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    for name in ("b.png", "c.png"):
+        shutil.copy(IMAGE, source / name)
+    (out / "b.png").write_bytes(b"a mask of somebody else")
+    assert cli.predict(options(source, out)) == 1
+    captured = capsys.readouterr()
+    assert "1 answered, 1 failed" in captured.out
+    assert "b.png: " in captured.err and "something else than an answer" in " ".join(captured.err.split())
+    assert (out / "b.png").read_bytes() == b"a mask of somebody else"
+    assert (out / "c.png" / "answer.json").is_file()
+
+
+def test_what_is_not_an_answer_is_never_replaced(loaded, tmp_path, capsys):
+    kept = tmp_path / "out" / IMAGE.name / "ground_truth.png"
+    kept.parent.mkdir(parents=True)
+    shutil.copy(IMAGE, kept)
+    assert cli.predict(options(IMAGE, tmp_path / "out", overwrite=True)) == 1
+    assert "choose another --out" in " ".join(capsys.readouterr().err.split())
+    assert kept.read_bytes() == IMAGE.read_bytes()
+
+
+def test_an_old_answer_stays_where_the_new_one_cannot_be_put(loaded, tmp_path, monkeypatch):
+    folder = tmp_path / "out" / IMAGE.name
+    assert cli.predict(options(IMAGE, tmp_path / "out")) == 0
+    replace = os.replace
+
+    def refuse(old, new):
+        if Path(old).name.endswith(".partial"):
+            raise OSError(errno.EIO, "Input/output error")
+        replace(old, new)
+
+    monkeypatch.setattr(report.os, "replace", refuse)
+    assert cli.predict(options(IMAGE, tmp_path / "out", overwrite=True)) == 1
+    assert (folder / "answer.json").is_file() and (folder / "overlay.png").is_file()
+    assert list(folder.parent.iterdir()) == [folder]
 
 
 @pytest.mark.parametrize(

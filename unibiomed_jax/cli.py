@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,7 +30,7 @@ errors = Console(stderr=True)
 class Predict:
     """Ask every image the same question; write text, masks and overlays."""
 
-    # An image, or a folder of images (its subfolders included).
+    # An image, or a folder of images (its subfolders included, but for a volume).
     image_or_folder: Annotated[Path, tyro.conf.Positional]
     # The question; write <image> where the image goes: "<image>Please segment the liver."
     prompt: str
@@ -36,7 +38,7 @@ class Predict:
     checkpoint: Path
     # Where the answers go, a folder an image.
     out: Path
-    # The folder is one volume: its images, sorted by name, are the slices.
+    # The folder is one volume: its images, sorted by name and number (2 before 10), are the slices.
     volume: bool = False
     # Slices that the language model sees (default: the first five).
     conditioning: tuple[int, ...] | None = None
@@ -48,7 +50,7 @@ class Predict:
     max_new_tokens: int = 2048
     # Images answered in one go; takes the memory of the next power of two.
     batch_size: int = 1
-    # "auto": the fastest policy of this machine that keeps the answers of float32.
+    # "auto": bfloat16, as the reference; on a CPU the fastest policy that keeps the answers of float32.
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     # Answer again what is already answered.
     overwrite: bool = False
@@ -79,31 +81,38 @@ def predict(options: Predict) -> int:
     }
     if len(todo) < len(sources):
         console.print(f"{len(sources) - len(todo)} of {len(sources)} already answered in {options.out}.")
-    failures: dict[str, str] = {}
+    reasons: dict[str, str | None] = {}  # why it failed, or None for what is done
     names = list(todo)
     bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with bar as progress:
         task = progress.add_task("Answering", total=len(names))
-        for start in range(0, len(names), options.batch_size):
-            group = names[start : start + options.batch_size]
-            failures |= _answer(model, options, {name: todo[name] for name in group})
-            progress.advance(task, len(group))
+        try:
+            for start in range(0, len(names), options.batch_size):
+                group = names[start : start + options.batch_size]
+                for name, reason in _answer(model, options, {name: todo[name] for name in group}):
+                    reasons[name] = reason
+                    progress.advance(task)
+        except report.DiskFullError as error:
+            reasons |= {name: str(error) for name in names if name not in reasons}
 
-    done = len(names) - len(failures)
-    console.print(f"{done} answered, {len(failures)} failed; results in {options.out}")
+    failures = {name: reason for name, reason in reasons.items() if reason is not None}
+    console.print(f"{len(names) - len(failures)} answered, {len(failures)} failed; results in {options.out}")
     for name, reason in failures.items():
         errors.print(f"[red]{escape(name)}[/red]: {escape(reason)}", highlight=False)
     console.print(INTENDED_USE, style="italic")
     return len(failures)
 
 
-def _answer(model, options: Predict, group: dict[str, list[Path]]) -> dict[str, str]:
-    """Answer a group of images in one call and write the results; the reasons of those that failed."""
+def _answer(model, options: Predict, group: dict[str, list[Path]]) -> Iterator[tuple[str, str | None]]:
+    """Answer a group of images in one call and write the results; of each, why it failed, or None.
+
+    Raises:
+        DiskFullError: the answer of the next image and of all after it cannot be written.
+    """
     from unibiomed_jax.inference import report
     from unibiomed_jax.inference.predictor import Request
     from unibiomed_jax.inference.preprocess import open_mask
 
-    failures: dict[str, str] = {}
     requests: dict[str, Request] = {}
     for name, paths in group.items():
         try:
@@ -115,14 +124,15 @@ def _answer(model, options: Predict, group: dict[str, list[Path]]) -> dict[str, 
             model.prompt_of(request)  # a request that does not fit fails alone, not with its group
             requests[name] = request
         except InputError as error:
-            failures[name] = str(error)
+            yield name, str(error)
     try:
         answers = model.predict_batch(
             list(requests.values()), max_new_tokens=options.max_new_tokens, hide_absent=options.hide_absent
         )
     except (RuntimeError, MemoryError) as error:  # such as too little memory for these images
         reason = f"not answered: {error or type(error).__name__}; try a smaller --batch-size"
-        return failures | dict.fromkeys(requests, reason)
+        yield from ((name, reason) for name in requests)
+        return
     for (name, request), answer in zip(requests.items(), answers, strict=True):
         description = report.describe(
             answer,
@@ -130,8 +140,14 @@ def _answer(model, options: Predict, group: dict[str, list[Path]]) -> dict[str, 
             precision=model.config.precision,
             request=_settings(options, group[name]),
         )
-        report.write(options.out / name, request.image, answer, description)
-    return failures
+        try:
+            report.write(options.out / name, request.image, answer, description)
+        except report.DiskFullError:
+            raise
+        except InputError as error:
+            yield name, str(error)
+        else:
+            yield name, None
 
 
 def _check(options: Predict, sources: dict[str, list[Path]]) -> None:
@@ -175,15 +191,23 @@ def _sources(options: Predict) -> dict[str, list[Path]]:
         return {path.name: [path]}
     answers = options.out.resolve()  # not to be asked about, should they lie inside the folder
     found = sorted(
-        p
-        for p in path.rglob("*")
-        if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and answers not in p.resolve().parents
+        (
+            p
+            for p in (path.iterdir() if options.volume else path.rglob("*"))
+            if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and answers not in p.resolve().parents
+        ),
+        key=_by_number,
     )
     if not found:
         raise InputError(f"{path} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}); check the folder.")
     if options.volume:
         return {path.resolve().name: found}
     return {str(p.relative_to(path)): [p] for p in found}
+
+
+def _by_number(path: Path) -> list[tuple[int, str]]:
+    """Sorts slice_2 before slice_10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
 def build_data(options: BuildOptions) -> int:

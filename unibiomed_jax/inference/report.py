@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -22,6 +23,10 @@ from unibiomed_jax.inference.predictor import Answer, OpenedImage, Segment
 from unibiomed_jax.inference.prompt import clean_answer
 
 ANSWER_FILE = "answer.json"
+
+
+class DiskFullError(InputError):
+    """No answer can be written any more."""
 
 
 def run_length(mask: np.ndarray) -> dict:
@@ -65,12 +70,15 @@ def describe(
 
 
 def write(folder: Path, image: OpenedImage, answer: Answer, description: dict) -> None:
-    """Write everything beside `folder`, then put it in its place: it is complete or not there.
+    """Write everything beside `folder`, then put it in its place: it is complete, or what was there stays.
 
     Raises:
-        InputError: the disk is full or the folder may not be written.
+        DiskFullError: no space is left.
+        InputError: the folder may not be written, or holds something else than an answer.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
+    if folder.exists() and not (folder / ANSWER_FILE).is_file():
+        raise InputError(f"{folder} holds something else than an answer; choose another --out.")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -79,11 +87,20 @@ def write(folder: Path, image: OpenedImage, answer: Answer, description: dict) -
         _write_overlays(partial, image, answer)
         text = json.dumps(description, indent=2, ensure_ascii=False)
         (partial / ANSWER_FILE).write_text(text + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
+        try:
+            os.replace(partial, folder)
+        except BaseException:
+            if old.exists():
+                os.replace(old, folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise InputError(
+        kind = DiskFullError if error.errno == errno.ENOSPC else InputError
+        raise kind(
             f"{folder} could not be written ({error.strerror}); free space or choose another --out."
         ) from error
 
