@@ -68,14 +68,14 @@ IMAGES = (
         "cxr_montgomery/test_mask/montgomery_2_lungs.png",
     ),
     Example(
-        "spider_spine_t2_mri/test/1029_17.jpg",
+        "spider_spine_t2_mri/test/1056_16.jpg",
         "Please segment vertebrae in lumbar spine MRI.",
-        "spider_spine_t2_mri/test_mask/1029_17_vertebrae.png",
+        "spider_spine_t2_mri/test_mask/1056_16_vertebrae.png",
     ),
     Example(
-        "msd_spleen_ct/test/10019_spleen_3.jpg",
-        "Can you segment the spleen in abdomen CT?",
-        "msd_spleen_ct/test_mask/10019_spleen_3_spleen.png",
+        "msd_spleen_ct/test/10024_spleen_59.jpg",
+        "Please segment spleen in abdomen CT.",
+        "msd_spleen_ct/test_mask/10024_spleen_59_spleen.png",
     ),
 )
 VOLUME = Example(
