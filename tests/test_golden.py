@@ -13,7 +13,7 @@ from measured import assert_close
 from PIL import Image
 
 from convert.from_torch import read_released
-from unibiomed_jax import Request, UniBiomed
+from unibiomed_jax import Request, UniBiomed, checkpoint
 from unibiomed_jax.inference.generate import ground
 from unibiomed_jax.inference.precision import CPU, FLOAT32
 from unibiomed_jax.inference.predictor import Answer
@@ -194,12 +194,26 @@ def test_nothing_compiles_again_once_warm(model, image):
 
 
 def test_object_score_hides_masks_only_when_asked(model, image):
-    golden = load("image_abdomen")
-    asked = request(model, image, "image_abdomen", golden)
-    shown = model.predict_batch([asked], max_new_tokens=NEW_TOKENS)[0].segments[0]
-    hidden = model.predict_batch([asked], max_new_tokens=NEW_TOKENS, hide_absent=True)[0].segments[0]
-    assert shown.mask.any()
-    assert hidden.mask.any() == (shown.object_score > 0)
+    """Of the model, which sees the object, and of one that says of every object that it is absent."""
+    folder = GOLDEN / "micro" / "checkpoint"
+    loaded = read_released(folder)
+    parameters = checkpoint.flatten(loaded.params)
+    last_layer = "sam2.sam_mask_decoder.pred_obj_score_head.layers.2"
+    parameters[f"{last_layer}.kernel"] = np.zeros_like(parameters[f"{last_layer}.kernel"])
+    parameters[f"{last_layer}.bias"] = np.full_like(parameters[f"{last_layer}.bias"], -10)
+    absent = UniBiomed(
+        loaded.config, checkpoint.unflatten(parameters), Tokenizer.from_folder(folder), precision=FLOAT32
+    )
+    asked = request(model, image, "image_abdomen", load("image_abdomen"))
+    for asker, present in ((model, True), (absent, False)):
+        shown, hidden = (
+            asker.predict_batch([asked], max_new_tokens=NEW_TOKENS, hide_absent=hide)[0].segments[0]
+            for hide in (False, True)
+        )
+        assert (shown.object_score > 0) == (hidden.object_score > 0) == present
+        assert shown.mask.any()
+        assert np.array_equal(hidden.mask, shown.mask & present)
+        assert np.array_equal(hidden.mask, hidden.logits > 0)
 
 
 def test_second_turn_reuses_the_encoded_image(model, image):
