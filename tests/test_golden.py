@@ -13,7 +13,7 @@ from measured import assert_close
 from PIL import Image
 
 from convert.from_torch import read_released
-from unibiomed_jax import Request, UniBiomed, checkpoint
+from unibiomed_jax import InputError, Request, UniBiomed, checkpoint
 from unibiomed_jax.inference.generate import ground
 from unibiomed_jax.inference.precision import CPU, FLOAT32
 from unibiomed_jax.inference.predictor import Answer
@@ -222,9 +222,25 @@ def test_second_turn_reuses_the_encoded_image(model, image):
     visual = opened.visual
     second = model.predict(opened, "And the liver?", history=first, max_new_tokens=4)
     assert opened.visual is visual
+    assert first.image == opened.identity
     assert second.transcript.startswith(first.transcript)
     again = model.predict(image, "And the liver?", history=first, max_new_tokens=4)
     assert again.text == second.text
+
+
+def test_a_history_of_another_image_is_refused(model, image):
+    """Their tokens are as many, so that only the pixels tell them apart."""
+    frames = [np.full((30, 40), grey, np.uint8) for grey in (10, 20, 30)]
+    for opened, same, other in (
+        (model.open(image), model.open(image), model.open(image.rotate(180))),
+        (model.open(np.zeros((30, 40))), model.open(np.zeros((30, 40))), model.open(np.zeros((40, 30)))),
+        (model.open_volume(frames), model.open_volume(frames), model.open_volume(frames[::-1])),
+    ):
+        said = model.prompt_of(Request("<image>Describe this image.", opened)).text + "Fine.<|end|>"
+        history = Answer("", "Fine.<|end|>", (), opened.records, said, {}, image=opened.identity)
+        assert model.prompt_of(Request("Why?", same, history=history)).text.startswith(said)
+        with pytest.raises(InputError, match="history is about another image .*; give that image again"):
+            model.prompt_of(Request("Why?", other, history=history))
 
 
 def test_the_whole_model_as_one_jitted_function(model, image):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -85,6 +86,8 @@ class Answer:
     seconds: Mapping[str, float]
     # To be shown with every answer.
     notice: str = INTENDED_USE
+    # `OpenedImage.identity` of the image it is about.
+    image: str | None = None
 
 
 class OpenedImage:
@@ -99,6 +102,8 @@ class OpenedImage:
     ):
         self.frames = tuple(frames)
         self.records = tuple(records)
+        # sha256 of all sizes and pixels, by which the same image opened again is known.
+        self.identity = _identity(self.frames)
         # Frames that the language model sees and that are segmented from its words; None for a single image.
         self.conditioning = None if conditioning is None else tuple(conditioning)
         self.num_tiles = len(tiles)
@@ -130,7 +135,7 @@ class Request:
     regions: Sequence[np.ndarray] = ()
     # ... or as boxes (x0, y0, x1, y1) in pixels.
     boxes: Sequence[Sequence[float]] = ()
-    # The answer to the previous question about the same image.
+    # The answer to the previous question about the same image, opened again or not; of another it is refused.
     history: Answer | None = None
     # Tokens to say at given steps whatever the model prefers: {step: id}.
     forced: Mapping[int, int] = dataclasses.field(default_factory=dict)
@@ -294,6 +299,7 @@ class UniBiomed:
                     records=() if request.image is None else request.image.records,
                     transcript=prompt.text + text,
                     seconds=seconds,
+                    image=None if request.image is None else request.image.identity,
                 )
             )
         return answers
@@ -356,6 +362,11 @@ class UniBiomed:
                 raise InputError("Regions and boxes need a single image; give the image they are drawn on.")
             boxes = box_masks(request.boxes, image.size) if len(request.boxes) else ()
             cells = region_cells([*request.regions, *boxes], image.size, config.token_grid)
+        if image and request.history and request.history.image not in (None, image.identity):
+            raise InputError(
+                "The history is about another image than the one given; give that image again, or leave out "
+                "the history."
+            )
         tiles = 0 if image is None else image.num_tiles
         text = build_prompt(
             request.prompt,
@@ -493,6 +504,13 @@ class UniBiomed:
                     )
                 )
         return tuple(segments)
+
+
+def _identity(frames: Sequence[Image.Image]) -> str:
+    digest = hashlib.sha256(repr([frame.size for frame in frames]).encode())
+    for frame in frames:
+        digest.update(np.asarray(frame))
+    return digest.hexdigest()
 
 
 @contextmanager
