@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from rich.console import Console
 from small_datasets import coco_table, save_picture, save_square, write_table
 
@@ -242,6 +242,14 @@ def test_every_sort_of_problem_is_found(targets, damage, expected):
     assert (
         len(report.problems) == 1 and "1" in report.problems[0].text or expected[0] in ("duplicate", "schema")
     )
+
+
+def test_sizes_are_those_of_the_upright_image(targets):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (30, 60)).save(targets / "train" / "1.png", exif=exif)
+    write_table(targets / "train.json", coco_table(5, width=60, height=30))
+    assert not sorts(targets)[0]
 
 
 def test_no_findings_may_have_an_empty_mask(targets):

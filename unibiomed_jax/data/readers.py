@@ -190,15 +190,20 @@ def image_size(record: Record) -> tuple[int, int]:
         return record.size
     try:
         with Image.open(record.images[0]) as image:
-            # The base class's method: that of PNG decodes the pixels. TIFF's size is the upright one.
-            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-            turned = image.format != "TIFF" and orientation in (5, 6, 7, 8)
-            return image.size[::-1] if turned else image.size
+            return upright_size(image)
     except Exception as error:  # Pillow's plugins raise whatever their parser met
         raise InputError(
             f"{record.images[0]} of {record.name} cannot be read ({error}); replace the file or remove the "
             "annotation."
         ) from error
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of an opened file after the EXIF rotation, without decoding its pixels."""
+    # The base class's method: that of PNG decodes them. TIFF's size is the upright one already.
+    orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    turned = image.format != "TIFF" and orientation in (5, 6, 7, 8)
+    return image.size[::-1] if turned else image.size
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -3,14 +3,14 @@
 import collections
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import tyro
 from PIL import Image
 from rich.table import Table
 
-from unibiomed_jax.data.readers import NO_FINDINGS, find_datasets, read_dataset
+from unibiomed_jax.data.readers import NO_FINDINGS, find_datasets, read_dataset, upright_size
 from unibiomed_jax.data.records import DatasetConfig, Kind, Record
 from unibiomed_jax.data.writer import SPLITS
 from unibiomed_jax.errors import InputError
@@ -74,19 +74,27 @@ class ValidationReport:
         return table
 
 
+class _Look(NamedTuple):
+    # (width, height) as an image, EXIF rotation applied, and as a mask, whose pixels are taken as they lie.
+    upright: tuple[int, int]
+    size: tuple[int, int]
+    # Whether the first channel is all zero.
+    empty: bool
+
+
 @dataclass
 class _Files:
-    """What is known of every file looked at so far: size and whether it is all zero, or what is wrong."""
+    """What is known of every file looked at so far, or in a word what is wrong with it."""
 
-    known: dict[str, tuple[tuple[int, int], bool] | str] = field(default_factory=dict)
+    known: dict[str, _Look | str] = field(default_factory=dict)
 
-    def look(self, path: str) -> tuple[tuple[int, int], bool] | str:
+    def look(self, path: str) -> _Look | str:
         if path not in self.known:
             try:
                 with Image.open(path) as image:
-                    pixels = np.asarray(image)
+                    upright, pixels = upright_size(image), np.asarray(image)
                 first = pixels[..., 0] if pixels.ndim == 3 else pixels
-                self.known[path] = (pixels.shape[1::-1], not first.any())
+                self.known[path] = _Look(upright, pixels.shape[1::-1], not first.any())
             except FileNotFoundError:
                 self.known[path] = "missing"
             except Exception:  # Pillow's plugins raise whatever their parser met
@@ -152,8 +160,9 @@ def _check_records(title: str, records: list[Record], files: _Files) -> list[Pro
             image = files.look(path)
             if isinstance(image, str):
                 problems.append(Problem(title, image, f"{record.name}: the image {path} is {image}."))
-            elif min(record.size) > 0 and image[0] != record.size:
-                text = f"{record.name}: {path} is {_show(image[0])} but the table says {_show(record.size)}."
+            elif min(record.size) > 0 and image.upright != record.size:
+                size = f"{_show(image.upright)} (upright)"
+                text = f"{record.name}: {path} is {size} but the table says {_show(record.size)}."
                 problems.append(Problem(title, "table size", text))
             for mask in (frames[number] for frames in record.masks):
                 if mask:
@@ -170,11 +179,11 @@ def _check_mask(title: str, record: Record, path: str, mask, image) -> list[Prob
     if isinstance(mask, str):
         return [Problem(title, mask, f"{record.name}: the mask {path} is {mask}.")]
     problems = []
-    size, empty = mask
-    if not isinstance(image, str) and size != image[0]:
-        text = f"{record.name}: the mask {path} is {_show(size)} but its image {_show(image[0])}."
+    if not isinstance(image, str) and mask.size != image.upright:
+        sizes = f"{_show(mask.size)} but its image {_show(image.upright)} (upright)"
+        text = f"{record.name}: the mask {path} is {sizes}."
         problems.append(Problem(title, "mask size", text))
-    if empty and not any(NO_FINDINGS in text.lower() for text in record.texts):
+    if mask.empty and not any(NO_FINDINGS in text.lower() for text in record.texts):
         text = f"{record.name}: the mask {path} is empty; draw it, or say '{NO_FINDINGS}' in the text."
         problems.append(Problem(title, "empty mask", text, error=False))
     return problems
