@@ -91,19 +91,20 @@ def main() -> int:
         trainable, frozen = starting_parameters(config, mesh, strategy)
     else:
         frozen = restored.state["frozen"]
-    iterator = iter(data)
     if restored is None:
         layout = jax.tree.map(lambda leaf: leaf.sharding, abstract["train"])
         state = jax.jit(lambda table: init_state(table, config), out_shardings=layout)(trainable)
     else:
         state = restored.state["train"]
-        iterator.set_state(restored.position)
-        console.print(f"Going on after update {restored.step} of {config.optim.steps}.")
     trainable = None  # the state holds it
     if config.export:
         export_model(folder, config, state, frozen, tokenizer_folder)
         console.print(f"The model of update {restored.step} is in {folder / 'model'}.")
         return 0
+    iterator = iter(data)
+    if restored is not None:
+        iterator.set_state(restored.position)
+        console.print(f"Going on after update {restored.step} of {config.optim.steps}.")
     describe(config, abstract, data, mesh)
 
     # Loop

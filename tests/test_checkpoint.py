@@ -249,6 +249,7 @@ def test_a_later_format_is_refused(copied):
         ("vision", "patch_size", 0, "no model can be built from"),
         ("language", "hiden_size", 16, "Unknown field 'hiden_size' .* did you mean 'hidden_size'"),
         ("sam2", "memory_dim", "8", "memory_dim must be of type int"),
+        ("precision", "vision", "bf16", "vision must be one of 'float32', 'bfloat16', not 'bf16'"),
     ],
 )
 def test_a_wrong_config_is_refused(copied, part, field, value, reason):

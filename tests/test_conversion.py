@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from micro_checkpoint import (
@@ -64,7 +64,6 @@ def rearrangements(draw):
 
 
 @given(rearrangements(), st.data())
-@settings(deadline=None)
 def test_every_layout_is_undone_by_its_inverse(layout_and_shape, data):
     layout, shape = layout_and_shape
     tensor = data.draw(arrays(np.uint16, shape))
@@ -78,7 +77,6 @@ def test_every_layout_is_undone_by_its_inverse(layout_and_shape, data):
 
 
 @given(rearrangements(), st.integers(0, 3), st.integers(0, 4), st.integers(0, 2**32 - 1))
-@settings(deadline=None)
 def test_rows_give_back_what_they_were_filled_with(layout_and_shape, stacked, extra, seed):
     layout, shape = layout_and_shape
     stack = tuple(range(5, 5 + stacked)) if stacked else None

@@ -31,7 +31,7 @@ from unibiomed_jax.hf_config import model_config, release_config
 from unibiomed_jax.presets import MODELS, SAM2_VARIANTS
 
 TENSORS = micro_tensors()
-few = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path, fraction):
 
 
 @given(st.binary(max_size=200))
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_bytes_that_are_no_header_are_refused(tmp_path, content):
     path = tmp_path / "noise.safetensors"
     path.write_bytes(struct.pack("<Q", len(content)) + content)

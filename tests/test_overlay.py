@@ -115,7 +115,7 @@ def test_the_notice_is_under_every_picture(size, monkeypatch):
 
 
 @given(st.integers(1, 900), st.integers(1, 900), st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_single_pixel_leaves_a_trace(width, height, data):
     mask = np.zeros((height, width), bool)
     mask[data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))] = True
@@ -126,7 +126,7 @@ def test_a_single_pixel_leaves_a_trace(width, height, data):
 
 
 @given(st.text(max_size=300) | st.just("finding " * 2000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_label_can_be_drawn(label):
     result = overlay(grey(300, 200), [np.ones((200, 300))], [label])
     assert result.width == 768

@@ -457,7 +457,7 @@ def test_unusable_images_in_memory(source, message):
     st.binary(max_size=60),
     st.integers(0, 700),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_damaged_bytes_never_escape(tmp_path_factory, kind, garbage, position):
     exif = Image.Exif()
     exif[0x0112] = 6

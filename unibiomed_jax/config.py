@@ -189,6 +189,9 @@ class Sam2Config:
         return self.image_size // 16
 
 
+Dtype = typing.Literal["float32", "bfloat16"]
+
+
 @dataclass(frozen=True)
 class Precision:
     """Compute dtype per part: "float32" is exact, "bfloat16" is what the reference runs on a GPU.
@@ -197,14 +200,14 @@ class Precision:
     """
 
     # InternViT and the projector.
-    vision: str = "float32"
+    vision: Dtype = "float32"
     # The language model.
-    language: str = "float32"
+    language: Dtype = "float32"
     # SAM2's image encoder. "mixed": float32 activations, bfloat16 products but for the first stage and the
     # pyramid, which decide where a border runs.
-    sam2_encoder: str = "float32"
+    sam2_encoder: typing.Literal["float32", "bfloat16", "mixed"] = "float32"
     # SAM2's mask decoder and memory.
-    sam2_decoder: str = "float32"
+    sam2_decoder: Dtype = "float32"
     # Evaluate the dense positional encoding in bfloat16, the rounding the released weights were trained with.
     bfloat16_position: bool = False
 
@@ -267,6 +270,10 @@ def _coerce(hint, value, where: str):
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where)
     origin = typing.get_origin(hint)
+    if origin is typing.Literal and value not in typing.get_args(hint):
+        raise InputError(
+            f"{where} must be one of {', '.join(map(repr, typing.get_args(hint)))}, not {value!r}."
+        )
     if origin in (typing.Union, types.UnionType):
         inner = [a for a in typing.get_args(hint) if a is not type(None)]
         return None if value is None else _coerce(inner[0], value, where)

@@ -148,7 +148,7 @@ def test_box_prefers_large_regions_and_draws_among_them():
 
 
 @given(st.integers(1, 70), st.integers(1, 70), st.sampled_from([1, 8, 16, 64]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_nearest_resize_reads_the_floor_of_the_scaled_index(height, width, side):
     values = np.random.default_rng(height * 71 + width).random((height, width)) > 0.5
     expected = values[np.arange(side) * height // side][:, np.arange(side) * width // side]

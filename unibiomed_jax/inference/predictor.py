@@ -154,7 +154,7 @@ class Prompt:
 class UniBiomed:
     """The model with its tokenizer, ready to answer.
 
-    Every shape is bucketed, so that a warm process compiles nothing.
+    Every size is rounded up to one of a few (`buckets`), and a process compiles nothing for those it has met.
     """
 
     def __init__(
