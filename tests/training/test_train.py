@@ -223,6 +223,14 @@ def test_the_model_is_the_average_of_the_run_with_its_adapters_merged(finished):
     assert adapted == 7
 
 
+def test_a_model_is_exported_whatever_became_of_the_data(environment, finished, tmp_path):
+    shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
+    code, said = run(environment, tmp_path, "--export=last", "--data.seed=5")
+    assert code == 0, said
+    exported, trained = (checkpoint.read_manifest(folder / "model") for folder in (tmp_path, finished))
+    assert exported.hash == trained.hash
+
+
 def test_the_adapter_is_the_average_of_the_run(finished):
     """tests/parity/test_lora.py loads such a folder in peft."""
     leaves = contents(newest(finished))
