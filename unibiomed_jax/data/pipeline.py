@@ -224,8 +224,8 @@ class _BatchSource:
 def _start_worker(_index: int, _count: int) -> None:
     """In a worker process: end when the process it reads for says so or is gone, also if that was killed.
 
-    Nothing else ends it: signals to the whole process group (Ctrl-C, a scheduler's SIGTERM) are left to that
-    process, which still needs batches until it has saved its state.
+    Nothing else ends it once it has started: signals to the whole process group (Ctrl-C, a scheduler's
+    SIGTERM) are left to that process, which still needs batches until it has saved its state.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
