@@ -34,7 +34,7 @@ from flax import nnx
 from orbax.checkpoint.experimental import v1 as ocp
 
 from unibiomed_jax.config import ModelConfig, from_dict, to_dict
-from unibiomed_jax.errors import InputError
+from unibiomed_jax.errors import DiskFullError, InputError
 
 FORMAT = 1
 REMEDY = "convert the release again with: python -m convert.from_torch SRC DST"
@@ -132,7 +132,8 @@ def new_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[
     """A folder to fill that becomes `path` when the block ends, and vanishes when it fails.
 
     Raises:
-        InputError: `path` exists and `overwrite` is false, its parent cannot be written, or the disk is full.
+        InputError: `path` exists and `overwrite` is false, or its parent cannot be written.
+        DiskFullError: the disk is full.
     """
     path = Path(path).absolute()
     if path.exists() and not overwrite:
@@ -159,7 +160,7 @@ def new_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
-            raise InputError(f"The disk of {path} is full; free some space and run again.") from None
+            raise DiskFullError(f"The disk of {path} is full; free some space and run again.") from None
         raise
 
 

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from unibiomed_jax.data.build import BuildOptions, build
 from unibiomed_jax.data.validate import ValidateOptions, validate
-from unibiomed_jax.errors import InputError
+from unibiomed_jax.errors import DiskFullError, InputError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 
@@ -92,7 +92,7 @@ def predict(options: Predict) -> int:
                 for name, reason in _answer(model, options, {name: todo[name] for name in group}):
                     reasons[name] = reason
                     progress.advance(task)
-        except report.DiskFullError as error:
+        except DiskFullError as error:
             reasons |= {name: str(error) for name in names if name not in reasons}
 
     failures = {name: reason for name, reason in reasons.items() if reason is not None}
@@ -142,7 +142,7 @@ def _answer(model, options: Predict, group: dict[str, list[Path]]) -> Iterator[t
         )
         try:
             report.write(options.out / name, request.image, answer, description)
-        except report.DiskFullError:
+        except DiskFullError:
             raise
         except InputError as error:
             yield name, str(error)

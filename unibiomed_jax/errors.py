@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message is a single sentence that names the offender and the remedy; the command line prints it
     without a traceback and exits with a code other than zero.
     """
+
+
+class DiskFullError(InputError):
+    """Nothing more can be written there."""

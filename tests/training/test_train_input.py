@@ -95,7 +95,7 @@ def test_the_command_says_it_in_one_line_and_exits_with_2(data, monkeypatch):
         (r"--log\.every=-1 is impossible", "--log.every=-1"),
         (r"--data\.sample\.max_tiles=6 .* model's max_tiles decides .*1\)", "--data.sample.max-tiles=6"),
         (r"'bf16'.*--export-dtype.*'float32', 'bfloat16'", "--export-dtype=bf16"),
-        (r"'bf16'.*--freeze\.frozen-dtype.*'bfloat16', 'float32'", "--freeze.frozen-dtype=bf16"),
+        (r"'bf16'.*--freeze\.frozen-dtype.*'float32', 'bfloat16'", "--freeze.frozen-dtype=bf16"),
         (r"'Full'.*--remat\.language.*'none', 'full', 'dots'", "--remat.language=Full"),
         (r"--loss\.importance=2\.0 is impossible; give 0 to 1", "--loss.importance=2"),
         (r"--loss\.oversample=0\.5 is impossible; give 1 or more", "--loss.oversample=0.5"),

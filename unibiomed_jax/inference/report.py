@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +13,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
+from unibiomed_jax import checkpoint
 from unibiomed_jax.config import Precision, to_dict
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inference.overlay import overlay
@@ -23,10 +21,6 @@ from unibiomed_jax.inference.predictor import Answer, OpenedImage, Segment
 from unibiomed_jax.inference.prompt import clean_answer
 
 ANSWER_FILE = "answer.json"
-
-
-class DiskFullError(InputError):
-    """No answer can be written any more."""
 
 
 def run_length(mask: np.ndarray) -> dict:
@@ -70,38 +64,24 @@ def describe(
 
 
 def write(folder: Path, image: OpenedImage, answer: Answer, description: dict) -> None:
-    """Write everything beside `folder`, then put it in its place: it is complete, or what was there stays.
+    """Write an answer; it is complete, or what was there stays.
 
     Raises:
         DiskFullError: no space is left.
         InputError: the folder may not be written, or holds something else than an answer.
     """
-    partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
     if folder.exists() and not (folder / ANSWER_FILE).is_file():
         raise InputError(f"{folder} holds something else than an answer; choose another --out.")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for number, segment in enumerate(answer.segments):
-            _write_masks(partial, f"mask_{number}_{_slug(segment.phrase)}", segment)
-        _write_overlays(partial, image, answer)
-        text = json.dumps(description, indent=2, ensure_ascii=False)
-        (partial / ANSWER_FILE).write_text(text + "\n", encoding="utf-8")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, old)
-        try:
-            os.replace(partial, folder)
-        except BaseException:
-            if old.exists():
-                os.replace(old, folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        with checkpoint.new_folder(folder, overwrite=True) as partial:
+            for number, segment in enumerate(answer.segments):
+                _write_masks(partial, f"mask_{number}_{_slug(segment.phrase)}", segment)
+            _write_overlays(partial, image, answer)
+            text = json.dumps(description, indent=2, ensure_ascii=False)
+            (partial / ANSWER_FILE).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        kind = DiskFullError if error.errno == errno.ENOSPC else InputError
-        raise kind(
-            f"{folder} could not be written ({error.strerror}); free space or choose another --out."
+        raise InputError(
+            f"{folder} could not be written ({error.strerror}); choose another --out."
         ) from error
 
 

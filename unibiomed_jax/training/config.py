@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from unibiomed_jax.config import ModelConfig, Precision
+from unibiomed_jax.config import Dtype, ModelConfig, Precision
 from unibiomed_jax.data.pipeline import PipelineConfig
 from unibiomed_jax.data.records import DatasetConfig
 from unibiomed_jax.training.lora import DECODER_LAYERS
@@ -102,7 +102,7 @@ class FreezeConfig:
         "sam2.sam_mask_decoder.pred_obj_score_head.*",
     )
     # Storage of what is frozen; "float32" keeps a checkpoint's last bits.
-    frozen_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    frozen_dtype: Dtype = "bfloat16"
 
 
 # What the reference gives to its optimiser. No loss reaches the memory, which then only decays.
@@ -197,6 +197,6 @@ class TrainConfig:
     # Record a trace of updates 10 to 14 for TensorBoard or Perfetto.
     profile: bool = False
     # Number format in which the finished model is stored.
-    export_dtype: Literal["float32", "bfloat16"] = "float32"
+    export_dtype: Dtype = "float32"
     # Write the model of a checkpoint ("last", "best" or a step) and stop.
     export: str | None = None
