@@ -98,7 +98,7 @@ def predict(options: Predict) -> int:
     failures = {name: reason for name, reason in reasons.items() if reason is not None}
     console.print(f"{len(names) - len(failures)} answered, {len(failures)} failed; results in {options.out}")
     for name, reason in failures.items():
-        errors.print(f"[red]{escape(name)}[/red]: {escape(reason)}", highlight=False)
+        errors.print(f"[red]{escape(name)}[/red]: {escape(reason)}", highlight=False, soft_wrap=True)
     console.print(INTENDED_USE, style="italic")
     return len(failures)
 
@@ -255,7 +255,7 @@ def main() -> None:
         options = tyro.cli(Command, prog="unibiomed", description=__doc__)
         sys.exit(1 if commands[type(options)](options) else 0)
     except InputError as error:
-        errors.print(f"[red]Error:[/red] {escape(str(error))}", highlight=False)
+        errors.print(f"[red]Error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
