@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import re
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from small import IDS, STEP, build, random_batch
+from flax import nnx
+from small import IDS, MODEL, STEP, build, random_batch
 
 from unibiomed_jax import sharding
+from unibiomed_jax.models.hiera import Hiera
 from unibiomed_jax.training.checkpoint import Checkpointer
 from unibiomed_jax.training.config import CheckpointConfig
 from unibiomed_jax.training.step import TrainStep, place, place_batch
@@ -33,6 +37,15 @@ def bytes_on_first_device(state):
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
 
 
+def trunk_collectives():
+    """How often the devices talk while each of them encodes its own two images."""
+    trunk = Hiera(MODEL.sam2.hiera, rngs=nnx.Rngs(0))
+    layout = sharding.batch_sharding(sharding.DATA_PARALLEL, sharding.make_mesh(jax.devices()))
+    pixels = jax.ShapeDtypeStruct((16, 128, 128, 3), jnp.float32, sharding=layout)
+    text = nnx.jit(lambda trunk, pixels: trunk(pixels)).lower(trunk, pixels).compile().as_text()
+    return len(re.findall(r"all-gather|all-to-all|all-reduce|collective-permute", text))
+
+
 def main(folder):
     assert len(jax.devices()) == 8
     graphdef, state, frozen = build(CONFIG)
@@ -50,6 +63,8 @@ def main(folder):
             "gradient": max(float(np.abs(a - b).max()) for a, b in pairs),
             "bytes": bytes_on_first_device(eight),
         }
+
+    found["trunk_collectives"] = trunk_collectives()
 
     checkpointer = Checkpointer(folder, CheckpointConfig())
     checkpointer.save(1, eight, position={}, config={})

@@ -115,6 +115,10 @@ def test_eight_devices_compute_what_one_does(eight_devices, strategy):
     assert found["loss"] < 1e-5 and found["gradient"] < 1e-5
 
 
+def test_devices_encode_their_own_images_without_talking(eight_devices):
+    assert eight_devices["trunk_collectives"] == 0
+
+
 def test_fsdp_spreads_parameters_and_moments(eight_devices):
     assert eight_devices["fsdp"]["bytes"] < 0.5 * eight_devices["data_parallel"]["bytes"]
 

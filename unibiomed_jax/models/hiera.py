@@ -176,8 +176,12 @@ def run_blocks(
 
 
 def bands(windows: int, window: int) -> int:
-    """In how many bands to run the windows, one after the other: on a CPU a band should stay in its cache."""
-    count = windows * window**2 // CELLS_IN_CACHE if jax.default_backend() == "cpu" else 1
+    """In how many bands to run the windows, one after the other: on a CPU a band should stay in its cache.
+
+    Where several devices share the windows there is one: each device would have to fetch the others' windows.
+    """
+    alone = jax.default_backend() == "cpu" and jax.device_count() == 1
+    count = windows * window**2 // CELLS_IN_CACHE if alone else 1
     while count > 1 and windows % count:
         count -= 1
     return max(count, 1)
