@@ -293,6 +293,8 @@ def report_memory(config, step: TrainStep, abstract: dict, data: Pipeline, mesh,
         "frozen parameters": frozen,
         "batch": arrays,
     }
+    if state.average is not None:
+        parts["running average"] = state.average
     if config.optim.accumulate == 1:
         program, arguments = step.whole, (state, frozen, arrays)
     else:

@@ -89,6 +89,10 @@ def test_the_command_says_it_in_one_line_and_exits_with_2(data, monkeypatch):
         ),
         ("'sam3.\\*' in trainable matches no parameter", "--freeze.trainable=sam3.*"),
         ("nowhere", "--initial=nowhere"),
+        (
+            r"asks for model\.\S+ = .* but \S*unibiomed-tiny has .*leave `model` out",
+            f"--initial={ROOT / 'checkpoints' / 'unibiomed-tiny'}",
+        ),
         ("no checkpoint 'best'", "--export=best"),
         ("batch_size=0", "--data.batch-size=0"),
         (r"--optim\.accumulate=0 is impossible", "--optim.accumulate=0"),
@@ -196,11 +200,11 @@ def test_a_dry_run_shows_the_program_that_sums_gradients(train, data, tmp_path, 
 
     monkeypatch.setattr(train, "TrainStep", Accumulating)
     monkeypatch.setattr(train.runtime, "prepare", lambda: None)
-    options = [f"--folder={tmp_path / 'run'}", "--dry-run", "--optim.accumulate=2"]
+    options = [f"--folder={tmp_path / 'run'}", "--dry-run", "--optim.accumulate=2", "--optim.ema=0.9"]
     monkeypatch.setattr("sys.argv", ["train.py", str(CONFIG), *options])
     assert train.main() == 0
     rows = dict(re.findall(r"│ ([a-z ]+?) +│ ([0-9.]+) +│", capsys.readouterr().out))
-    assert rows["gradient total"] == rows["trainable parameters"]
+    assert rows["gradient total"] == rows["running average"] == rows["trainable parameters"]
 
 
 def test_a_run_stops_after_too_many_losses_that_are_not_finite(train, tmp_path, capsys):

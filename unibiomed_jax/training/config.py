@@ -169,7 +169,7 @@ class TrainConfig:
     folder: str = "runs/unnamed"
     # Converted checkpoint to start from; none starts from random parameters.
     initial: str | None = None
-    # Sizes of the model; taken from `initial` where there is one.
+    # Sizes of the model; left out where `initial` brings them.
     model: ModelConfig = field(default_factory=ModelConfig)
     # Folder of the tokenizer's files; that of `initial` if not given.
     tokenizer: str | None = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from unibiomed_jax import checkpoint, sharding
+from unibiomed_jax.config import ModelConfig, to_dict
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.models.unibiomed import UniBiomedModel
 from unibiomed_jax.training import lora
@@ -52,9 +55,31 @@ LAYER_SCALES = ("*.ls1", "*.ls2")
 
 
 def resolve_model(config: TrainConfig) -> TrainConfig:
-    """The configuration with the sizes of the checkpoint it starts from, and its own precision."""
-    model = checkpoint.read_config(config.initial) if config.initial else config.model
+    """The configuration with the sizes of the checkpoint it starts from, and its own precision.
+
+    Raises:
+        InputError: the checkpoint cannot be read, or the configuration asks for another model than it holds.
+    """
+    model = config.model
+    if config.initial:
+        model = checkpoint.read_config(config.initial)
+        asked = dataclasses.replace(config.model, precision=model.precision)
+        if config.model != ModelConfig() and asked != model:
+            field, wants, has = next(differences(to_dict(asked), to_dict(model)))
+            raise InputError(
+                f"The configuration asks for model.{field} = {wants!r} but {config.initial} has {has!r}; "
+                "leave `model` out, since a checkpoint brings its own sizes."
+            )
     return dataclasses.replace(config, model=dataclasses.replace(model, precision=config.precision))
+
+
+def differences(one: dict, other: dict, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted field, value here, value there) wherever two tables of the same fields differ."""
+    for name, value in one.items():
+        if isinstance(value, dict):
+            yield from differences(value, other[name], f"{path}{name}.")
+        elif value != other[name]:
+            yield f"{path}{name}", value, other[name]
 
 
 def build_model(config: TrainConfig) -> UniBiomedModel:
