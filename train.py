@@ -232,15 +232,15 @@ def zeros(table: dict) -> dict:
 
 
 def chosen_step(checkpointer: Checkpointer, export: str | None) -> int | None:
-    """The checkpoint that `export` names; None is the newest.
+    """The checkpoint that `export` names; None is the newest undamaged one.
 
     Raises:
         InputError: there is no such checkpoint.
     """
-    if export is None:
-        return None
     steps = checkpointer.steps()
-    named = {"last": steps[-1] if steps else None, "best": checkpointer.best()} | {str(s): s for s in steps}
+    if export is None or (export == "last" and steps):
+        return None
+    named = {"best": checkpointer.best()} | {str(step): step for step in steps}
     if named.get(export) is None:
         raise InputError(
             f"There is no checkpoint {export!r} in {checkpointer.folder}; it holds {steps or 'none'}."

@@ -169,6 +169,8 @@ def test_a_damaged_checkpoint_is_said_and_the_run_goes_on_from_the_one_before(
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
+    code, said = run(environment, folder, "--export=last")
+    assert code == 0 and f"{STEPS:08d} is damaged" in said, said
     code, said = run(environment, folder)
     assert code == 0, said
     assert f"{STEPS:08d} is damaged" in said and f"Going on after update {STEPS - 2} of" in said
