@@ -1,6 +1,7 @@
 """unibiomed-tiny: every part of the model at small width, from random parameters, on the sample dataset.
 
-An hour and three quarters on two CPU cores; docs/unibiomed_tiny.md says what came out. All of it trains.
+An hour and three quarters on two CPU cores; configs/tiny_continued.py goes on from its result, and
+docs/unibiomed_tiny.md says what came out. All of it trains.
 """
 
 import dataclasses
