@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from unibiomed_jax import UniBiomed, checkpoint
+from unibiomed_jax.training.experiment import load_experiment
 from unibiomed_jax.training.metrics import dice_score
 
 REPOSITORY = Path(__file__).parents[1]
@@ -23,6 +24,14 @@ def test_it_is_small():
     parameters = checkpoint.flatten(checkpoint.load(FOLDER).params)
     assert sum(value.size for value in parameters.values()) < 8e6
     assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) < 20e6
+
+
+def test_its_second_run_goes_on_from_the_result_of_the_first():
+    first, second = (
+        load_experiment(str(REPOSITORY / "configs" / name)) for name in ("tiny.py", "tiny_continued.py")
+    )
+    assert second.initial == f"{first.folder}/model" and second.folder != first.folder
+    assert second.model == first.model == checkpoint.read_config(FOLDER)
 
 
 def test_it_finds_what_it_was_trained_to_find_in_an_image_it_never_saw(model):
