@@ -48,9 +48,9 @@ IMAGES = (
         "hc18_fetal_head/test_mask/1044_fetal+head.png",
     ),
     Example(
-        "isic2017/test/ISIC_0012928.jpg",
+        "isic2017/test/ISIC_0013416.jpg",
         "Can we see abnormality? Please highlight the region with interleaved segmentation masks.",
-        "isic2017/test_mask/ISIC_0012928_skin+lesion.png",
+        "isic2017/test_mask/ISIC_0013416_skin+lesion.png",
     ),
     Example(
         "idrid_fundus/test/IDRiD_05.jpg",
