@@ -26,19 +26,19 @@ def prepare() -> None:
 
     A cache folder that was already chosen (JAX_COMPILATION_CACHE_DIR) is left as it is. By default glibc
     gives every large buffer back to the kernel when it is freed, and the next call pays for it again, page by
-    page: up to a third of the time of a model on a CPU. Call it before anything is computed: the threads of a
-    backend that has started keep heaps of their own, whose large buffers always go back.
+    page: up to a third of the time of a model on a CPU. Only the heap of the main thread can keep buffers of
+    more than 64 MB, so programs run on the thread that calls them. Call this before anything is computed.
     """
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    if sys.platform == "linux":
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if sys.platform == "linux" and jax.default_backend() == "cpu":
         try:
             mallopt = ctypes.CDLL("libc.so.6").mallopt
         except (OSError, AttributeError):  # another C library: nothing to tune
             return
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_TOP_PAD, 64 << 20)
         mallopt(_M_ARENA_MAX, 1)
-        if jax.default_backend() == "cpu":
-            mallopt(_M_MMAP_MAX, 0)
-            mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-            mallopt(_M_TOP_PAD, 64 << 20)

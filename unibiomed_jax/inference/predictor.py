@@ -194,7 +194,6 @@ class UniBiomed:
         Raises:
             InputError: the directory or a file of it is missing, damaged or of another model.
         """
-        runtime.prepare()
         path = Path(path)
         if checkpoint.is_checkpoint(path):
             loaded = checkpoint.load(path)
