@@ -34,8 +34,11 @@ def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 def row_major(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Make a transpose move memory on a CPU, where XLA's fused attention kernel needs it; a no-op elsewhere.
 
-    Decided by the platform that is compiled for, which need not be the one that runs this.
+    Decided by the platform that is compiled for, which need not be the one that runs this. Also a no-op
+    where several devices work together: jax 0.10 would gather an array on all of them to lay it out.
     """
+    if jax.device_count() > 1:
+        return x
     constrain = functools.partial(with_layout_constraint, layouts=Layout(tuple(range(x.ndim))))
     return jax.lax.platform_dependent(jnp.asarray(x), cpu=constrain, default=lambda x: x)
 
