@@ -27,7 +27,7 @@ def prepare() -> None:
     A cache folder that was already chosen (JAX_COMPILATION_CACHE_DIR) is left as it is. By default glibc
     gives every large buffer back to the kernel when it is freed, and the next call pays for it again, page by
     page: up to a third of the time of a model on a CPU. Only the heap of the main thread can keep buffers of
-    more than 64 MB, so programs run on the thread that calls them. Call this before anything is computed.
+    more than 64 MB, so programs run on the thread that calls them; a backend that has started stays as it is.
     """
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
