@@ -1,15 +1,23 @@
 """The random start: signals keep their size at any width, and the language vector is heard."""
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 from small import STEP
 
+from unibiomed_jax import checkpoint
+from unibiomed_jax.config import ModelConfig
+from unibiomed_jax.errors import InputError
+from unibiomed_jax.training.config import TrainConfig
 from unibiomed_jax.training.initialise import (
     MASK_WEIGHTS,
     NECK,
     UNTAUGHT_HEADS,
     fan_in,
     random_parameters,
+    resolve_model,
     structure,
 )
 from unibiomed_jax.training.parameters import matches, merge
@@ -63,3 +71,13 @@ def test_masks_start_as_flat_background_and_follow_the_language_vector(parameter
     across_pixels, across_vectors = masks.std(axis=(2, 3)).mean(), masks.std(axis=1).mean()
     assert -4 < masks.mean() < -1 and across_pixels < 2
     assert across_vectors > 0.2 * across_pixels
+
+
+def test_a_checkpoint_brings_its_sizes_and_others_are_refused_by_name():
+    tiny = str(Path(__file__).parents[2] / "checkpoints" / "unibiomed-tiny")
+    sizes = checkpoint.read_config(tiny)
+    for model in (ModelConfig(), sizes, dataclasses.replace(ModelConfig(), max_tiles=sizes.max_tiles)):
+        assert resolve_model(TrainConfig(initial=tiny, model=model)).model == sizes
+    # Not the many sizes that nobody asked for, though they differ, too.
+    with pytest.raises(InputError, match=r"model\.max_tiles = 6 but \S*unibiomed-tiny has 1;"):
+        resolve_model(TrainConfig(initial=tiny, model=dataclasses.replace(ModelConfig(), max_tiles=6)))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,23 +61,14 @@ def resolve_model(config: TrainConfig) -> TrainConfig:
     model = config.model
     if config.initial:
         model = checkpoint.read_config(config.initial)
-        asked = dataclasses.replace(config.model, precision=model.precision)
-        if config.model != ModelConfig() and asked != model:
-            field, wants, has = next(differences(to_dict(asked), to_dict(model)))
-            raise InputError(
-                f"The configuration asks for model.{field} = {wants!r} but {config.initial} has {has!r}; "
-                "leave `model` out, since a checkpoint brings its own sizes."
-            )
+        usual, has = (checkpoint.flatten(to_dict(known)) for known in (ModelConfig(), model))
+        for field, asked in checkpoint.flatten(to_dict(config.model)).items():
+            if asked not in (usual[field], has[field]):
+                raise InputError(
+                    f"The configuration asks for model.{field} = {asked!r} but {config.initial} has "
+                    f"{has[field]!r}; leave `model` out, since a checkpoint brings its own sizes."
+                )
     return dataclasses.replace(config, model=dataclasses.replace(model, precision=config.precision))
-
-
-def differences(one: dict, other: dict, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted field, value here, value there) wherever two tables of the same fields differ."""
-    for name, value in one.items():
-        if isinstance(value, dict):
-            yield from differences(value, other[name], f"{path}{name}.")
-        elif value != other[name]:
-            yield f"{path}{name}", value, other[name]
 
 
 def build_model(config: TrainConfig) -> UniBiomedModel:
