@@ -3,12 +3,15 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from PIL import Image
 from small_datasets import SMALL
 
 from unibiomed_jax.data import DatasetConfig, Kind, read_dataset
 from unibiomed_jax.data.augment import AugmentConfig, augment
+from unibiomed_jax.data.pipeline import Pipeline, PipelineConfig
 from unibiomed_jax.data.transforms import SampleBuilder
+from unibiomed_jax.errors import InputError
 
 STILL = AugmentConfig(rotation=0, zoom=1, shift=0, light=0)
 
@@ -45,6 +48,48 @@ def test_what_comes_in_is_mirrored_in_pixels_and_masks():
     config = replace(STILL, shift=0.3)
     frames, masks = augment([image], mask[None, None], config, np.random.default_rng(1))
     np.testing.assert_array_equal(np.asarray(frames[0])[..., 0] > 120, masks[0, 0])
+
+
+@pytest.mark.parametrize(("direction", "axis"), [("horizontal", 1), ("vertical", 0)])
+def test_half_of_the_samples_are_mirrored_where_that_is_allowed(direction, axis):
+    image, mask = disc()
+    mirrored = 0
+    for seed in range(40):
+        frames, masks = augment([image], mask[None, None], STILL, np.random.default_rng(seed), (direction,))
+        turned = bool((masks[0, 0] != mask).any())
+        expected = np.flip(mask, axis) if turned else mask
+        np.testing.assert_array_equal(masks[0, 0], expected)
+        np.testing.assert_array_equal(np.asarray(frames[0])[..., 0] > 120, expected)
+        mirrored += turned
+    assert 10 <= mirrored <= 30
+
+
+def test_only_the_datasets_that_may_be_mirrored_are(targets, byte_tokenizer):
+    still = SampleBuilder(replace(SMALL, augment=STILL), byte_tokenizer, 0)
+
+    def pictures(**choices):
+        (record, *_) = read_dataset(DatasetConfig(Kind.SEGMENTATION, str(targets), **choices))
+        return {still(record, np.random.default_rng(seed)).sam_pixels.tobytes() for seed in range(40)}
+
+    assert len(pictures()) == 1
+    assert len(pictures(mirror=("horizontal",))) == 2
+    assert len(pictures(mirror=("horizontal", "vertical"))) == 4
+
+
+def test_a_mirrored_dataset_needs_random_changes(targets, byte_tokenizer):
+    dataset = DatasetConfig(Kind.SEGMENTATION, str(targets), mirror=("horizontal",))
+    with pytest.raises(InputError, match=r"mirror.*sample\.augment"):
+        Pipeline(PipelineConfig(datasets=(dataset,), sample=SMALL), byte_tokenizer)
+
+
+@pytest.mark.parametrize("mirror", [("sideways",), "horizontal"])
+def test_an_unknown_direction_is_refused(targets, byte_tokenizer, mirror):
+    dataset = DatasetConfig(Kind.SEGMENTATION, str(targets), mirror=mirror)
+    with pytest.raises(InputError, match="mirror = .*horizontal and vertical"):
+        Pipeline(
+            PipelineConfig(datasets=(dataset,), sample=replace(SMALL, augment=AugmentConfig())),
+            byte_tokenizer,
+        )
 
 
 def test_light_changes_grey_values_only():

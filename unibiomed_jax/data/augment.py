@@ -7,10 +7,12 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image
 
+from unibiomed_jax.data.records import MIRRORS
+
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Largest changes; each is drawn evenly up to its limit. Nothing is mirrored: left stays left."""
+    """Largest changes; each is drawn evenly up to its limit. Left stays left but in mirrored datasets."""
 
     # Rotation in the plane, degrees either way.
     rotation: float = 15.0
@@ -27,8 +29,10 @@ def augment(
     masks: Bool[np.ndarray, "objects frames height width"],
     config: AugmentConfig,
     rng: np.random.Generator,
+    mirror: Sequence[str] = (),
 ) -> tuple[list[Image.Image], Bool[np.ndarray, "objects frames height width"]]:
-    """The same change for all frames and masks of a sample; sizes stay.
+    """The same change for all frames and masks of a sample; sizes stay. Half of them are mirrored along each
+    direction in `mirror`.
 
     What comes in from outside the image is its mirror image, in pixels and masks alike, so that every pixel
     is labelled as it looks.
@@ -39,6 +43,9 @@ def augment(
     zoom = np.exp(rng.uniform(-1, 1) * np.log(config.zoom))
     shift = rng.uniform(-config.shift, config.shift, 2) * (width, height)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / zoom
+    for direction in sorted(mirror):
+        if rng.random() < 0.5:
+            turn[:, MIRRORS.index(direction)] *= -1
     # Output pixel p reads input pixel turn @ (p - centre) + centre + shift, in the mirrored frame.
     centre = np.array([width, height]) / 2
     offset = centre + shift + margin[::-1] - turn @ centre

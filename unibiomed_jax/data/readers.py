@@ -166,7 +166,7 @@ def read_dataset(config: DatasetConfig) -> list[Record]:
         raise InputError(
             f"{path} holds no samples for {config.kind}; add annotations or leave the dataset out."
         )
-    return records
+    return [replace(record, mirror=config.mirror) for record in records]
 
 
 def check_files(records: Iterable[Record]) -> None:

@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+# Directions in which images may be mirrored at random.
+MIRRORS = ("horizontal", "vertical")
+
 
 class Kind(StrEnum):
     """The seven tasks of the reference."""
@@ -66,6 +69,9 @@ class DatasetConfig:
     repeats: int | None = None
     # Slices drawn from a volume at every visit.
     slices: int = 10
+    # Directions (MIRRORS) in which images and masks may be mirrored where samples are changed at random. Only
+    # where no text tells the sides apart: "left kidney" would become a lie.
+    mirror: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -120,6 +126,8 @@ class Record:
     size: tuple[int, int] = (0, 0)
     # Sequences: how many slices are drawn at every visit.
     slices: int = 0
+    # Directions in which it may be mirrored where samples are changed at random.
+    mirror: tuple[str, ...] = ()
     # Who was imaged, as far as the table says.
     patient: str = field(default="")
 

@@ -113,7 +113,7 @@ class SampleBuilder:
         for number, files in enumerate(record.masks):
             masks[number] = [load_mask(files[index], size, record.name) for index in chosen]
         if config.augment is not None:
-            frames, masks = augment(frames, masks, config.augment, rng)
+            frames, masks = augment(frames, masks, config.augment, rng, record.mirror)
         if record.kind is Kind.SEQUENCE:
             tiles = frame_bytes(frames, config.tile_size)
         else:
