@@ -10,7 +10,7 @@ from small import STEP
 from unibiomed_jax import checkpoint
 from unibiomed_jax.config import ModelConfig
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.training.config import TrainConfig
+from unibiomed_jax.training.config import LoraConfig, TrainConfig
 from unibiomed_jax.training.initialise import (
     MASK_WEIGHTS,
     NECK,
@@ -71,6 +71,20 @@ def test_masks_start_as_flat_background_and_follow_the_language_vector(parameter
     across_pixels, across_vectors = masks.std(axis=(2, 3)).mean(), masks.std(axis=1).mean()
     assert -4 < masks.mean() < -1 and across_pixels < 2
     assert across_vectors > 0.2 * across_pixels
+
+
+def test_sam2_may_see_images_of_another_size_than_those_of_the_checkpoint():
+    tiny = str(Path(__file__).parents[2] / "checkpoints" / "unibiomed-tiny")
+    sizes = checkpoint.read_config(tiny)
+
+    def resized(model):
+        return dataclasses.replace(model, sam2=dataclasses.replace(model.sam2, image_size=64))
+
+    for model in (ModelConfig(), sizes):
+        config = resolve_model(TrainConfig(initial=tiny, model=resized(model), lora=LoraConfig(rank=0)))
+        assert config.model == resized(sizes) != sizes
+    shapes = {path: value.shape for path, value in structure(config)[1].items()}
+    assert shapes == {path: v.shape for path, v in checkpoint.flatten(checkpoint.load(tiny).params).items()}
 
 
 def test_a_checkpoint_brings_its_sizes_and_others_are_refused_by_name():

@@ -50,10 +50,13 @@ MASK_SCALE = 0.4
 BACKGROUND_LOGIT = -2.0
 # Layer scales start at 1 and not at InternViT's 0.1, which is meant for many layers.
 LAYER_SCALES = ("*.ls1", "*.ls2")
+SAM2_SIZE = "sam2.image_size"
 
 
 def resolve_model(config: TrainConfig) -> TrainConfig:
     """The configuration with the sizes of the checkpoint it starts from, and its own precision.
+
+    No parameter depends on the size of SAM2's image: that may be another than the checkpoint's.
 
     Raises:
         InputError: the checkpoint cannot be read, or the configuration asks for another model than it holds.
@@ -63,11 +66,14 @@ def resolve_model(config: TrainConfig) -> TrainConfig:
         model = checkpoint.read_config(config.initial)
         usual, has = (checkpoint.flatten(to_dict(known)) for known in (ModelConfig(), model))
         for field, asked in checkpoint.flatten(to_dict(config.model)).items():
-            if asked not in (usual[field], has[field]):
+            if field != SAM2_SIZE and asked not in (usual[field], has[field]):
                 raise InputError(
                     f"The configuration asks for model.{field} = {asked!r} but {config.initial} has "
                     f"{has[field]!r}; leave `model` out, since a checkpoint brings its own sizes."
                 )
+        if config.model.sam2.image_size != ModelConfig().sam2.image_size:
+            sam2 = dataclasses.replace(model.sam2, image_size=config.model.sam2.image_size)
+            model = dataclasses.replace(model, sam2=sam2)
     return dataclasses.replace(config, model=dataclasses.replace(model, precision=config.precision))
 
 
