@@ -217,6 +217,7 @@ class Sam2(nnx.Module):
             state = store(state, memory, pointer, step, index * direction, prompted)
             return state, FrameMasks(decoding.masks[0], decoding.ious[0], decoding.object_scores[0])
 
+        @jax.checkpoint  # a gradient would keep what both branches compute, of every frame
         def body(state, inputs):
             *place, valid = inputs
             return jax.lax.cond(valid, lambda: segment(state, *place), lambda: (state, blank))
