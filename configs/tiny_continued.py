@@ -1,6 +1,6 @@
 """unibiomed-tiny, second run: on from the result of configs/tiny.py with smaller changes of the images.
 
-An hour and a half on two CPU cores; its result is checkpoints/unibiomed-tiny (docs/unibiomed_tiny.md).
+An hour and a half on two CPU cores; configs/tiny_large.py goes on from its result.
 """
 
 import dataclasses

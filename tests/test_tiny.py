@@ -1,5 +1,6 @@
 """The model that comes with the repository answers, and its masks lie where the dataset's lie."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +27,15 @@ def test_it_is_small():
     assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) < 20e6
 
 
-def test_its_second_run_goes_on_from_the_result_of_the_first():
-    first, second = (
-        load_experiment(str(REPOSITORY / "configs" / name)) for name in ("tiny.py", "tiny_continued.py")
-    )
-    assert second.initial == f"{first.folder}/model" and second.folder != first.folder
-    assert second.model == first.model == checkpoint.read_config(FOLDER)
+def test_every_run_goes_on_from_the_result_of_the_one_before():
+    runs = [
+        load_experiment(str(REPOSITORY / "configs" / name))
+        for name in ("tiny.py", "tiny_continued.py", "tiny_large.py")
+    ]
+    for before, run in itertools.pairwise(runs):
+        assert run.initial == f"{before.folder}/model"
+    assert len({run.folder for run in runs}) == len(runs)
+    assert runs[-1].model == checkpoint.read_config(FOLDER)
 
 
 def test_it_finds_what_it_was_trained_to_find_in_an_image_it_never_saw(model):
