@@ -288,3 +288,26 @@ def test_other_image_sizes_are_refused(model):
     config = dataclasses.replace(CONFIG, image_size=100)
     with pytest.raises(InputError, match="multiple of 32, not 100"):
         Sam2(config, FLOAT32, rngs=nnx.Rngs(0))
+
+
+def test_a_gradient_keeps_only_the_memory_between_the_frames_of_a_sequence(model):
+    graphdef, state = nnx.split(model)
+    size, side = CONFIG.image_size, 4 * CONFIG.grid
+
+    def kept(count):
+        """Bytes that the backward pass of a sequence reads."""
+        plan = plan_frames(count, CONFIG)
+
+        def backward(state, frames, language):
+            def masks(state):
+                return nnx.merge(graphdef, state).segment_frames(frames, language, plan).masks
+
+            return jax.vjp(masks, state)[1]
+
+        shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((count, size, size, 3), (1, CONFIG.d_model))]
+        arrays = jax.tree.leaves(jax.eval_shape(backward, state, *shapes))
+        return sum(array.size * array.dtype.itemsize for array in arrays)
+
+    memory = sum(array.nbytes for array in jax.tree.leaves(model.empty_state(1)))
+    frame = 4 * (3 * size**2 + side**2)
+    assert kept(16) - kept(12) < 1.1 * 4 * (memory + frame)
