@@ -44,11 +44,11 @@ def adapted(dataset: DatasetConfig) -> DatasetConfig:
     mirror = ("horizontal", "vertical") if name in ANY_WAY_UP else ("horizontal",) * (name in SIDES_ALIKE)
     if dataset.kind in (Kind.VQA, Kind.REPORT):  # they say where
         mirror = ()
-    # Three slices that are shown and one that is followed: six of this size would need 12 GB.
+    # Volumes cost most: three slices that are shown and one that is followed are enough.
     return dataclasses.replace(dataset, mirror=mirror, slices=4)
 
 
-# Volumes cost most, so that of the organs of one patient only the slices come, one by one.
+# Of the organs of one patient only the slices come, one by one.
 datasets = tuple(
     adapted(dataset)
     for dataset in second.data.datasets

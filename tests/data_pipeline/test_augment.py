@@ -76,6 +76,13 @@ def test_only_the_datasets_that_may_be_mirrored_are(targets, byte_tokenizer):
     assert len(pictures(mirror=("horizontal", "vertical"))) == 4
 
 
+def test_records_of_every_kind_know_whether_they_may_be_mirrored(mixture):
+    for dataset in mixture:
+        for mirror in ((), ("vertical",)):
+            records = read_dataset(replace(dataset, mirror=mirror))
+            assert {record.mirror for record in records} == {mirror}, dataset.kind
+
+
 def test_a_mirrored_dataset_needs_random_changes(targets, byte_tokenizer):
     dataset = DatasetConfig(Kind.SEGMENTATION, str(targets), mirror=("horizontal",))
     with pytest.raises(InputError, match=r"mirror.*sample\.augment"):

@@ -31,8 +31,9 @@ def augment(
     rng: np.random.Generator,
     mirror: Sequence[str] = (),
 ) -> tuple[list[Image.Image], Bool[np.ndarray, "objects frames height width"]]:
-    """The same change for all frames and masks of a sample; sizes stay. Half of them are mirrored along each
-    direction in `mirror`.
+    """The same change for all frames and masks of a sample; sizes stay.
+
+    Along each direction in `mirror` (of MIRRORS), every second sample is mirrored at random.
 
     What comes in from outside the image is its mirror image, in pixels and masks alike, so that every pixel
     is labelled as it looks.
@@ -43,9 +44,9 @@ def augment(
     zoom = np.exp(rng.uniform(-1, 1) * np.log(config.zoom))
     shift = rng.uniform(-config.shift, config.shift, 2) * (width, height)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / zoom
-    for direction in sorted(mirror):
-        if rng.random() < 0.5:
-            turn[:, MIRRORS.index(direction)] *= -1
+    for axis, direction in enumerate(MIRRORS):
+        if direction in mirror and rng.random() < 0.5:
+            turn[:, axis] *= -1
     # Output pixel p reads input pixel turn @ (p - centre) + centre + shift, in the mirrored frame.
     centre = np.array([width, height]) / 2
     offset = centre + shift + margin[::-1] - turn @ centre

@@ -166,7 +166,7 @@ def read_dataset(config: DatasetConfig) -> list[Record]:
         raise InputError(
             f"{path} holds no samples for {config.kind}; add annotations or leave the dataset out."
         )
-    return [replace(record, mirror=config.mirror) for record in records]
+    return records
 
 
 def check_files(records: Iterable[Record]) -> None:
@@ -241,6 +241,7 @@ def _read_targets(config: DatasetConfig, path: Path, table) -> list[Record]:
                     masks=((str(config.mask_folder / mask_file),),),
                     texts=_sentences(annotation, path, where),
                     size=_size(images[file_name]),
+                    mirror=config.mirror,
                     patient=str(images[file_name].get("patient", "")),
                 )
             )
@@ -278,6 +279,7 @@ def _read_findings(config: DatasetConfig, path: Path, table) -> list[Record]:
                 anatomy="" if report else _text(entry, "anatomy", path, where),
                 report=_get(entry, "report", str, path, where) if report else "",
                 size=_size(entry),
+                mirror=config.mirror,
                 patient=str(entry.get("patient", "")),
             )
         )
@@ -327,6 +329,7 @@ def _read_volumes(config: DatasetConfig, path: Path, table) -> list[Record]:
                     texts=(text,),
                     size=_size(entry),
                     slices=config.slices,
+                    mirror=config.mirror,
                     patient=str(entry.get("patient", "")),
                 )
             )
@@ -354,6 +357,7 @@ def _read_captions(config: DatasetConfig, path: Path, table) -> list[Record]:
                 texts=(_text(annotation, "caption", path, where),),
                 question=_text(annotation, "question", path, where) if "question" in annotation else "",
                 size=_size(image),
+                mirror=config.mirror,
                 patient=str(image.get("patient", "")),
             )
         )
