@@ -39,13 +39,14 @@ ANY_WAY_UP = (
 
 
 def adapted(dataset: DatasetConfig) -> DatasetConfig:
-    """The dataset with the directions in which it may be mirrored, and fewer slices of its volumes."""
+    """The dataset, mirrored in the directions in which it may be, with fewer slices of its volumes."""
     name = Path(dataset.root).name
     mirror = ("horizontal", "vertical") if name in ANY_WAY_UP else ("horizontal",) * (name in SIDES_ALIKE)
     if dataset.kind in (Kind.VQA, Kind.REPORT):  # they say where
         mirror = ()
+    augment = dataclasses.replace(second.data.sample.augment, mirror=mirror)
     # Volumes cost most: three slices that are shown and one that is followed are enough.
-    return dataclasses.replace(dataset, mirror=mirror, slices=4)
+    return dataclasses.replace(dataset, augment=augment, slices=4)
 
 
 # Of the organs of one patient only the slices come, one by one.

@@ -9,7 +9,6 @@ from small_datasets import SMALL
 
 from unibiomed_jax.data import DatasetConfig, Kind, read_dataset
 from unibiomed_jax.data.augment import AugmentConfig, augment
-from unibiomed_jax.data.pipeline import Pipeline, PipelineConfig
 from unibiomed_jax.data.transforms import SampleBuilder
 from unibiomed_jax.errors import InputError
 
@@ -55,7 +54,8 @@ def test_half_of_the_samples_are_mirrored_where_that_is_allowed(direction, axis)
     image, mask = disc()
     mirrored = 0
     for seed in range(40):
-        frames, masks = augment([image], mask[None, None], STILL, np.random.default_rng(seed), (direction,))
+        config = replace(STILL, mirror=(direction,))
+        frames, masks = augment([image], mask[None, None], config, np.random.default_rng(seed))
         turned = bool((masks[0, 0] != mask).any())
         expected = np.flip(mask, axis) if turned else mask
         np.testing.assert_array_equal(masks[0, 0], expected)
@@ -64,39 +64,30 @@ def test_half_of_the_samples_are_mirrored_where_that_is_allowed(direction, axis)
     assert 10 <= mirrored <= 30
 
 
-def test_only_the_datasets_that_may_be_mirrored_are(targets, byte_tokenizer):
+def test_a_dataset_may_have_changes_of_its_own(targets, byte_tokenizer):
     still = SampleBuilder(replace(SMALL, augment=STILL), byte_tokenizer, 0)
+    mirror = replace(STILL, mirror=("horizontal",))
 
     def pictures(**choices):
         (record, *_) = read_dataset(DatasetConfig(Kind.SEGMENTATION, str(targets), **choices))
         return {still(record, np.random.default_rng(seed)).sam_pixels.tobytes() for seed in range(40)}
 
     assert len(pictures()) == 1
-    assert len(pictures(mirror=("horizontal",))) == 2
-    assert len(pictures(mirror=("horizontal", "vertical"))) == 4
+    assert len(pictures(augment=mirror)) == 2
+    assert len(pictures(augment=replace(mirror, mirror=("horizontal", "vertical")))) == 4
 
 
-def test_records_of_every_kind_know_whether_they_may_be_mirrored(mixture):
+def test_records_of_every_kind_know_their_own_changes(mixture):
     for dataset in mixture:
-        for mirror in ((), ("vertical",)):
-            records = read_dataset(replace(dataset, mirror=mirror))
-            assert {record.mirror for record in records} == {mirror}, dataset.kind
-
-
-def test_a_mirrored_dataset_needs_random_changes(targets, byte_tokenizer):
-    dataset = DatasetConfig(Kind.SEGMENTATION, str(targets), mirror=("horizontal",))
-    with pytest.raises(InputError, match=r"mirror.*sample\.augment"):
-        Pipeline(PipelineConfig(datasets=(dataset,), sample=SMALL), byte_tokenizer)
+        for changes in (None, STILL):
+            records = read_dataset(replace(dataset, augment=changes))
+            assert {record.augment for record in records} == {changes}, dataset.kind
 
 
 @pytest.mark.parametrize("mirror", [("sideways",), "horizontal"])
-def test_an_unknown_direction_is_refused(targets, byte_tokenizer, mirror):
-    dataset = DatasetConfig(Kind.SEGMENTATION, str(targets), mirror=mirror)
+def test_an_unknown_direction_is_refused(mirror):
     with pytest.raises(InputError, match="mirror = .*horizontal and vertical"):
-        Pipeline(
-            PipelineConfig(datasets=(dataset,), sample=replace(SMALL, augment=AugmentConfig())),
-            byte_tokenizer,
-        )
+        AugmentConfig(mirror=mirror)
 
 
 def test_light_changes_grey_values_only():
@@ -104,6 +95,16 @@ def test_light_changes_grey_values_only():
     frames, masks = augment([image], mask[None, None], replace(STILL, light=0.3), np.random.default_rng(0))
     values = np.unique(np.asarray(frames[0]))
     assert len(values) == 2 and values.tolist() != [40, 200]
+    np.testing.assert_array_equal(masks[0, 0], mask)
+
+
+def test_colour_changes_every_channel_by_itself():
+    image, mask = disc()
+    config = replace(STILL, colour=0.3)
+    frames, masks = augment([image, image], np.stack([mask, mask])[None], config, np.random.default_rng(0))
+    ratios = np.asarray(frames[0])[mask].mean(0) / 200
+    assert len(set(ratios.round(2))) == 3 and (np.abs(np.log(ratios)) < 0.31).all()
+    np.testing.assert_array_equal(np.asarray(frames[0]), np.asarray(frames[1]))  # all frames alike
     np.testing.assert_array_equal(masks[0, 0], mask)
 
 

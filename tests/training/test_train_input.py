@@ -1,5 +1,6 @@
 """What train.py refuses, in one sentence before the first step."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -15,6 +16,7 @@ from jax.sharding import AbstractMesh
 from small import STEP
 from small_datasets import coco_table, save_picture, save_square, write_table
 
+from unibiomed_jax.data.augment import AugmentConfig
 from unibiomed_jax.data.pipeline import Batch
 from unibiomed_jax.data.plan import Shape
 from unibiomed_jax.errors import InputError
@@ -109,6 +111,21 @@ def test_the_command_says_it_in_one_line_and_exits_with_2(data, monkeypatch):
 )
 def test_a_configuration_that_cannot_be_meant(refuses, pattern, option):
     refuses(pattern, option)
+
+
+def test_nothing_changes_at_random_in_validation(train, data):
+    config = load_experiment(str(CONFIG))
+    tokenizer = train.Tokenizer.from_folder(config.tokenizer)
+
+    def pixels(training, changes=None):
+        datasets = tuple(dataclasses.replace(item, augment=changes) for item in config.validation)
+        both = {"data": dataclasses.replace(config.data, datasets=datasets), "validation": datasets}
+        changed = dataclasses.replace(config, **both)
+        return train.open_data(changed, tokenizer, training=training).read(0).arrays["sam_pixels"]
+
+    changes = AugmentConfig(rotation=90)
+    assert (pixels(True, changes) != pixels(True)).any()
+    np.testing.assert_array_equal(pixels(False, changes), pixels(False))
 
 
 def test_a_choice_in_the_file_that_does_not_exist(tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 
 from unibiomed_jax.data.plan import BLANK, BatchPlan, BucketConfig, Shape, record_shapes
 from unibiomed_jax.data.readers import Mixture, check_files, read_mixture
-from unibiomed_jax.data.records import MIRRORS, DatasetConfig
+from unibiomed_jax.data.records import DatasetConfig
 from unibiomed_jax.data.transforms import IGNORE, Sample, SampleBuilder, SampleConfig
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inference.tokenizer import Tokenizer
@@ -86,17 +86,6 @@ class Pipeline:
             raise InputError(
                 f"batch_size={config.batch_size} cannot be shared by {hosts} hosts; use a multiple."
             )
-        for dataset in config.datasets:
-            if not set(dataset.mirror) <= set(MIRRORS):
-                raise InputError(
-                    f"{dataset.title} sets mirror = {dataset.mirror!r}; "
-                    f"give a tuple of {' and '.join(MIRRORS)}."
-                )
-            if dataset.mirror and config.sample.augment is None:
-                raise InputError(
-                    f"{dataset.title} sets mirror, but nothing is changed at random without sample.augment; "
-                    "set that, or leave mirror out."
-                )
         self.config = config
         self.mixture = read_mixture(config.datasets)
         check_files(self.mixture.records)

@@ -241,7 +241,7 @@ def _read_targets(config: DatasetConfig, path: Path, table) -> list[Record]:
                     masks=((str(config.mask_folder / mask_file),),),
                     texts=_sentences(annotation, path, where),
                     size=_size(images[file_name]),
-                    mirror=config.mirror,
+                    augment=config.augment,
                     patient=str(images[file_name].get("patient", "")),
                 )
             )
@@ -279,7 +279,7 @@ def _read_findings(config: DatasetConfig, path: Path, table) -> list[Record]:
                 anatomy="" if report else _text(entry, "anatomy", path, where),
                 report=_get(entry, "report", str, path, where) if report else "",
                 size=_size(entry),
-                mirror=config.mirror,
+                augment=config.augment,
                 patient=str(entry.get("patient", "")),
             )
         )
@@ -329,7 +329,7 @@ def _read_volumes(config: DatasetConfig, path: Path, table) -> list[Record]:
                     texts=(text,),
                     size=_size(entry),
                     slices=config.slices,
-                    mirror=config.mirror,
+                    augment=config.augment,
                     patient=str(entry.get("patient", "")),
                 )
             )
@@ -357,7 +357,7 @@ def _read_captions(config: DatasetConfig, path: Path, table) -> list[Record]:
                 texts=(_text(annotation, "caption", path, where),),
                 question=_text(annotation, "question", path, where) if "question" in annotation else "",
                 size=_size(image),
-                mirror=config.mirror,
+                augment=config.augment,
                 patient=str(image.get("patient", "")),
             )
         )

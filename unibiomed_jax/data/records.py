@@ -3,9 +3,11 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Annotated
 
-# Directions in which images may be mirrored at random.
-MIRRORS = ("horizontal", "vertical")
+import tyro
+
+from unibiomed_jax.data.augment import AugmentConfig
 
 
 class Kind(StrEnum):
@@ -69,9 +71,8 @@ class DatasetConfig:
     repeats: int | None = None
     # Slices drawn from a volume at every visit.
     slices: int = 10
-    # Directions (MIRRORS) in which images and masks may be mirrored where samples are changed at random. Only
-    # where no text tells the sides apart: "left kidney" would become a lie.
-    mirror: tuple[str, ...] = ()
+    # Random changes of its own instead of sample.augment, in training.
+    augment: Annotated[AugmentConfig | None, tyro.conf.AvoidSubcommands] = None
 
     @property
     def title(self) -> str:
@@ -126,8 +127,8 @@ class Record:
     size: tuple[int, int] = (0, 0)
     # Sequences: how many slices are drawn at every visit.
     slices: int = 0
-    # Directions in which it may be mirrored where samples are changed at random.
-    mirror: tuple[str, ...] = ()
+    # Random changes of its own.
+    augment: AugmentConfig | None = None
     # Who was imaged, as far as the table says.
     patient: str = field(default="")
 

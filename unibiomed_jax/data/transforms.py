@@ -112,8 +112,8 @@ class SampleBuilder:
         masks = np.zeros((len(record.masks), len(chosen), *size[::-1]), bool)
         for number, files in enumerate(record.masks):
             masks[number] = [load_mask(files[index], size, record.name) for index in chosen]
-        if config.augment is not None:
-            frames, masks = augment(frames, masks, config.augment, rng, record.mirror)
+        if (changes := record.augment or config.augment) is not None:
+            frames, masks = augment(frames, masks, changes, rng)
         if record.kind is Kind.SEQUENCE:
             tiles = frame_bytes(frames, config.tile_size)
         else:
