@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from convert.layout import Row, copy
 from convert.reading import Tensor
-from convert.tables import by_component
+from convert.tables import largest_first
 from convert.tables.qwen2 import EMBEDDING, HEAD
 from unibiomed_jax.errors import InputError
+
+# Threads that build the leaves of a part; reading and copying let go of the interpreter.
+BUILDERS = 2
 
 
 def check_complete(rows: Iterable[Row], tensors: Mapping[str, Tensor], where: str) -> None:
@@ -81,9 +85,11 @@ def build_leaf(row: Row, tensors: Mapping[str, Tensor]) -> np.ndarray:
 def build_parts(
     rows: Iterable[Row], tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """(part, {path below it: leaf}) for every part of the model, built one after the other."""
-    for part, part_rows in by_component(list(rows)).items():
-        yield part, {row.path.removeprefix(f"{part}."): build_leaf(row, tensors) for row in part_rows}
+    """(part, {path below it: leaf}) for every part of the model, built one after the other, largest first."""
+    with ThreadPoolExecutor(BUILDERS) as builders:
+        for part, part_rows in largest_first(list(rows)):
+            leaves = builders.map(lambda row: build_leaf(row, tensors), part_rows)
+            yield part, dict(zip((row.path.partition(".")[2] for row in part_rows), leaves, strict=True))
 
 
 def split_leaf(

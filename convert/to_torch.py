@@ -10,7 +10,9 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +23,7 @@ from convert import command
 from convert.assemble import split_leaf
 from convert.layout import Row
 from convert.reading import DTYPES, read_json
-from convert.tables import by_component, model_rows
+from convert.tables import largest_first, model_rows
 from convert.tables.qwen2 import EMBEDDING, HEAD, lora_rows
 from convert.writing import SHARD_BYTES, write_safetensors
 from unibiomed_jax import checkpoint
@@ -102,18 +104,32 @@ def _dtype(layout: dict, name: str, stored: str) -> np.dtype:
 def _tensors(
     src: Path, manifest: Manifest, rows: list[Row], plan: Plan, scale: float | None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of the plan, reading one part of the checkpoint at a time."""
+    """Every tensor of the plan, part by part."""
     dtypes = {name: dtype for name, (dtype, _) in plan.items()}
-    for part, part_rows in by_component(rows).items():
-        leaves = checkpoint.read_part(src, part, manifest)
+    for part_rows, leaves in _parts(src, manifest, rows):
         if scale is not None:
             leaves = checkpoint.merge_adapters(leaves, scale)
         for row in part_rows:
-            leaf = leaves.pop(row.path.removeprefix(f"{part}."))
+            leaf = leaves.pop(row.path.partition(".")[2])
             for name, tensor in split_leaf(row, leaf, dtypes):
                 yield name, tensor
                 if name == EMBEDDING and HEAD in plan and not any(HEAD in r.names for r in part_rows):
                     yield HEAD, tensor
+
+
+def _parts(
+    src: Path, manifest: Manifest, rows: list[Row]
+) -> Iterator[tuple[list[Row], dict[str, np.ndarray]]]:
+    """Rows and leaves of every part of the checkpoint; the next one is read while one is being used."""
+    parts = largest_first(rows)
+    with ThreadPoolExecutor(1) as reader:
+        reading = reader.submit(checkpoint.read_part, src, parts[0][0], manifest)
+        for (_, part_rows), following in zip_longest(parts, parts[1:]):
+            leaves = reading.result()
+            if following:
+                reading = reader.submit(checkpoint.read_part, src, following[0], manifest)
+            yield part_rows, leaves
+            del leaves
 
 
 def _copy_files(src: Path, folder: Path, config: ModelConfig) -> None:

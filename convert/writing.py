@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import mmap
+import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 
 from convert.layout import contiguous
 from convert.reading import DTYPE_NAMES, DTYPES, INDEX
@@ -16,6 +20,9 @@ from unibiomed_jax.errors import InputError
 
 # A checkpoint larger than this is cut into shards.
 SHARD_BYTES = 5_000_000_000
+# What a direct transfer has to be a multiple of, on all usual disks, and how much goes at a time.
+BLOCK = 4096
+BUFFER_BYTES = 8 << 20
 
 
 def write_safetensors(
@@ -60,7 +67,7 @@ def write_safetensors(
         for name in shard:
             places[name] = (folder / file, start)
             start += _size(plan[name])
-    files = {path: path.open("r+b") for path in {path for path, _ in places.values()}}
+    files = {path: DirectFile(path) for path in {path for path, _ in places.values()}}
     try:
         for name, values in tensors:
             path, offset = places.pop(name, (None, 0))
@@ -69,13 +76,59 @@ def write_safetensors(
                 raise InputError(
                     f"{name} is written twice, or not with the number format and shape announced."
                 )
-            files[path].seek(offset)
-            files[path].write(contiguous(values).reshape(-1).view(np.uint8).data)
+            files[path].write(contiguous(values).reshape(-1).view(np.uint8), offset)
     finally:
         for file in files.values():
             file.close()
     if places:
         raise InputError(f"{next(iter(places))} was announced but never written.")
+
+
+class DirectFile:
+    """An existing file, written at any place, as far as possible straight from memory to the disk.
+
+    Through the page cache a large checkpoint may take several times as long as the disk needs, and pushes
+    out of memory what others use. What is no whole block goes that way, and everything where the system knows
+    no other.
+    """
+
+    def __init__(self, path: Path):
+        self.cached = os.open(path, os.O_WRONLY)
+        try:
+            self.direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
+        except (AttributeError, OSError):  # an operating system or a file system without it
+            self.direct = None
+        # Its start is that of a page of memory, as direct transfers demand.
+        self.buffer = np.frombuffer(mmap.mmap(-1, BUFFER_BYTES), np.uint8)
+
+    def write(self, data: UInt8[np.ndarray, " bytes"], offset: int) -> None:
+        first, last = -(-offset // BLOCK) * BLOCK - offset, (offset + len(data)) // BLOCK * BLOCK - offset
+        if self.direct is None or first >= last:
+            _write_all(self.cached, data, offset)
+            return
+        _write_all(self.cached, data[:first], offset)
+        for start in range(first, last, BUFFER_BYTES):
+            chunk = self.buffer[: min(BUFFER_BYTES, last - start)]
+            chunk[:] = data[start : start + len(chunk)]
+            try:
+                written = os.pwrite(self.direct, chunk.data, offset + start)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                written = 0  # a disk of larger blocks
+            _write_all(self.cached, chunk[written:], offset + start + written)
+        _write_all(self.cached, data[last:], offset + last)
+
+    def close(self) -> None:
+        for file in (self.cached, self.direct):
+            if file is not None:
+                os.close(file)
+
+
+def _write_all(file: int, data: np.ndarray, offset: int) -> None:
+    while len(data):
+        written = os.pwrite(file, data.data, offset)
+        data, offset = data[written:], offset + written
 
 
 def _size(spec: tuple[np.dtype, tuple[int, ...]]) -> int:

@@ -1,7 +1,10 @@
 """Conversion: the tables, and the way there and back in every bit."""
 
 import dataclasses
+import errno
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +28,7 @@ from convert.layout import Layout, Row, contiguous, copy
 from convert.reading import INDEX
 from convert.tables import model_rows, sam2
 from convert.tables.qwen2 import EMBEDDING, HEAD
-from convert.writing import write_safetensors
+from convert.writing import BLOCK, DirectFile, write_safetensors
 from unibiomed_jax import checkpoint
 from unibiomed_jax.config import ModelConfig
 from unibiomed_jax.errors import InputError
@@ -141,6 +144,41 @@ def test_mixed_number_formats_come_back_in_every_bit(tmp_path):
     plan = to_torch.convert(tmp_path / "converted", tmp_path / "back")
     assert plan[name] == (BFLOAT16, tensors[name].shape)
     assert_same_tensors(read_all(tmp_path / "back"), tensors)
+
+
+@pytest.mark.parametrize("direct", ["possible", "unknown", "refused"])
+@given(sizes=st.lists(st.integers(0, 4 * BLOCK), min_size=1, max_size=6), random=st.randoms())
+def test_a_file_written_past_the_page_cache_holds_every_byte(direct, sizes, random):
+    ends = np.cumsum(sizes)
+    data = np.random.default_rng(len(sizes)).integers(0, 256, ends[-1], np.uint8)
+    pieces = list(zip(ends - sizes, ends, strict=True))
+    random.shuffle(pieces)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("convert.writing.BUFFER_BYTES", 2 * BLOCK)
+        path = Path(folder) / "file"
+        path.touch()
+        if direct == "unknown":
+            patch.delattr(os, "O_DIRECT")
+        file = DirectFile(path)
+        write, past_the_cache = os.pwrite, []
+
+        def pwrite(descriptor, piece, offset):
+            if descriptor == file.direct:
+                if direct == "refused":
+                    raise OSError(errno.EINVAL, "Invalid argument")
+                past_the_cache.append(len(piece))
+            return write(descriptor, piece, offset)
+
+        patch.setattr(os, "pwrite", pwrite)
+        for start, end in pieces:
+            file.write(data[start:end], int(start))
+        file.close()
+        assert path.read_bytes() == data.tobytes()
+        if direct == "possible" and file.direct is not None:
+            blocks = [max(end // BLOCK - -(-start // BLOCK), 0) for start, end in pieces]
+            assert sum(past_the_cache) == BLOCK * sum(blocks)
+        else:
+            assert not past_the_cache
 
 
 def test_shards_are_read_and_written(tmp_path):

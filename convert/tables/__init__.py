@@ -1,5 +1,7 @@
 """What every tensor of a released checkpoint is called, its shape, and where it lives in our tree."""
 
+import math
+
 from convert.layout import Row
 from convert.tables import heads, internvit, qwen2, sam2
 from unibiomed_jax.config import ModelConfig
@@ -23,3 +25,10 @@ def by_component(rows: list[Row]) -> dict[str, list[Row]]:
     for row in rows:
         groups.setdefault(row.path.partition(".")[0], []).append(row)
     return groups
+
+
+def largest_first(rows: list[Row]) -> list[tuple[str, list[Row]]]:
+    """Parts and their rows, those of most numbers first: beside each of them the next can be worked on."""
+    return sorted(
+        by_component(rows).items(), key=lambda part: -sum(math.prod(row.leaf_shape) for row in part[1])
+    )
