@@ -74,11 +74,31 @@ def request(model: UniBiomed, image: Image.Image, case: str, golden: dict) -> Re
 CASES = ["image_abdomen", "image_noseg", "region_abdomen", "text_only", "video8"]
 
 
+@pytest.fixture
+def results(model, monkeypatch) -> dict[str, list]:
+    """What every stage, and the generation of ids, gave in the running test, call by call."""
+    seen = {name: [] for name in [*model.stages, "_generate"]}
+
+    def watch(name, function):
+        def call(*arguments):
+            seen[name].append(function(*arguments))
+            return seen[name][-1]
+
+        call.compiled = getattr(function, "compiled", None)
+        return call
+
+    monkeypatch.setattr(model, "_generate", watch("_generate", model._generate))
+    monkeypatch.setattr(model, "stages", {name: watch(name, run) for name, run in model.stages.items()})
+    return seen
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_same_words_and_masks_as_the_reference(model, image, case):
+def test_same_words_and_masks_as_the_reference(model, image, case, results):
     golden = load(case)
     asked = request(model, image, case, golden)
     answer = model.predict_batch([asked], max_new_tokens=NEW_TOKENS)[0]
+    ((ids, _),) = results["_generate"]
+    assert ids == [golden["generated_ids"].tolist()]
     assert answer.text == str(golden["prediction"])
     assert answer.transcript.startswith(str(golden["input_text"]))
     assert len(answer.segments) == int(golden["n_masks"])
@@ -86,20 +106,22 @@ def test_same_words_and_masks_as_the_reference(model, image, case):
         expected = golden_mask(golden, number)
         differs = segment.mask.reshape(expected.shape) != expected
         assert not differs.any() or np.abs(segment.logits.reshape(expected.shape)[differs]).max() < 1e-3
-        frames = expected.shape[0]
-        ious = golden["sam_ious"].reshape(-1, 3).max(-1)
-        first = number * min(5, frames)
-        prompted = np.atleast_1d(segment.iou)[: min(5, frames)]
-        if case != "video8" or number == 0:
-            assert_close(prompted, ious[first : first + len(prompted)], 1e-4)
-        scores = golden["sam_obj_score"].reshape(-1)
-        if frames == 1:
-            assert_close(np.array(segment.object_score), scores[number], 1e-4)
+        # The reference goes through all frames for one object after the other.
+        frames = slice(number * len(expected), (number + 1) * len(expected))
+        decoded = results["segment"] + results["segment_frames"]
+        assert len(decoded) == 1
+        if case == "video8":
+            low = decoded[0].masks[: len(expected), number]
+        else:
+            low = decoded[0].masks[0, number][None]
+        assert_close(low, golden["sam_lowres"][frames, 0, 0], 1e-4)
+        assert_close(np.atleast_1d(segment.iou), golden["sam_ious"][frames].reshape(-1, 3).max(-1), 1e-4)
+        assert_close(np.atleast_1d(segment.object_score), golden["sam_obj_score"][frames].reshape(-1), 1e-4)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_prompt_embeddings_and_logits(model, image, case):
-    """The language model's input, its states and its logits, step by step with the reference's own tokens."""
+    """The language model's input, its states and its logits step by step, with the cache and without it."""
     golden = load(case)
     asked = request(model, image, case, golden)
     if asked.image is not None and isinstance(asked.image, Image.Image):
@@ -107,7 +129,8 @@ def test_prompt_embeddings_and_logits(model, image, case):
     prompt = model.prompt_of(asked)
     assert prompt.ids == golden["input_ids"].tolist()
     said = golden["generated_ids"].tolist()
-    forced = dict(enumerate(said))
+    steps, tokens = (golden[name].astype(int).tolist() for name in ("forced_steps", "forced_ids"))
+    forced = dict(zip(steps, tokens, strict=True))
     asked = Request(asked.prompt, asked.image, asked.regions, asked.boxes, asked.history, forced)
     if asked.image is not None:
         np.testing.assert_allclose(
@@ -119,6 +142,27 @@ def test_prompt_embeddings_and_logits(model, image, case):
     assert ids[0] == said
     states = hidden[0][: len(said) - 1]
     assert_close(states, golden["last_hidden_tail"][1:], 1e-4)
+    network = nnx.merge(model.graphdef, model.params)
+    objects = np.flatnonzero(np.array(said[:-1]) == model.tokenizer.seg_id)
+    assert ("seg_embed" in golden) == (case != "text_only")
+    if len(objects):
+        assert_close(states[objects], golden["seg_hidden"], 1e-4)
+        assert_close(network.prompt_vectors(states[objects]), golden["seg_embed"], 1e-4)
+
+    whole = np.array([prompt.ids + said[:-1]], np.int32)
+    context = whole == model.tokenizer.image_context_id
+    visual = np.zeros((1, states.shape[-1]), np.float32)
+    if asked.image is not None:
+        visual = asked.image.visual[prompt.rows]
+    embeds = network.embed_prompt(whole, visual, np.where(context, np.cumsum(context) - 1, -1))
+    assert_close(embeds[:, : len(prompt.ids)], golden["inputs_embeds"], 1e-5)
+    states = network.language_model(embeds)[0, len(prompt.ids) - 1 :]
+    assert_close(states, golden["last_hidden_tail"], 1e-4)
+    logits = np.asarray(network.language_model.logits(states))
+    assert_close(logits[0], golden["first_logits"], 1e-4)
+    assert_close(np.sort(logits)[:, :-6:-1], golden["step_top5_logits"], 1e-4)
+    named = np.take_along_axis(logits, golden["step_top5_ids"].astype(int), -1)
+    assert_close(named, golden["step_top5_logits"], 1e-4)
 
 
 def test_batch_of_different_requests_answers_as_one_by_one(model, image):
@@ -226,6 +270,20 @@ def test_second_turn_reuses_the_encoded_image(model, image):
     assert second.transcript.startswith(first.transcript)
     again = model.predict(image, "And the liver?", history=first, max_new_tokens=4)
     assert again.text == second.text
+
+
+def test_an_image_is_encoded_once_for_all_masks_of_all_turns(model, image, results):
+    opened = model.open(image)
+    seg = model.tokenizer.seg_id
+    five = Request("<image>Describe this image.", opened, forced={2 * step: seg for step in range(1, 6)})
+    (first,) = model.predict_batch([five], max_new_tokens=12)
+    assert len(first.segments) == 5
+    tiles = len(results["encode_tiles"])
+    more = Request("And the liver?", opened, history=first, forced={0: seg})
+    (second,) = model.predict_batch([more], max_new_tokens=4)
+    assert second.segments
+    calls = [len(results[name]) for name in ("encode_tiles", "encode_image", "segment")]
+    assert calls == [tiles, 1, 2]
 
 
 def test_a_history_of_another_image_is_refused(model, image):
