@@ -10,10 +10,10 @@ from unibiomed_jax.errors import InputError
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command; an InputError becomes one line on stderr and exit code 1, ctrl-C exit code 130."""
+    """Run a command; what is wrong with its files becomes one line on stderr and exit code 1, ctrl-C 130."""
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

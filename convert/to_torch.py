@@ -106,9 +106,7 @@ def _tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the plan, part by part."""
     dtypes = {name: dtype for name, (dtype, _) in plan.items()}
-    for part_rows, leaves in _parts(src, manifest, rows):
-        if scale is not None:
-            leaves = checkpoint.merge_adapters(leaves, scale)
+    for part_rows, leaves in _parts(src, manifest, rows, scale):
         for row in part_rows:
             leaf = leaves.pop(row.path.partition(".")[2])
             for name, tensor in split_leaf(row, leaf, dtypes):
@@ -118,14 +116,16 @@ def _tensors(
 
 
 def _parts(
-    src: Path, manifest: Manifest, rows: list[Row]
+    src: Path, manifest: Manifest, rows: list[Row], scale: float | None
 ) -> Iterator[tuple[list[Row], dict[str, np.ndarray]]]:
-    """Rows and leaves of every part of the checkpoint; the next one is read while one is being used."""
+    """Rows and merged leaves of every part of the checkpoint; the next is read while one is being used."""
     parts = largest_first(rows)
     with ThreadPoolExecutor(1) as reader:
         reading = reader.submit(checkpoint.read_part, src, parts[0][0], manifest)
         for (_, part_rows), following in zip_longest(parts, parts[1:]):
             leaves = reading.result()
+            if scale is not None:
+                leaves = checkpoint.merge_adapters(leaves, scale)
             if following:
                 reading = reader.submit(checkpoint.read_part, src, following[0], manifest)
             yield part_rows, leaves

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -20,9 +21,13 @@ from unibiomed_jax.errors import InputError
 
 # A checkpoint larger than this is cut into shards.
 SHARD_BYTES = 5_000_000_000
-# What a direct transfer has to be a multiple of, on all usual disks, and how much goes at a time.
-BLOCK = 4096
+# What a direct transfer has to be a multiple of on all usual disks; a page at least, so that no page of the
+# cache is also written directly.
+BLOCK = max(4096, mmap.PAGESIZE)
+# How much goes at a time.
 BUFFER_BYTES = 8 << 20
+# Some systems refuse to write more than 2 GiB in one call.
+CALL_BYTES = 1 << 30
 
 
 def write_safetensors(
@@ -67,8 +72,9 @@ def write_safetensors(
         for name in shard:
             places[name] = (folder / file, start)
             start += _size(plan[name])
-    files = {path: DirectFile(path) for path in {path for path, _ in places.values()}}
-    try:
+    with contextlib.ExitStack() as stack:
+        paths = {path for path, _ in places.values()}
+        files = {path: stack.enter_context(contextlib.closing(DirectFile(path))) for path in paths}
         for name, values in tensors:
             path, offset = places.pop(name, (None, 0))
             dtype, shape = plan[name] if path else (None, None)
@@ -77,9 +83,6 @@ def write_safetensors(
                     f"{name} is written twice, or not with the number format and shape announced."
                 )
             files[path].write(contiguous(values).reshape(-1).view(np.uint8), offset)
-    finally:
-        for file in files.values():
-            file.close()
     if places:
         raise InputError(f"{next(iter(places))} was announced but never written.")
 
@@ -88,18 +91,18 @@ class DirectFile:
     """An existing file, written at any place, as far as possible straight from memory to the disk.
 
     Through the page cache a large checkpoint may take several times as long as the disk needs, and pushes
-    out of memory what others use. What is no whole block goes that way, and everything where the system knows
-    no other.
+    out of memory what others use. Only what is no whole block goes through it, and everything where the
+    system cannot do without.
     """
 
     def __init__(self, path: Path):
+        # Its start is that of a page of memory, as direct transfers demand.
+        self.buffer = np.frombuffer(mmap.mmap(-1, BUFFER_BYTES), np.uint8)
         self.cached = os.open(path, os.O_WRONLY)
         try:
             self.direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
         except (AttributeError, OSError):  # an operating system or a file system without it
             self.direct = None
-        # Its start is that of a page of memory, as direct transfers demand.
-        self.buffer = np.frombuffer(mmap.mmap(-1, BUFFER_BYTES), np.uint8)
 
     def write(self, data: UInt8[np.ndarray, " bytes"], offset: int) -> None:
         first, last = -(-offset // BLOCK) * BLOCK - offset, (offset + len(data)) // BLOCK * BLOCK - offset
@@ -113,21 +116,23 @@ class DirectFile:
             try:
                 written = os.pwrite(self.direct, chunk.data, offset + start)
             except OSError as error:
-                if error.errno != errno.EINVAL:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                     raise
-                written = 0  # a disk of larger blocks
+                written = 0  # larger blocks, or none at all
             _write_all(self.cached, chunk[written:], offset + start + written)
         _write_all(self.cached, data[last:], offset + last)
 
     def close(self) -> None:
-        for file in (self.cached, self.direct):
-            if file is not None:
-                os.close(file)
+        try:
+            os.close(self.cached)
+        finally:
+            if self.direct is not None:
+                os.close(self.direct)
 
 
 def _write_all(file: int, data: np.ndarray, offset: int) -> None:
     while len(data):
-        written = os.pwrite(file, data.data, offset)
+        written = os.pwrite(file, data[:CALL_BYTES].data, offset)
         data, offset = data[written:], offset + written
 
 

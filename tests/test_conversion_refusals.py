@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 from convert import from_torch, sources, to_torch
 from convert.reading import INDEX, read_folder, read_safetensors, read_torch
 from convert.tables import sam2
-from unibiomed_jax.errors import InputError
+from unibiomed_jax.errors import DiskFullError, InputError
 from unibiomed_jax.hf_config import model_config, release_config
 from unibiomed_jax.presets import MODELS, SAM2_VARIANTS
 
@@ -405,6 +405,39 @@ def test_a_failure_leaves_nothing_half_written(tmp_path, monkeypatch, failure, c
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == (
         ["out", "out/precious"] if overwrite else []
     )
+
+
+@pytest.mark.parametrize(
+    ("failure", "caught"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (OSError(errno.ENOSPC, "No space left on device"), DiskFullError),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), DiskFullError),
+    ],
+    ids=["interrupt", "full", "quota"],
+)
+def test_a_failure_on_the_way_back_leaves_nothing_half_written(tmp_path, monkeypatch, failure, caught):
+    from_torch.convert(sources.released(MICRO), tmp_path / "converted")
+    write, written = os.pwrite, []
+
+    def pwrite(*arguments):
+        written.append(arguments)
+        if len(written) > 20:
+            raise failure
+        return write(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(caught):
+        to_torch.convert(tmp_path / "converted", tmp_path / "back")
+    assert [path.name for path in tmp_path.iterdir()] == ["converted"]
+
+
+def test_other_failures_of_the_disk_are_one_line_too(monkeypatch, tmp_path, capsys):
+    failure = OSError(errno.EIO, "Input/output error", "shard")
+    monkeypatch.setattr(os, "pwrite", lambda *arguments: (_ for _ in ()).throw(failure))
+    from_torch.convert(sources.released(MICRO), tmp_path / "converted")
+    assert run_command(monkeypatch, to_torch, tmp_path / "converted", tmp_path / "back") == 1
+    assert capsys.readouterr().err == "error: [Errno 5] Input/output error: 'shard'\n"
 
 
 def test_a_small_disk_is_noticed_before_writing(tmp_path, monkeypatch):

@@ -159,7 +159,8 @@ def new_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[
             shutil.rmtree(old) if old.is_dir() else old.unlink()
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(error):
             raise DiskFullError(f"The disk of {path} is full; free some space and run again.") from None
         raise
 

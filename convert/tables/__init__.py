@@ -28,7 +28,7 @@ def by_component(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def largest_first(rows: list[Row]) -> list[tuple[str, list[Row]]]:
-    """Parts and their rows, those of most numbers first: beside each of them the next can be worked on."""
+    """Parts and their rows, largest first, so that large ones can be worked on beside large ones."""
     return sorted(
         by_component(rows).items(), key=lambda part: -sum(math.prod(row.leaf_shape) for row in part[1])
     )
