@@ -198,9 +198,7 @@ def open_data(config: TrainConfig, tokenizer: Tokenizer, *, training: bool) -> P
     sample = dataclasses.replace(config.data.sample, **{name: getattr(sizes, name) for name in SAMPLE_SIZES})
     settings = dataclasses.replace(config.data, sample=sample)
     if not training:
-        datasets = tuple(dataclasses.replace(dataset, augment=None) for dataset in config.validation)
-        sample = dataclasses.replace(sample, augment=None)
-        settings = dataclasses.replace(settings, datasets=datasets, sample=sample, training=False, workers=0)
+        settings = dataclasses.replace(settings, datasets=config.validation, training=False, workers=0)
     if not settings.datasets:
         raise InputError("There is no training data: list datasets in the configuration's data.datasets.")
     return Pipeline(settings, tokenizer, host=jax.process_index(), hosts=jax.process_count())

@@ -84,6 +84,12 @@ def test_records_of_every_kind_know_their_own_changes(mixture):
             assert {record.augment for record in records} == {changes}, dataset.kind
 
 
+@pytest.mark.parametrize("limit", [{"zoom": 0}, {"rotation": -1}, {"colour": -0.1}])
+def test_an_impossible_limit_is_refused(limit):
+    with pytest.raises(InputError, match="impossible; give a zoom above 0"):
+        AugmentConfig(**limit)
+
+
 @pytest.mark.parametrize("mirror", [("sideways",), "horizontal"])
 def test_an_unknown_direction_is_refused(mirror):
     with pytest.raises(InputError, match="mirror = .*horizontal and vertical"):

@@ -18,7 +18,7 @@ class AugmentConfig:
     """Largest changes; each is drawn evenly up to its limit.
 
     Raises:
-        InputError: an unknown direction in `mirror`.
+        InputError: a negative limit, no zoom, or an unknown direction in `mirror`.
     """
 
     # Rotation in the plane, degrees either way.
@@ -36,6 +36,8 @@ class AugmentConfig:
     mirror: tuple[str, ...] = ()
 
     def __post_init__(self):
+        if self.zoom <= 0 or min(self.rotation, self.shift, self.light, self.colour) < 0:
+            raise InputError(f"{self} is impossible; give a zoom above 0, and no limit below.")
         if not set(self.mirror) <= set(MIRRORS):
             raise InputError(
                 f"mirror = {self.mirror!r} is impossible; give a tuple of {' and '.join(MIRRORS)}."
@@ -69,7 +71,9 @@ def augment(
     gamma, gain = np.exp(rng.uniform(-config.light, config.light, 2))
     # Value 0 to 255 of every channel to its new value.
     curve = 255 * gain * (np.arange(256) / 255) ** gamma
-    gains = np.exp(rng.uniform(-config.colour, config.colour, 3)) if config.colour else np.ones(3)
+    gains = np.ones(3)
+    if config.colour:  # without it, what is drawn from `rng` after this stays the same
+        gains = np.exp(rng.uniform(-config.colour, config.colour, 3))
     curves = np.clip(np.rint(gains[:, None] * curve), 0, 255).astype(np.uint8).ravel().tolist()
 
     def move(pixels: np.ndarray, resample: Image.Resampling) -> Image.Image:

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -86,6 +86,9 @@ class Pipeline:
             raise InputError(
                 f"batch_size={config.batch_size} cannot be shared by {hosts} hosts; use a multiple."
             )
+        if not config.training:  # nothing is changed at random
+            datasets = tuple(replace(dataset, augment=None) for dataset in config.datasets)
+            config = replace(config, datasets=datasets, sample=replace(config.sample, augment=None))
         self.config = config
         self.mixture = read_mixture(config.datasets)
         check_files(self.mixture.records)

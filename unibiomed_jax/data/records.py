@@ -71,7 +71,8 @@ class DatasetConfig:
     repeats: int | None = None
     # Slices drawn from a volume at every visit.
     slices: int = 10
-    # Random changes of its own instead of sample.augment, in training.
+    # Random changes of its own instead of sample.augment, in training. (On the command line its fields are
+    # options: a subcommand for every dataset would be too much.)
     augment: Annotated[AugmentConfig | None, tyro.conf.AvoidSubcommands] = None
 
     @property
