@@ -53,6 +53,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)
     except FileNotFoundError:
         raise InputError(f"{path} is missing; copy it from the release.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); check its rights.") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}); copy it from the release again.") from None
 
@@ -80,6 +82,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
     except FileNotFoundError:
         raise InputError(f"{path} is missing; download it again.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); check its rights.") from None
     except (struct.error, ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise

@@ -224,11 +224,24 @@ def test_nothing_compiles_again_once_warm(model, image):
         for answer in model.predict_batch(asked, max_new_tokens=NEW_TOKENS):
             assert len(answer.segments) >= segments
 
+    def ask_otherwise(first: int) -> None:
+        """About a region, without an image, and about a volume."""
+        forced = {1: model.tokenizer.seg_id}
+        left, volume = ([image.crop((x, 0, x + 300, 400)) for x in range(first, first + 3)] for _ in range(2))
+        for asked in (
+            Request("<image>What is region1?", left[0], boxes=[(first, 20, 200, 300)], forced=forced),
+            Request("What is a CT scan?"),
+            Request("<image>Please segment the liver.", model.open_volume(volume), forced=forced),
+        ):
+            model.predict_batch([asked], max_new_tokens=NEW_TOKENS)
+
     ask(410)
     ask(410, words=60)
     ask(410, segments=3)
     ask(410, 409, 408, 407)
+    ask_otherwise(0)
     before = programs()
+    ask_otherwise(20)
     for width in (409, 405, 402):  # the same tile grid; other pixels, other sizes
         ask(width)
     ask(403, words=58)
@@ -270,6 +283,17 @@ def test_second_turn_reuses_the_encoded_image(model, image):
     assert second.transcript.startswith(first.transcript)
     again = model.predict(image, "And the liver?", history=first, max_new_tokens=4)
     assert again.text == second.text
+
+
+def test_a_box_is_the_region_it_encloses(model, image, results):
+    region = np.zeros((410, 410))
+    region[82:184, 123:246] = 1
+    question = "<image>What is the region1 in the picture?"
+    for boxes, regions in (([(123, 82, 246, 184)], ()), ((), [region]), ([(0, 0, 100, 100)], ())):
+        model.predict(image, question, boxes=boxes, regions=regions, max_new_tokens=NEW_TOKENS)
+    # Words of a random model hardly change; its states do.
+    boxed, masked, elsewhere = (hidden for _, (hidden,) in results["_generate"])
+    assert np.array_equal(boxed, masked) and not np.allclose(boxed, elsewhere, atol=1e-3)
 
 
 def test_an_image_is_encoded_once_for_all_masks_of_all_turns(model, image, results):

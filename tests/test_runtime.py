@@ -24,6 +24,21 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.parametrize("chosen", [None, "elsewhere"])
+def test_compiled_programs_are_kept_in_the_users_cache_folder(tmp_path, chosen):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX", "XDG"))}
+    environment |= {"JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
+    if chosen:
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / chosen)
+    code = (
+        "from unibiomed_jax import runtime; runtime.prepare(); import jax; "
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0); jax.jit(lambda x: x + 1)(1)"
+    )
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    folder = tmp_path / (chosen or ".cache/unibiomed_jax/compiled")
+    assert any(folder.iterdir())
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is tuned")
 def test_a_large_buffer_is_kept_from_call_to_call():
     done = subprocess.run(

@@ -10,6 +10,7 @@ from flax import nnx
 from unibiomed_jax.config import LanguageConfig
 from unibiomed_jax.models.layers import unstack_layers
 from unibiomed_jax.models.qwen2 import Qwen2
+from unibiomed_jax.presets import LANGUAGE_MODELS
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -110,6 +111,8 @@ def test_output_and_gradients_equal_torch(tied, remat):
 @pytest.mark.parametrize("size", FAMILY)
 def test_every_size_of_the_family_equals_torch(size):
     heads, kv_heads = FAMILY[size]
+    preset = LANGUAGE_MODELS[f"qwen2.5-{size.lower()}"]
+    assert (preset.num_heads, preset.num_kv_heads) == (heads, kv_heads)
     config = dataclasses.replace(
         CONFIG,
         num_heads=heads,

@@ -1,0 +1,29 @@
+"""The demo runs from nothing but the repository, and every answer carries the notice."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from unibiomed_jax.inference.predictor import INTENDED_USE
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def test_the_demo_answers_and_says_what_it_is(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "examples" / "demo.py"), "--out", str(tmp_path / "out")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said = " ".join(done.stdout.split())
+    assert INTENDED_USE in said and "small teaching model" in said
+    folders = sorted((tmp_path / "out").iterdir())
+    assert len(folders) == 8 and said.count("Dice") == 8
+    for folder in folders:
+        answer = json.loads((folder / "answer.json").read_text())
+        assert answer["notice"] == INTENDED_USE
+        assert len(answer["segments"]) == len(list(folder.glob("mask_*"))) > 0
+        assert list(folder.glob("overlay*"))
