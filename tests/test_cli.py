@@ -56,6 +56,10 @@ def test_an_image_leaves_json_masks_and_overlay(loaded, tmp_path):
     assert [segment["phrase"] for segment in answer["segments"]] == ["the liver", "Also"]
     assert "research use only" in answer["notice"]
     assert answer["preprocessing"][0]["width"] == 410
+    assert answer["preprocessing"][0]["steps"][-2:] == [
+        "stretched and cut into 3x3 tiles of 112x112 pixels for the words, with the whole as one more",
+        "stretched to 256x256 pixels for the masks",
+    ]
     assert answer["seconds"].keys() >= {"encode tiles", "prefill", "decode", "encode image", "decode masks"}
     assert len(answer["checkpoint"]) == 64 and answer["versions"]["jax"]
     mask = np.asarray(Image.open(folder / "mask_0_the_liver.png")) > 0
@@ -157,7 +161,11 @@ def test_a_volume_leaves_a_mask_and_an_overlay_a_slice(loaded, tmp_path):
     folder = tmp_path / "out" / "ct"
     assert len(list((folder / "mask_0_the_liver").iterdir())) == 3
     assert len(list((folder / "overlay").iterdir())) == 3
-    assert len(json.loads((folder / "answer.json").read_text())["segments"][0]["mask"]) == 3
+    answer = json.loads((folder / "answer.json").read_text())
+    assert len(answer["segments"][0]["mask"]) == 3
+    steps = [record["steps"] for record in answer["preprocessing"]]
+    assert ["stretched to 112x112 pixels for the words" in done for done in steps] == [False, True, False]
+    assert all(done[-1] == "stretched to 256x256 pixels for the masks" for done in steps)
 
 
 def test_a_full_disk_ends_the_run_and_leaves_nothing_half_written(

@@ -35,6 +35,7 @@ from unibiomed_jax.inference.preprocess import (
     region_cells,
     sam_bytes,
     sam_image,
+    tile_grid,
     vit_tiles,
 )
 from unibiomed_jax.inference.prompt import STOP_TEXT, Phrase, build_prompt, find_stop, parse_answer
@@ -222,7 +223,13 @@ class UniBiomed:
             max_tiles=config.max_tiles,
             use_thumbnail=config.use_thumbnail,
         )
-        return OpenedImage([frame], [record], tiles)
+        side = config.vision.image_size
+        columns, rows = tile_grid(
+            *frame.size, min_tiles=config.min_tiles, max_tiles=config.max_tiles, tile_size=side
+        )
+        cut = f"stretched and cut into {columns}x{rows} tiles of {side}x{side} pixels for the words"
+        whole = ", with the whole as one more" if len(tiles) > columns * rows else ""
+        return OpenedImage([frame], [self._record_steps(record, cut + whole)], tiles)
 
     def open_volume(
         self, frames: Sequence[ImageSource], *, conditioning: Sequence[int] | None = None
@@ -237,7 +244,16 @@ class UniBiomed:
         plan = plan_frames(len(images), self.config.sam2, conditioning)
         chosen = plan.index[(plan.direction == 0) & plan.valid].tolist()
         tiles = frame_tiles([images[i] for i in chosen], tile_size=self.config.vision.image_size)
+        shown = f"stretched to {tiles.shape[1]}x{tiles.shape[2]} pixels for the words"
+        records = [
+            self._record_steps(record, *[shown] * (index in chosen)) for index, record in enumerate(records)
+        ]
         return OpenedImage(images, records, tiles, chosen)
+
+    def _record_steps(self, record: ImageRecord, *steps: str) -> ImageRecord:
+        size = self.config.sam2.image_size
+        masks = f"stretched to {size}x{size} pixels for the masks"
+        return dataclasses.replace(record, steps=(*record.steps, *steps, masks))
 
     def predict(
         self,

@@ -38,7 +38,7 @@ _ORIENTATION_TAG = 0x0112
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """What was read and what was done to it before any resize (all of it goes into the result's JSON)."""
+    """What was read and what was done to it (all of it goes into the result's JSON)."""
 
     # Path, or how the image was given when it was not a file.
     source: str
@@ -49,7 +49,7 @@ class ImageRecord:
     # Size in pixels after the EXIF rotation: masks and boxes refer to this frame.
     width: int
     height: int
-    # Conversions in the order they were made, one sentence each.
+    # Conversions and resizes in the order they were made, a phrase each.
     steps: tuple[str, ...]
 
 
