@@ -1,6 +1,6 @@
 """unibiomed-tiny, third run: on from the result of configs/tiny_continued.py, masks from 256 x 256 pixels.
 
-Under two hours on two CPU cores; its result is checkpoints/unibiomed-tiny (docs/unibiomed_tiny.md).
+Under two hours on two CPU cores; configs/tiny_fine.py goes on from its result.
 """
 
 import dataclasses

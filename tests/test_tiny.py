@@ -30,7 +30,7 @@ def test_it_is_small():
 def test_every_run_goes_on_from_the_result_of_the_one_before():
     runs = [
         load_experiment(str(REPOSITORY / "configs" / name))
-        for name in ("tiny.py", "tiny_continued.py", "tiny_large.py")
+        for name in ("tiny.py", "tiny_continued.py", "tiny_large.py", "tiny_fine.py", "tiny_volumes.py")
     ]
     for before, run in itertools.pairwise(runs):
         assert run.initial == f"{before.folder}/model"
