@@ -143,6 +143,8 @@ def main() -> None:
         f"{seconds:.1f} s ({size(source) / 1e9 / seconds:.2f} GB/s), peak memory "
         f"{command.peak_memory() / 1e9:.2f} GB.\nWeights {digest[:16]} are in {args.dst}."
     )
+    for part in source.from_base:
+        print(f"{args.src} holds nothing of {part}*, which training changes: it is that of {args.base}.")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from unibiomed_jax.hf_config import model_config
 from unibiomed_jax.inference.tokenizer import UNIBIOMED_TOKENS
 from unibiomed_jax.presets import SAM2_VARIANTS
 
+# What the reference's training changes besides the language model, as names begin.
+TRAINED = ("mlp1.", "text_hidden_fcs.", "grounding_encoder.sam2_model.sam_mask_decoder.")
 # Standard deviation of the embeddings of new tokens, as the reference draws them.
 NEW_ROW_SCALE = 0.02
 
@@ -43,6 +45,8 @@ class Source:
     stores_tied_head: bool = False
     # Adapters kept apart.
     lora: LoraInfo | None = None
+    # Of what training changes: what its file lacks, so that it is the base's.
+    from_base: tuple[str, ...] = ()
 
 
 def released(folder: Path) -> Source:
@@ -96,6 +100,8 @@ def trained(
     updates = unique(read_torch(file, "state_dict"), training_name, str(file))
     source = released(base) if sam2_file is None else _internvl_with_sam2(base, sam2_file)
     adapters = {name: updates.pop(name) for name in list(updates) if ".lora_" in name}
+    lacking = tuple(part for part in TRAINED if not any(name.startswith(part) for name in updates))
+    source = dataclasses.replace(source, from_base=lacking)
     tensors = source.tensors | updates
     check_tied_head(tensors, source.config.language.tie_word_embeddings, str(file))
     check_complete(source.rows, tensors, f"{file} over {base}")

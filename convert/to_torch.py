@@ -147,6 +147,14 @@ def _copy_files(src: Path, folder: Path, config: ModelConfig) -> None:
     (folder / "config.json").write_text(text + "\n")
 
 
+def missing_code(folder: Path) -> list[str]:
+    """Files of the original code that config.json names and a released folder lacks."""
+    names = read_json(folder / "config.json").get("auto_map", {}).values()
+    # With "--" a name is that of another repository.
+    files = sorted({f"{n.partition('.')[0]}.py" for n in names if isinstance(n, str) and "--" not in n})
+    return [file for file in files if not (folder / file).exists()]
+
+
 def _write_adapter(src: Path, folder: Path, manifest: Manifest) -> None:
     leaves = checkpoint.read_part(src, "language_model", manifest)
     parameters = {f"language_model.{path}": leaf for path, leaf in leaves.items()}
@@ -163,6 +171,8 @@ def main() -> None:
         f"Wrote {len(plan):,} tensors, {size / 1e9:.2f} GB in {seconds:.1f} s "
         f"({size / 1e9 / seconds:.2f} GB/s), peak memory {command.peak_memory() / 1e9:.2f} GB, to {args.dst}."
     )
+    if files := missing_code(args.dst):
+        print(f"The original code needs {', '.join(files)} beside the weights; copy them from the release.")
 
 
 if __name__ == "__main__":

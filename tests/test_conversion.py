@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from micro_checkpoint import (
     assert_same_tensors,
     random_tensors,
     read_all,
+    run_command,
     tied,
     write_released,
 )
@@ -224,6 +226,17 @@ def test_gamma_and_g_weight_are_one_name(tmp_path):
     both = tensors | {name: values for name, values in old.items() if "gamma" in name}
     with pytest.raises(InputError, match=r"fuser.layers.0.g_weight twice, as .*gamma"):
         sources.released(write_released(tmp_path / "both", both, SMALL))
+
+
+def test_code_that_the_folder_lacks_is_named(tmp_path, monkeypatch, capsys):
+    released = shutil.copytree(MICRO, tmp_path / "released")
+    for code, said in (((), True), (("configuration_sa2va_chat.py", "modeling_sa2va_chat.py"), False)):
+        for name in code:
+            (released / name).write_text("")
+        assert run_command(monkeypatch, from_torch, released, tmp_path / "out", "--overwrite") == 0
+        assert run_command(monkeypatch, to_torch, tmp_path / "out", tmp_path / "back", "--overwrite") == 0
+        needs = "needs configuration_sa2va_chat.py, modeling_sa2va_chat.py beside the weights"
+        assert (needs in capsys.readouterr().out) == said
 
 
 @pytest.mark.parametrize("stored", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ from PIL import Image
 from convert.from_torch import read_released
 from unibiomed_jax import InputError, Request, UniBiomed, checkpoint
 from unibiomed_jax.inference.generate import ground
-from unibiomed_jax.inference.precision import CPU, FLOAT32
+from unibiomed_jax.inference.precision import BFLOAT16, CPU, FLOAT32
 from unibiomed_jax.inference.predictor import Answer
 from unibiomed_jax.inference.preprocess import sam_image
 from unibiomed_jax.inference.tokenizer import Tokenizer
@@ -179,6 +180,20 @@ def test_batch_of_different_requests_answers_as_one_by_one(model, image):
             assert not differs.any() or np.abs(segment.logits[differs]).max() < 1e-3
 
 
+def test_a_volume_in_a_batch_answers_as_alone(model, image):
+    golden = {case: load(case) for case in ("video8", "image_abdomen")}
+    answers = model.predict_batch(
+        [request(model, image, case, golden[case]) for case in golden], max_new_tokens=NEW_TOKENS
+    )
+    for (case, expected), answer in zip(golden.items(), answers, strict=True):
+        assert answer.text == str(expected["prediction"]), case
+        assert len(answer.segments) == int(expected["n_masks"])
+        for number, segment in enumerate(answer.segments):
+            mask = golden_mask(expected, number)
+            differs = segment.mask.reshape(mask.shape) != mask
+            assert not differs.any() or np.abs(segment.logits.reshape(mask.shape)[differs]).max() < 1e-3
+
+
 def test_default_precision_of_a_cpu_keeps_words_and_masks(image):
     model = UniBiomed.from_pretrained(GOLDEN / "micro" / "checkpoint", precision=CPU)
     for case in CASES:
@@ -189,6 +204,33 @@ def test_default_precision_of_a_cpu_keeps_words_and_masks(image):
             expected = golden_mask(golden, number)
             mask = segment.mask.reshape(expected.shape)
             assert (mask & expected).sum() / (mask | expected).sum() >= 0.999
+
+
+def test_bfloat16_everywhere_stays_near_the_reference(image, monkeypatch):
+    """The policy of GPUs and TPUs. Words are forced: those of a random model hang on the last bits."""
+    model = UniBiomed.from_pretrained(GOLDEN / "micro" / "checkpoint", precision=BFLOAT16)
+    generate, states = model._generate, []
+
+    def keep(*arguments):
+        ids, hidden = generate(*arguments)
+        states.append(np.asarray(hidden[0], np.float32))
+        return ids, hidden
+
+    monkeypatch.setattr(model, "_generate", keep)
+    for case in CASES:
+        golden = load(case)
+        forced = dict(enumerate(golden["generated_ids"].tolist()))
+        asked = dataclasses.replace(request(model, image, case, golden), forced=forced)
+        answer = model.predict_batch([asked], max_new_tokens=len(forced))[0]
+        expected = golden["last_hidden_tail"][1:]
+        difference = np.abs(states[-1][: len(expected)] - expected)
+        # Eight bits: 0.4 % an operation. Not zero, or the policy would be float32.
+        assert 1e-3 < difference.mean() / np.abs(expected).mean() < 0.02
+        assert len(answer.segments) == int(golden["n_masks"])
+        for number, segment in enumerate(answer.segments):
+            expected = golden_mask(golden, number)
+            mask = segment.mask.reshape(expected.shape)
+            assert (mask & expected).sum() / (mask | expected).sum() > 0.99
 
 
 def test_a_checkpoint_stored_in_bfloat16_says_on_a_cpu_what_float32_weights_say(image):

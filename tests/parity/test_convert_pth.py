@@ -19,7 +19,14 @@ from safetensors.torch import save_file  # noqa: E402
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from micro_checkpoint import MICRO, assert_same_tensors, micro_tensors, read_all, write_released  # noqa: E402
+from micro_checkpoint import (  # noqa: E402
+    MICRO,
+    assert_same_tensors,
+    micro_tensors,
+    read_all,
+    run_command,
+    write_released,
+)
 
 from convert import from_torch, sources, to_torch  # noqa: E402
 from convert.tables.qwen2 import EMBEDDING, HEAD  # noqa: E402
@@ -303,6 +310,17 @@ def published(tmp_path_factory):
         if name.startswith(PREFIX)
     }
     return folder, save(root / "sam2.pt", {"model": state}), rows
+
+
+def test_what_a_training_file_lacks_is_said(adapted, tmp_path, monkeypatch, capsys):
+    values = trained_values(adapted)
+    few = {name: value for name, value in values.items() if "mlp1" not in name}
+    options = ("--base", MICRO, "--lora-rank", RANK, "--lora-alpha", ALPHA, "--overwrite")
+    for state, said in ((values, []), (few, ["mlp1.*"])):
+        file = save(tmp_path / "trained.pth", {"state_dict": state})
+        assert run_command(monkeypatch, from_torch, file, tmp_path / "out", *options) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if "holds nothing of" in line]
+        assert [line.split("nothing of ")[1].split(",")[0] for line in lines] == said
 
 
 def test_published_weights_start_a_training(published, tmp_path):
