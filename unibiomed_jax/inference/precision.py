@@ -10,8 +10,8 @@ from unibiomed_jax.config import ModelConfig, Precision
 FLOAT32 = Precision()
 # Everywhere, as the reference runs on a GPU.
 BFLOAT16 = Precision("bfloat16", "bfloat16", "bfloat16", "bfloat16", bfloat16_position=True)
-# On a CPU with bfloat16 units large products gain from them: a call takes nearly half, also on jax 0.10. A
-# decoding step does not gain: it is bound by reading the weights.
+# On a CPU with bfloat16 units large products gain from them: a call took 9.8 s instead of 17.9 s (jax 0.10,
+# benchmarks/predict.py). A decoding step does not gain: it is bound by reading the weights.
 # Masks stay within IoU 0.999 of float32's.
 CPU = Precision("bfloat16", "float32", "mixed", "float32")
 

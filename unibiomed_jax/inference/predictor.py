@@ -244,13 +244,16 @@ class UniBiomed:
         plan = plan_frames(len(images), self.config.sam2, conditioning)
         chosen = plan.index[(plan.direction == 0) & plan.valid].tolist()
         tiles = frame_tiles([images[i] for i in chosen], tile_size=self.config.vision.image_size)
-        shown = f"stretched to {tiles.shape[1]}x{tiles.shape[2]} pixels for the words"
+        side = self.config.vision.image_size
+        shown = (f"stretched to {side}x{side} pixels for the words",)
         records = [
-            self._record_steps(record, *[shown] * (index in chosen)) for index, record in enumerate(records)
+            self._record_steps(record, *(shown if index in chosen else ()))
+            for index, record in enumerate(records)
         ]
         return OpenedImage(images, records, tiles, chosen)
 
     def _record_steps(self, record: ImageRecord, *steps: str) -> ImageRecord:
+        """The record with `steps` and with what SAM2 does to every image."""
         size = self.config.sam2.image_size
         masks = f"stretched to {size}x{size} pixels for the masks"
         return dataclasses.replace(record, steps=(*record.steps, *steps, masks))
