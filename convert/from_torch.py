@@ -22,9 +22,11 @@ from convert import command, sources
 from convert.assemble import build_parts
 from convert.reading import DTYPE_NAMES, require_torch_file
 from convert.sources import Source
-from convert.tokenizer_files import add_unibiomed_tokens, check_tokenizer, copy_tokenizer
+from convert.tokenizer_files import add_unibiomed_tokens, check_tokenizer
 from unibiomed_jax import checkpoint
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.files import new_folder, require_space
+from unibiomed_jax.inference.tokenizer import copy_tokenizer
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,8 @@ def convert(source: Source, dst: Path, *, overwrite: bool = False) -> str:
     Raises:
         InputError: `dst` exists or cannot be written, or the disk is too small.
     """
-    checkpoint.require_space(dst, size(source))
-    with checkpoint.new_folder(dst, overwrite=overwrite) as folder:
+    require_space(dst, size(source))
+    with new_folder(dst, overwrite=overwrite) as folder:
         copy_tokenizer(source.folder, folder / "tokenizer")
         if source.first_new_token is not None:
             add_unibiomed_tokens(folder / "tokenizer", source.first_new_token)

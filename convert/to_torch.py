@@ -30,6 +30,7 @@ from unibiomed_jax import checkpoint
 from unibiomed_jax.checkpoint import Manifest
 from unibiomed_jax.config import ModelConfig
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.files import new_folder, require_space
 from unibiomed_jax.hf_config import release_config
 from unibiomed_jax.training.lora import save_peft_adapter
 
@@ -80,8 +81,8 @@ def convert(
     }
     if layout["stores_tied_head"]:
         plan[HEAD] = plan[EMBEDDING]
-    checkpoint.require_space(dst, sum(int(np.prod(shape)) * dtype.itemsize for dtype, shape in plan.values()))
-    with checkpoint.new_folder(dst, overwrite=overwrite) as folder:
+    require_space(dst, sum(int(np.prod(shape)) * dtype.itemsize for dtype, shape in plan.values()))
+    with new_folder(dst, overwrite=overwrite) as folder:
         _copy_files(src, folder, config)
         merge = manifest.lora.scale if manifest.lora and not adapter else None
         write_safetensors(folder, plan, _tensors(src, manifest, rows, plan, merge), shard_bytes=shard_bytes)

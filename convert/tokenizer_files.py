@@ -1,45 +1,13 @@
-"""The tokenizer's files: copied as they are, and extended by the tokens that UniBiomed adds to InternVL's."""
+"""The tokenizer's files: extended by the tokens that UniBiomed adds to InternVL's, and checked."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 from convert.reading import read_json
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inference.tokenizer import UNIBIOMED_TOKENS, Tokenizer
-
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy a tokenizer's files into the folder `target`.
-
-    Raises:
-        InputError: tokenizer_config.json, or the vocabulary itself, is missing.
-    """
-    target.mkdir(exist_ok=True)
-    for name in FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    if not (target / "tokenizer_config.json").exists():
-        raise InputError(f"{source / 'tokenizer_config.json'} is missing; copy it from the release.")
-    if not (target / "tokenizer.json").exists() and not (
-        (target / "vocab.json").exists() and (target / "merges.txt").exists()
-    ):
-        raise InputError(
-            f"{source} holds neither tokenizer.json nor vocab.json with merges.txt; copy them from the "
-            "release."
-        )
 
 
 def add_unibiomed_tokens(folder: Path, vocab_size: int) -> None:

@@ -11,7 +11,6 @@ import argparse
 import collections
 import json
 import re
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-from sample_attribution import write_attribution, write_readme  # noqa: E402
+from sample_attribution import LICENCES, README, write_attribution, write_readme  # noqa: E402
 from sample_sources import MICROSCOPY, SOURCES, Source, patient_of  # noqa: E402
 from sample_volumes import Volume, read_volumes  # noqa: E402
 
@@ -37,6 +36,8 @@ from unibiomed_jax.data.writer import (  # noqa: E402
     save_json,
     save_mask,
 )
+from unibiomed_jax.errors import InputError  # noqa: E402
+from unibiomed_jax.files import new_folder  # noqa: E402
 
 LONG_SIDE = 256
 QUALITY = 88
@@ -270,30 +271,51 @@ def write_questions(data: Path, out: Path, splits: dict) -> None:
     tables.save(out / QUESTION_IMAGES)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder that holds the source folders")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; replaced if it exists")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; an older one is replaced")
     parser.add_argument("--all", action="store_true", help="also build what may not ship with the repository")
     options = parser.parse_args()
+    try:
+        check_folders(options.data, options.out, options.all)
+        with new_folder(options.out, overwrite=True) as folder:
+            write_dataset(options.data, folder, options.all)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
-    pictures = find_pictures(options.data, options.all)
-    microscopy = options.data / MICROSCOPY.folder / "img2d.tif"
+
+def check_folders(data: Path, out: Path, everything: bool) -> None:
+    """Raise InputError if a source is missing, or if `out` is anything but an older sample dataset."""
+    sources = [source.folder for source in SOURCES if source.ships or everything]
+    for folder in (*sources, *LICENCES):
+        if not (data / folder).is_dir():
+            raise InputError(f"{data} does not hold the source folder {folder}; correct --data.")
+    readme, title = out / "README.md", README.splitlines()[0]
+    ours = (out / "ATTRIBUTION.md").is_file() and readme.is_file() and title in readme.read_text()
+    if out.exists() and not ours:
+        raise InputError(f"{out} is no sample dataset of this script; remove it or choose another --out.")
+
+
+def write_dataset(data: Path, out: Path, everything: bool) -> None:
+    """Fill the empty folder `out`."""
+    pictures = find_pictures(data, everything)
+    microscopy = data / MICROSCOPY.folder / "img2d.tif"
     pictures.append(Picture(MICROSCOPY, "img2d", microscopy, (MICROSCOPY.folder, "img2d")))
-    volumes = list(read_volumes(options.data))
-    question_images = [path.stem for path in sorted((options.data / QUESTION_IMAGES / "images").iterdir())]
+    volumes = list(read_volumes(data))
+    question_images = [path.stem for path in sorted((data / QUESTION_IMAGES / "images").iterdir())]
     splits = split_patients(pictures, volumes, question_images)
 
-    if options.out.exists():
-        shutil.rmtree(options.out)
     tables, captions = collections.defaultdict(Tables), {split: CocoTable(split) for split in SPLITS}
     for picture in pictures:
         split, folder = splits[picture.key], picture.source.folder
-        write_picture(picture, split, options.out / folder, tables[folder], captions[split])
+        write_picture(picture, split, out / folder, tables[folder], captions[split])
     for volume in volumes:
         split = splits[volume.namespace, volume.patient]
         entry = write_volume(
-            options.out / volume.folder,
+            out / volume.folder,
             volume.name,
             volume.pixels,
             volume.targets,
@@ -305,19 +327,19 @@ def main() -> None:
         )
         tables[volume.folder].volumes[split][volume.name] = entry
     for folder, table in tables.items():
-        table.save(options.out / folder)
+        table.save(out / folder)
     for split, table in captions.items():
-        table.save(options.out / f"{split}_captions.json")
-    write_questions(options.data, options.out, splits)
+        table.save(out / f"{split}_captions.json")
+    write_questions(data, out, splits)
     sources = {picture.source.folder: picture.source for picture in pictures}
     volume_sources = {volume.folder: volume.source for volume in volumes if volume.source != "sts_pet_raw"}
-    write_attribution(options.data, options.out, sources, volume_sources, LONG_SIDE)
+    write_attribution(data, out, sources, volume_sources, LONG_SIDE)
     modalities = {folder: source.modality for folder, source in sources.items()}
     modalities["vqa_rad"] = "X-ray, CT, MRI"
     for volume in volumes:
         modalities[volume.folder] = f"{volume.targets[0].words[0].split()[-1]} (volumes)"
-    write_readme(options.out, modalities, options.all)
+    write_readme(out, modalities, everything)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -75,8 +75,9 @@ Images with at least one target (for volumes: scans), by split.
 
 {targets}"""
 MISSING = """- Not in the repository, because the sources themselves do not state the licence: all endoscopy,
-  breast ultrasound, and one set each of fundus, nuclei and brain images. The same script builds them from
-  their folders with `--all`.
+  breast ultrasound, and one set each of fundus, nuclei and brain images. \
+The same script builds them from their
+  folders with `--all`.
 """
 
 

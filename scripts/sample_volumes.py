@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from unibiomed_jax.data.volumes import VolumeTarget, apply_window, load_nifti, percentile_window
+from unibiomed_jax.data.volumes import VolumeTarget, apply_window, load_labelled, percentile_window
 
 SOFT_TISSUE = (-160.0, 240.0)  # HU
 SARCOMA = "soft tissue sarcoma"
@@ -70,8 +70,7 @@ def _organ_volumes(folder: Path) -> Iterator[Volume]:
         ("example_ct", "example_seg_fast_force_split", "total", "abdomen CT", "a"),
         ("example_mr_sm", "example_seg_mr", "total_mr", "abdomen MRI", "c"),
     ):
-        voxels = load_nifti(folder / f"{image}.nii.gz")
-        values = load_nifti(folder / f"{labels}.nii.gz")
+        voxels, values = load_labelled(folder / f"{image}.nii.gz", folder / f"{labels}.nii.gz")
         names = {int(value): name for value, name in tables[table].items()}
         targets = []
         for organ, parts in ORGANS.items():
@@ -91,10 +90,10 @@ def _organ_volumes(folder: Path) -> Iterator[Volume]:
                      targets, 1)  # fmt: skip
     # Another patient, held out: every fourth slice of 1.5 mm.
     crop = folder / "aorta_report"
-    voxels, mask = load_nifti(crop / "ct_cropped.nii.gz")[::4], load_nifti(crop / "aorta.nii.gz")[::4] > 0
-    target = VolumeTarget("aorta", ("aorta in abdomen CT",), mask)
+    voxels, values = load_labelled(crop / "ct_cropped.nii.gz", crop / "aorta.nii.gz")
+    target = VolumeTarget("aorta", ("aorta in abdomen CT",), values[::4] > 0)
     yield Volume("chest_ct", "chest_ct_b", folder.name, folder.name, "b", "test",
-                 apply_window(voxels, SOFT_TISSUE), SOFT_TISSUE, [target], 1)  # fmt: skip
+                 apply_window(voxels[::4], SOFT_TISSUE), SOFT_TISSUE, [target], 1)  # fmt: skip
 
 
 def _sarcoma_volumes(folder: Path) -> Iterator[Volume]:
@@ -105,8 +104,8 @@ def _sarcoma_volumes(folder: Path) -> Iterator[Volume]:
             path = folder / patient / f"{file}_image.nii.gz"
             if not path.is_file() or (modality != "PET" and patient not in SARCOMA_PATIENTS):
                 continue
-            voxels = load_nifti(path)
-            mask = load_nifti(folder / patient / f"{file}_mask.nii.gz") > 0
+            voxels, values = load_labelled(path, folder / patient / f"{file}_mask.nii.gz")
+            mask = values > 0
             inside = np.flatnonzero(mask.any((1, 2)))
             # A few slices, evenly from the contour's first to its last.
             chosen = np.unique(
@@ -125,10 +124,10 @@ def _sarcoma_volumes(folder: Path) -> Iterator[Volume]:
 
 
 def _whole_body_pet(folder: Path) -> Volume:
-    voxels = load_nifti(folder / "STS_001_FDG_PET_SUV.nii.gz")
-    mask = load_nifti(folder / "STS_001_FDG_PET_GTV_mask.nii.gz") > 0
-    chosen = np.arange(1, len(mask), 4)
-    target = VolumeTarget(SARCOMA, (f"{SARCOMA} in body PET",), mask[chosen])
+    files = ("STS_001_FDG_PET_SUV.nii.gz", "STS_001_FDG_PET_GTV_mask.nii.gz")
+    voxels, values = load_labelled(*(folder / file for file in files))
+    chosen = np.arange(1, len(values), 4)
+    target = VolumeTarget(SARCOMA, (f"{SARCOMA} in body PET",), values[chosen] > 0)
     window = (0.0, 10.0)  # SUV
     return Volume("sarcoma_pet", "STS_001_wholebody", folder.name, "sts", "STS_001", "",
                   apply_window(voxels[chosen], window), window, [target])  # fmt: skip

@@ -324,7 +324,9 @@ def test_a_dataset_is_built_and_checked(kidneys, tmp_path):
     (tmp_path / "kidneys" / "train" / "P1.png").unlink()
     checked = command(tmp_path, "data", "validate", "kidneys", "--show", "1")
     assert checked.returncode == 1
-    assert "error (missing) kidneys/segmentation:train/P1_left+kidney.png: the image" in checked.stdout
+    assert "error (missing) kidneys/segmentation:train/P1_left+kidney.png: kidneys/train/P1.png does" in (
+        checked.stdout
+    )
     assert "... and 2 more" in checked.stdout and "3 errors, 0 warnings" in checked.stdout
 
 

@@ -12,15 +12,12 @@ This is the only module that knows Orbax.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import functools
 import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +31,9 @@ from flax import nnx
 from orbax.checkpoint.experimental import v1 as ocp
 
 from unibiomed_jax.config import ModelConfig, from_dict, to_dict
-from unibiomed_jax.errors import DiskFullError, InputError
+from unibiomed_jax.errors import InputError
+from unibiomed_jax.files import new_folder, require_space
+from unibiomed_jax.inference.tokenizer import copy_tokenizer
 
 FORMAT = 1
 REMEDY = "convert the release again with: python -m convert.from_torch SRC DST"
@@ -127,55 +126,6 @@ def abstract_params(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 # Writing
 
 
-@contextlib.contextmanager
-def new_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill that becomes `path` when the block ends, and vanishes when it fails.
-
-    Raises:
-        InputError: `path` exists and `overwrite` is false, or its parent cannot be written.
-        DiskFullError: the disk is full.
-    """
-    path = Path(path).absolute()
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists; choose another folder or pass --overwrite.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-    except OSError as error:
-        raise InputError(f"{path} cannot be created ({error.strerror}); choose another place.") from None
-    try:
-        partial.chmod(0o755)
-        yield partial
-        old = partial.with_name(f"{partial.name}.old")
-        if path.exists():
-            os.replace(path, old)
-        try:
-            os.replace(partial, path)
-        except BaseException:
-            if old.exists():
-                os.replace(old, path)
-            raise
-        if old.exists():
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left on device" in str(error):
-            raise DiskFullError(f"The disk of {path} is full; free some space and run again.") from None
-        raise
-
-
-def require_space(path: str | os.PathLike, needed: int) -> None:
-    """Raise InputError unless `needed` bytes are free where `path` will be."""
-    parent = next(parent for parent in Path(path).absolute().parents if parent.exists())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise InputError(
-            f"{path} needs {needed / 1e9:.2f} GB but only {free / 1e9:.2f} GB are free there; free some "
-            "space or choose another disk."
-        )
-
-
 def write(
     folder: Path,
     config: ModelConfig,
@@ -250,7 +200,7 @@ def save(
         params = nnx.to_pure_dict(params)
     require_space(path, sum(leaf.nbytes for leaf in flatten(params).values()))
     with new_folder(path, overwrite=overwrite) as folder:
-        shutil.copytree(tokenizer, folder / "tokenizer")
+        copy_tokenizer(Path(tokenizer), folder / "tokenizer")
         if release is not None and Path(release).is_dir():
             shutil.copytree(release, folder / "release")
         return write(folder, config, params.items(), lora=lora)
@@ -420,16 +370,20 @@ def merge_adapters(flat: Mapping[str, Any], scale: float) -> dict[str, Any]:
     """Fold every <linear>.lora.{a, b} into <linear>.kernel: W + scale * A B, in float32, then W's dtype.
 
     Args:
-        flat: {dotted path: array}, each with a leading layer axis.
+        flat: {dotted path: array}; those of a stack of layers have a leading layer axis.
         scale: alpha / rank.
     """
     merged = {path: leaf for path, leaf in flat.items() if ".lora." not in path}
     for path in [path for path in flat if path.endswith(".lora.a")]:
         linear = path.removesuffix(".lora.a")
-        layers = zip(merged[f"{linear}.kernel"], flat[path], flat[f"{linear}.lora.b"], strict=True)
+        kernel, a, b = merged[f"{linear}.kernel"], flat[path], flat[f"{linear}.lora.b"]
+        if a.ndim == 2:
+            merged[f"{linear}.kernel"] = _merge(kernel, a, b, scale)
+            continue
         # Layer by layer: float32 copies of a whole stack could be as large as the rest of the model.
-        stack = np.stack if isinstance(flat[path], np.ndarray) else jnp.stack
-        merged[f"{linear}.kernel"] = stack([_merge(kernel, a, b, scale) for kernel, a, b in layers])
+        stack = np.stack if isinstance(a, np.ndarray) else jnp.stack
+        layers = zip(kernel, a, b, strict=True)
+        merged[f"{linear}.kernel"] = stack([_merge(*layer, scale) for layer in layers])
     return merged
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from unibiomed_jax.data.build import BuildOptions, build
 from unibiomed_jax.data.validate import ValidateOptions, validate
 from unibiomed_jax.errors import DiskFullError, InputError
+from unibiomed_jax.inference.preprocess import by_number
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 
@@ -196,7 +196,7 @@ def _sources(options: Predict) -> dict[str, list[Path]]:
             for p in (path.iterdir() if options.volume else path.rglob("*"))
             if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and answers not in p.resolve().parents
         ),
-        key=_by_number,
+        key=by_number,
     )
     if not found:
         raise InputError(f"{path} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}); check the folder.")
@@ -205,27 +205,29 @@ def _sources(options: Predict) -> dict[str, list[Path]]:
     return {str(p.relative_to(path)): [p] for p in found}
 
 
-def _by_number(path: Path) -> list[tuple[int, str]]:
-    """Sorts slice_2 before slice_10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
+def _say(sentence: str) -> None:
+    """One line, with the names in it as they are."""
+    console.print(escape(sentence), highlight=False, soft_wrap=True)
 
 
 def build_data(options: BuildOptions) -> int:
     """Run `unibiomed data build`."""
-    with console.status(f"Writing {options.out}"):
+    with console.status(f"Writing {escape(str(options.out))}"):
         report = build(options)
     console.print(report.table())
     targets = ", ".join(f"{name} ({count})" for name, count in report.targets.items())
-    console.print(f"Targets: {targets}", highlight=False)
+    _say(f"Targets: {targets}")
     for path in report.without_masks:
-        console.print(f"{path} has no mask and was left out.", highlight=False)
-    console.print(f"Next: unibiomed data validate {options.out}", highlight=False)
+        _say(f"{path} has no mask and was left out.")
+    for path in report.not_read:
+        _say(f"{path} is nothing that this command reads and was left out.")
+    _say(f"Next: unibiomed data validate {options.out}")
     return 0
 
 
 def validate_data(options: ValidateOptions) -> int:
     """Run `unibiomed data validate`; 1 if there are errors. Warnings may be meant."""
-    with console.status(f"Checking {options.path}"):
+    with console.status(f"Checking {escape(str(options.path))}"):
         report = validate(options)
     console.print(report.table())
     problems = report.errors + report.warnings

@@ -56,9 +56,9 @@ def test_the_commands_of_training_are_understood(tmp_path):
 
 def test_the_tables_are_read(tmp_path):
     targets, findings, volumes, captions = map(json.loads, blocks("json"))
-    save_picture(tmp_path / "train" / "P1_03.png")
-    save_picture(tmp_path / "P1_03.png")
-    save_square(tmp_path / "train_mask" / "P1_03_kidney+tumor.png")
+    for folder in (tmp_path, tmp_path / "train"):
+        save_picture(folder / "P1_03.png", size=(512, 512))
+    save_square(tmp_path / "train_mask" / "P1_03_kidney+tumor.png", size=(512, 512))
     save_picture(tmp_path / "case1" / "case1-001.png")
     save_square(tmp_path / "mask" / "case1" / "case1-001_liver.png")
     for kind, table in (

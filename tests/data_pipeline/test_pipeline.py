@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tokenizers
-from small_datasets import SMALL, coco_table, save_square, write_table
+from small_datasets import SMALL, coco_table, save_picture, save_square, write_table
 
 from unibiomed_jax.data import BucketConfig, DatasetConfig, Kind, Pipeline, PipelineConfig
 from unibiomed_jax.data.plan import BatchPlan, Shape, permutation
@@ -198,13 +198,17 @@ def test_the_fingerprint_is_of_all_that_decides_the_batches(targets, tmp_path, b
     backend = tokenizers.Tokenizer.from_str(json.dumps(more))
     seen.append(fingerprint(tokenizer=Tokenizer(backend, eos=byte_tokenizer.eos, pad=byte_tokenizer.pad)))
 
-    tables = [coco_table(5, sentence="Renal in abdomen CT."), coco_table(5), coco_table(5), coco_table(5)]
+    tables = [coco_table(5, sentence="Renal in abdomen CT."), coco_table(5)]
     tables[1]["annotations"][0]["file_name"] = "1.png"
-    # One image of one tile, then another one: the same shapes, of other records.
-    for table, number in zip(tables[2:], (0, 1), strict=True):
-        table["images"][number] |= {"width": 30, "height": 30}
-    for table in tables:
+    for table in (*tables, coco_table(5)):
         write_table(targets / "train.json", table)
+        if table in tables:
+            seen.append(fingerprint())
+    # One image of one tile, then another one: the same shapes, of other records.
+    for number in (0, 1):
+        for other, size in ((number, (30, 30)), (1 - number, (60, 30))):
+            save_picture(targets / "train" / f"{other}.png", size)
+            save_square(targets / "train_mask" / f"{other}_liver.png", size)
         seen.append(fingerprint())
     for question in ("Is it?", "Was it"):
         asked = {"file_name": "train/0.png", "caption": "yes", "question": question}
@@ -265,20 +269,23 @@ def test_unreadable_samples_are_named_counted_and_replaced(mixture, targets, byt
 
 def test_too_many_unreadable_samples_stop_the_run(mixture, targets, byte_tokenizer):
     pipeline = Pipeline(config(mixture), byte_tokenizer)
-    save_square(targets / "train_mask" / "2_liver.png", size=(61, 30))
+    save_square(targets / "train_mask" / "2_liver.png", size=(61, 30))  # while it trains
     iterator = iter(pipeline)
     with pytest.raises(InputError, match=r"1 of 24 records cannot be read.*2_liver\.png.*61x30"):
         for _ in range(pipeline.steps_per_epoch):
             next(iterator)
 
 
-def test_an_image_of_another_size_than_the_table_says_is_unreadable(targets, byte_tokenizer):
+def test_an_image_that_has_another_size_than_at_the_start_is_unreadable(targets, byte_tokenizer):
     """Planned as one tile, it has three."""
     table = coco_table(5)
     table["images"][2] |= {"width": 30, "height": 30}
     write_table(targets / "train.json", table)
+    save_picture(targets / "train" / "2.png", size=(30, 30))
+    save_square(targets / "train_mask" / "2_liver.png", size=(30, 30))
     dataset = DatasetConfig(Kind.SEGMENTATION, str(targets), minimum=0)
     pipeline = Pipeline(config((dataset,), training=False, max_unreadable=0.5), byte_tokenizer)
+    save_picture(targets / "train" / "2.png")
     iterator = iter(pipeline)
     assert sum(bool(name) for batch in iterator for name in batch.names) == 4
     assert list(iterator.unreadable) == ["liver/segmentation:train/2_liver.png"]
@@ -313,9 +320,52 @@ def test_what_is_wrong_is_said_before_the_first_batch(mixture, targets, byte_tok
         Pipeline(config(mixture, sample=replace(SMALL, max_tokens=100)), byte_tokenizer)
     with pytest.raises(InputError, match=r"findings.* has 2 objects but the largest bucket is 1"):
         Pipeline(config(mixture, buckets=replace(BUCKETS, objects=(1,))), byte_tokenizer)
+    with pytest.raises(
+        InputError, match=r"has \d+ tokens before its answer, and max_tokens=12 would cut all"
+    ):
+        Pipeline(config(mixture[-1:], sample=replace(SMALL, max_tokens=12)), byte_tokenizer)
+    save_square(targets / "train_mask" / "3_liver.png", size=(61, 30))
+    with pytest.raises(InputError, match=r"The mask .*3_liver\.png .* is 61x30 pixels but its image 60x30"):
+        Pipeline(config(mixture), byte_tokenizer)
     (targets / "train_mask" / "0_liver.png").unlink()
     with pytest.raises(InputError, match=r"needs the file .*0_liver\.png"):
         Pipeline(config(mixture), byte_tokenizer)
+    write_table(targets / "train.json", coco_table(5, width=30, height=30))
+    save_square(targets / "train_mask" / "0_liver.png")
+    with pytest.raises(
+        InputError, match=r"0\.png of .* is 60x30 pixels \(upright\) but its table says 30x30"
+    ):
+        Pipeline(config(mixture), byte_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PipelineConfig((), seed=-1), "seed=-1 is impossible; give 0 or more"),
+        (lambda: PipelineConfig((), workers=-1), "workers=-1"),
+        (lambda: PipelineConfig((), threads=0), "threads=0 is impossible; give 1 or more"),
+        (lambda: PipelineConfig((), prefetch=0), "prefetch=0"),
+        (lambda: PipelineConfig((), max_unreadable=-1), "max_unreadable=-1 is no share; give 0 to 1"),
+        (lambda: PipelineConfig((), max_unreadable=float("nan")), "max_unreadable=nan"),
+        (lambda: DatasetConfig(Kind.REGION, "scans", repeats=0), "repeats=0 of the dataset scans/region"),
+        (lambda: DatasetConfig(Kind.REGION, "scans", minimum=-1), "minimum=-1 .* give 0 or more"),
+        (lambda: DatasetConfig(Kind.SEQUENCE, "scans", slices=0), "slices=0 of the dataset scans/sequence"),
+        (lambda: BucketConfig(tiles=()), r"buckets\.tiles=\(\) is impossible"),
+        (lambda: BucketConfig(objects=(0, 1)), r"buckets\.objects=\(0, 1\) is impossible"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_words_that_stand_for_a_piece_of_the_image_are_refused(captions, byte_tokenizer):
+    asked = {"file_name": "train/0.png", "caption": "a <IMG_CONTEXT> b"}
+    save_picture(captions / "train" / "0.png")
+    write_table(captions / "train.json", {"annotations": [asked]})
+    dataset = DatasetConfig(Kind.CAPTION, str(captions), annotations="train.json", minimum=0)
+    with pytest.raises(InputError, match=r"0\.png: its words contain <IMG_CONTEXT>, .* remove it"):
+        Pipeline(config((dataset,)), byte_tokenizer)
 
 
 def test_validation_leaves_the_row_of_an_unreadable_sample_blank(targets, byte_tokenizer):

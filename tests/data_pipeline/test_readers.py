@@ -1,6 +1,7 @@
 """Tables on disk to records, and every way in which a table can be wrong."""
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import ExifTags, Image
@@ -10,6 +11,12 @@ from unibiomed_jax.data import DatasetConfig, Kind, Record, find_datasets, read_
 from unibiomed_jax.data.readers import check_files, image_size
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inference.preprocess import open_image
+
+
+def change(path, edit):
+    table = json.loads(path.read_text())
+    edit(table)
+    path.write_text(json.dumps(table))
 
 
 def test_targets(targets):
@@ -59,6 +66,47 @@ def test_a_mask_belongs_to_the_slice_of_exactly_its_stem(volumes):
     write_table(volumes / "meta_train.json", table)
     (record,) = read_dataset(DatasetConfig(Kind.SEQUENCE, str(volumes)))
     assert [path.rsplit("/", 1)[1] for path in record.images] == ["v1-10.png"]
+
+
+def test_a_mask_belongs_to_the_longest_name(volumes):
+    change(volumes / "meta_train.json", lambda t: t["volumes"]["v1"].update(
+        slices=["a_1.png", "a_1_b.png"], expressions={"0": {"exp": "liver", "mask_file": ["a_1_b_liver.png"]}}
+    ))  # fmt: skip
+    (record,) = read_dataset(DatasetConfig(Kind.SEQUENCE, str(volumes)))
+    assert record.images == (str(volumes / "v1" / "a_1_b.png"),)
+
+
+def test_slices_are_in_the_order_of_their_numbers(volumes):
+    names = [f"v1-{number}" for number in (10, 2, 1, 100)]
+    masks = [f"mask/v1/{name}_liver.png" for name in names]
+    change(volumes / "meta_train.json", lambda t: t["volumes"]["v1"].update(
+        slices=[f"{name}.png" for name in names], expressions={"0": {"exp": "liver", "mask_file": masks}}
+    ))  # fmt: skip
+    (record,) = read_dataset(DatasetConfig(Kind.SEQUENCE, str(volumes)))
+    assert [Path(path).stem for path in record.images] == ["v1-1", "v1-2", "v1-10", "v1-100"]
+    assert [Path(path).stem for path in record.masks[0]] == [f"v1-{n}_liver" for n in (1, 2, 10, 100)]
+
+
+def test_nobody_is_called_none_and_whole_numbers_are_sizes(targets):
+    table = coco_table(5, patient=None, width=60.0, height=30)
+    table["images"][0]["patient"] = 0
+    write_table(targets / "train.json", table)
+    records = read_dataset(DatasetConfig(Kind.SEGMENTATION, str(targets)))
+    assert [record.patient for record in records] == ["0", "", "", "", ""]
+    assert {record.size for record in records} == {(60, 30)}
+
+
+def test_no_findings_need_no_mask_file(findings):
+    def edit(table):
+        table["a"]["mask_file"] = ""
+        del table["b"]["mask_file"]
+
+    change(findings / "train_parse.json", edit)
+    problems = []
+    none, two = read_dataset(DatasetConfig(Kind.VQA, str(findings)), problems)
+    assert none.masks == (("",),) and none.texts == ("no findings",) and len(two.masks) == 2
+    (problem,) = problems
+    assert "'mask_file' of ['a'] is empty" in problem
 
 
 def test_expressions_of_one_text_stay_apart(volumes):
@@ -155,12 +203,6 @@ def test_tables_beside_their_images(volumes):
 # Bad input: one sentence with file, field and remedy.
 
 
-def change(path, edit):
-    table = json.loads(path.read_text())
-    edit(table)
-    path.write_text(json.dumps(table))
-
-
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -177,6 +219,16 @@ def change(path, edit):
             lambda t: t["annotations"][1].update(sentences=[{"raw": " "}]),
             r"annotations\[1\]\.sentences\[0\] is empty",
         ),
+        (
+            lambda t: t["annotations"][1].update(sentences=[{"raw": "."}]),
+            r"annotations\[1\]\.sentences\[0\] is empty",
+        ),
+        (
+            lambda t: t["images"].append({"file_name": "0.png", "patient": "ann"}),
+            r"images\[5\] is a second 0\.png of another size or patient",
+        ),
+        (lambda t: t["images"][0].update(width="60"), r"'width' of images\[0\] is '60'; give a whole number"),
+        (lambda t: t["images"][0].update(height=1.5), r"'height' of images\[0\] is 1\.5"),
         (lambda t: t.update(images=[], annotations=[]), r"holds no samples for segmentation"),
     ],
 )
@@ -217,9 +269,10 @@ def test_wrong_images_of_captions(captions, images, message):
         (lambda v: v["slices"].pop(3), r"'0'\] has the mask mask/v1/v1-003_lung\+tumor\.png, which is not"),
         (
             lambda v: v["expressions"]["0"]["mask_file"].append("other/v1-003_lung+tumor.png"),
-            r"2 masks for the slice v1-003\.png \(mask/v1/v1-003_.*, other/v1-003_lung\+tumor\.png\); merge",
+            r"two masks for the slice v1-003\.png \(mask/v1/v1-003_.*, other/v1-003_lung\+tumor\.png\)",
         ),
         (lambda v: v["expressions"]["0"]["mask_file"].clear(), r"expressions\['0'\] has no masks"),
+        (lambda v: v["slices"].append("v1-003.jpg"), r"two slices of volumes\['v1'\] have one name without"),
         (lambda v: v["slices"].append(7), r"'slices\[14\]' of volumes\['v1'\] must be a string"),
     ],
 )
@@ -230,6 +283,8 @@ def test_wrong_tables_of_volumes(volumes, edit, message):
 
 
 def test_missing_folders_and_files(tmp_path, targets):
+    with pytest.raises(InputError, match=r"train\.json is a file; give the folder it lies in"):
+        find_datasets(targets / "train.json")
     with pytest.raises(InputError, match="folder .*nothing does not exist"):
         read_dataset(DatasetConfig(Kind.SEGMENTATION, str(tmp_path / "nothing")))
     with pytest.raises(InputError, match=r"test\.json does not exist"):
@@ -239,6 +294,9 @@ def test_missing_folders_and_files(tmp_path, targets):
     (targets / "train_mask" / "3_liver.png").unlink()
     with pytest.raises(InputError, match=r"train/3_liver\.png needs the file .*3_liver\.png, which does not"):
         check_files(records)
+    (targets / "train.json").write_text('{"images": [], "annotations": [], "images": []}')
+    with pytest.raises(InputError, match=r"train\.json is not valid JSON \(the key 'images' occurs twice"):
+        read_dataset(DatasetConfig(Kind.SEGMENTATION, str(targets)))
     (targets / "train.json").write_text("{")
     with pytest.raises(InputError, match=r"train\.json is not valid JSON"):
         read_dataset(DatasetConfig(Kind.SEGMENTATION, str(targets)))

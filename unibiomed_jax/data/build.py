@@ -1,19 +1,25 @@
 """Datasets in the readers' format from what people have: images and masks, or NIfTI volumes and labels."""
 
 import json
-import os
+import math
 import re
-import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from rich.table import Table
 
-from unibiomed_jax.data.transforms import load_mask
-from unibiomed_jax.data.volumes import apply_window, load_nifti, percentile_window, split_labels, write_volume
+from unibiomed_jax.data.readers import require_mask_size
+from unibiomed_jax.data.volumes import (
+    apply_window,
+    load_labelled,
+    load_labels,
+    percentile_window,
+    split_labels,
+    write_volume,
+)
 from unibiomed_jax.data.writer import (
     SPLITS,
     CocoTable,
@@ -26,9 +32,12 @@ from unibiomed_jax.data.writer import (
     save_mask,
 )
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.inference.preprocess import open_image
+from unibiomed_jax.files import new_folder
+from unibiomed_jax.inference.preprocess import open_image, open_mask
 
 _ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+# Where readers look for something else than a volume.
+_TAKEN = {"mask", *SPLITS, *(f"{split}_mask" for split in SPLITS)}
 
 
 @dataclass(frozen=True)
@@ -47,9 +56,10 @@ class BuildOptions:
     masks: Path | None = None
     # Folder of NIfTI volumes; needs `labels` and `label_names`.
     volumes: Path | None = None
-    # Folder of label volumes, named as the volumes.
+    # Folder of label volumes, named as the volumes and with the same voxels.
     labels: Path | None = None
-    # JSON file of label values and their names: {"1": "liver", "2": "spleen"}; other values are left out.
+    # JSON file of label values and their names: {"1": "liver", "2": "spleen"}; other values are left out,
+    # those of one name are one target.
     label_names: Path | None = None
     # Grey values that become black and white; by default the 0.5 and 99.5 percentiles of each volume. Give
     # the window for CT: -160 240 shows soft tissue.
@@ -77,8 +87,10 @@ class BuildReport:
     annotations: Counter
     # By target: annotations.
     targets: Counter
-    # Files that have no mask and were left out.
+    # Images without a mask and volumes without a named label, which were left out.
     without_masks: list[Path]
+    # What else lies in the given folders, such as files of other endings and sub-folders.
+    not_read: list[Path]
 
     def table(self) -> Table:
         """For the terminal: one row a split."""
@@ -96,26 +108,30 @@ def build(options: BuildOptions) -> BuildReport:
     volumes meta_{split}.json.
 
     Raises:
-        InputError: folders that are missing or do not fit together, files that cannot be read, a mask of
-            another size than its image, a name without patient, a finding that is no target.
+        InputError: folders that are missing or do not fit together, files that cannot be read, a mask that
+            is empty or of another size than its image, labels that lie elsewhere than their volume, an empty
+            window, a name without patient or target or that readers would mistake, a finding that is no
+            target, a place that cannot be written.
+        DiskFullError: the disk is full.
     """
     pairs = ((options.images, options.masks), (options.volumes, options.labels))
     given = [pair for pair in pairs if pair != (None, None)]
     if len(given) != 1 or None in given[0]:
         raise InputError("Give either images and masks, or volumes and labels.")
+    if options.long_side is not None and options.long_side < 1:
+        raise InputError(f"long_side={options.long_side} must be at least 1.")
     for folder in given[0]:
         if not folder.is_dir():
             raise InputError(f"The folder {folder} does not exist; check the path.")
     if options.out.exists():
         raise InputError(f"{options.out} exists already; remove it or choose another place.")
-    beside = options.out.with_name(options.out.name + ".part")
-    shutil.rmtree(beside, ignore_errors=True)
     try:
-        report = (_build_images if options.images else _build_volumes)(options, beside)
-        os.replace(beside, options.out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return report
+        with new_folder(options.out) as folder:
+            return (_build_images if options.images else _build_volumes)(options, folder)
+    except OSError as error:
+        raise InputError(
+            f"{options.out} was not written ({error}); mend that or choose another place."
+        ) from error
 
 
 class _Writer:
@@ -135,8 +151,13 @@ class _Writer:
     def words(self, target: str) -> tuple[str]:
         return (f"{target} in {self.options.site} {self.options.modality}",)
 
-    def save(self, folder: Path, without_masks: list[Path]) -> BuildReport:
-        report = BuildReport(self.options.out, Counter(), Counter(), Counter(), Counter(), without_masks)
+    def save(self, folder: Path, without_masks: list[Path], others: list[Path]) -> BuildReport:
+        options = self.options
+        # One given folder may lie in another, the label names in either.
+        given = (options.images, options.masks, options.volumes, options.labels, options.label_names)
+        not_read = [path for path in others if path not in given]
+        counts = (Counter(), Counter(), Counter(), Counter())
+        report = BuildReport(options.out, *counts, without_masks, not_read)
         for split, table in self.targets.items():
             people = {image["patient"] for image in table.images.values()}
             report.patients[split] = len(people)
@@ -151,7 +172,7 @@ class _Writer:
             for row in table.annotations:
                 target = names[row["category_id"]]
                 report.targets[target] += 1
-                if target in self.options.findings:
+                if target in options.findings:
                     image = table.images[row["file_name"]]
                     size = (image["width"], image["height"])
                     place = (row["file_name"], size, image["patient"], row["mask_file"])
@@ -164,8 +185,9 @@ class _Writer:
 
 
 def _build_images(options: BuildOptions, folder: Path) -> BuildReport:
-    images = _by_stem(options.images, lambda path: path.suffix.lower() in _ENDINGS, lambda path: path.stem)
-    masks = sorted(path for path in options.masks.iterdir() if path.suffix.lower() in _ENDINGS)
+    files, others = _listing(options.images, _is_image)
+    masks, mask_others = _listing(options.masks, _is_image)
+    images = _by_stem(files, lambda path: path.stem)
     owned: dict[str, dict[str, Path]] = {stem: {} for stem in images}
     for mask in masks:
         # The longest image name wins: a_1_x_liver belongs to a_1_x where there is one, else to a_1.
@@ -177,7 +199,9 @@ def _build_images(options: BuildOptions, folder: Path) -> BuildReport:
                 f"The mask {mask} belongs to no image in {options.images}; name it <image stem>_<target>"
                 f"{mask.suffix}."
             )
-        target = mask.stem[len(stem) + 1 :].replace("+", " ").replace("_", " ")
+        target = mask.stem[len(stem) + 1 :].replace("+", " ").replace("_", " ").strip()
+        if not target:
+            raise InputError(f"The mask {mask} names no target; name it <image stem>_<target>{mask.suffix}.")
         if target in owned[stem]:
             raise InputError(f"{owned[stem][target]} and {mask} are masks of one target; merge them.")
         owned[stem][target] = mask
@@ -194,36 +218,72 @@ def _build_images(options: BuildOptions, folder: Path) -> BuildReport:
         size = fit_size(*image.size, options.long_side)
         save_image(folder / split / f"{stem}.png", np.asarray(image), options.long_side)
         for target, path in owned[stem].items():
-            # JPEG leaves grey specks around what was black and white.
-            above = 127 if path.suffix.lower() in (".jpg", ".jpeg") else 0
-            mask = resize_mask(load_mask(str(path), image.size, stem, above), size)
+            mask = _read_mask(path)
+            require_mask_size(stem, str(path), mask.shape[::-1], image.size)
+            mask = resize_mask(mask, size)
+            if not mask.any():
+                raise InputError(
+                    f"The mask {path} is empty at {size[0]}x{size[1]} pixels; give a larger long_side or "
+                    "remove the mask."
+                )
             mask_file = mask_name(stem, target)
             save_mask(folder / f"{split}_mask" / mask_file, mask)
             words = writer.words(target)
             writer.targets[split].add(f"{stem}.png", size, patient, mask_file, target, words)
-    return writer.save(folder, [images[stem] for stem in images if not owned[stem]])
+    without_masks = [images[stem] for stem in images if not owned[stem]]
+    return writer.save(folder, without_masks, others + mask_others)
+
+
+def _read_mask(path: Path) -> np.ndarray:
+    """A mask file as upright booleans.
+
+    Raises:
+        InputError: the file cannot be read, or nothing in it is inside.
+    """
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        # JPEG leaves grey specks around what was black and white.
+        mask = (np.asarray(open_image(path)[0]) > 127).any(axis=-1)
+    else:
+        mask = open_mask(path)
+    if not mask.any():
+        raise InputError(f"The mask {path} is empty; draw it or remove it.")
+    return mask
 
 
 def _build_volumes(options: BuildOptions, folder: Path) -> BuildReport:
     names = _read_label_names(options.label_names)
     _check_findings(options.findings, set(names.values()))
-    volumes = _by_stem(options.volumes, _is_nifti, _nifti_stem)
-    labels = _by_stem(options.labels, _is_nifti, _nifti_stem)
+    files, others = _listing(options.volumes, _is_nifti)
+    label_files, label_others = _listing(options.labels, _is_nifti)
+    volumes, labels = _by_stem(files, _nifti_stem), _by_stem(label_files, _nifti_stem)
+    if not volumes:
+        raise InputError(f"{options.volumes} holds no NIfTI files (.nii, .nii.gz); check the path.")
     for stem, path in volumes.items():
         if stem not in labels:
             raise InputError(f"{path} has no label volume of its name in {options.labels}; add it.")
-    if not volumes:
-        raise InputError(f"{options.volumes} holds no NIfTI files (.nii, .nii.gz); check the path.")
-    writer = _Writer(options, list(volumes))
-    for stem, path in volumes.items():
+        if stem in _TAKEN:
+            raise InputError(f"{path} has a name that datasets keep for other folders; rename it.")
+    for stem, path in labels.items():
+        if stem not in volumes:
+            raise InputError(f"{path} has no volume of its name in {options.volumes}; add or remove it.")
+    # Read ahead, because the splits are shares of what will be written.
+    with_masks = [stem for stem in volumes if np.isin(load_labels(labels[stem])[0], list(names)).any()]
+    if not with_masks:
+        raise InputError(
+            f"The volumes of {options.labels} hold none of the labels "
+            f"{', '.join(f'{value} ({name})' for value, name in names.items())}; correct "
+            f"{options.label_names}."
+        )
+    writer = _Writer(options, with_masks)
+    for stem in with_masks:
         patient, split = writer.place(stem)
-        voxels, values = load_nifti(path), load_nifti(labels[stem])
-        if voxels.shape != values.shape:
+        voxels, values = load_labelled(volumes[stem], labels[stem])
+        low, high = window = options.window or percentile_window(voxels)
+        if not (low < high and math.isfinite(high - low)):
             raise InputError(
-                f"{labels[stem]} has the shape {values.shape} but {path} {voxels.shape}; resample the labels "
-                "to the volume."
+                f"The window {low:g}..{high:g} of {volumes[stem]} is empty or endless; give window two "
+                "numbers, the lower first."
             )
-        window = options.window or percentile_window(voxels)
         writer.volumes[split][stem] = write_volume(
             folder,
             stem,
@@ -233,23 +293,30 @@ def _build_volumes(options: BuildOptions, folder: Path) -> BuildReport:
             window=window,
             table=writer.targets[split],
         )
-    if not any(table.annotations for table in writer.targets.values()):
-        raise InputError(
-            f"The volumes of {options.labels} hold none of the labels "
-            f"{', '.join(f'{value} ({name})' for value, name in names.items())}; correct "
-            f"{options.label_names}."
-        )
-    return writer.save(folder, [])
+    without_masks = [path for stem, path in volumes.items() if stem not in with_masks]
+    return writer.save(folder, without_masks, others + label_others)
 
 
-def _by_stem(folder: Path, wanted: Callable[[Path], bool], stem: Callable[[Path], str]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+def _listing(folder: Path, wanted: Callable[[Path], bool]) -> tuple[list[Path], list[Path]]:
+    """The files of a folder that are wanted, and what else is in it; hidden ones (.DS_Store) do not count."""
+    files, others = [], []
     for path in sorted(folder.iterdir()):
-        if wanted(path):
-            if stem(path) in found:
-                raise InputError(f"{found[stem(path)]} and {path} have one name; rename one of them.")
-            found[stem(path)] = path
+        if not path.name.startswith("."):
+            (files if wanted(path) and path.is_file() else others).append(path)
+    return files, others
+
+
+def _by_stem(files: Iterable[Path], stem: Callable[[Path], str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in files:
+        if stem(path) in found:
+            raise InputError(f"{found[stem(path)]} and {path} have one name; rename one of them.")
+        found[stem(path)] = path
     return found
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in _ENDINGS
 
 
 def _is_nifti(path: Path) -> bool:
@@ -264,9 +331,16 @@ def _read_label_names(path: Path | None) -> dict[int, str]:
     if path is None:
         raise InputError('Volumes need label_names, a JSON file such as {"1": "liver"}; write one.')
     try:
-        return {int(value): str(name) for value, name in json.loads(path.read_text(encoding="utf-8")).items()}
+        names = {int(value): name for value, name in json.loads(path.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f'{path} must be a JSON object such as {{"1": "liver"}} ({error}).') from error
+    for value, name in names.items():
+        if not isinstance(name, str) or not name.strip() or set(name) & {"/", "\\"}:
+            raise InputError(
+                f"{path} names the label {value} {json.dumps(name)}; give it a name in words, without "
+                "slashes."
+            )
+    return names
 
 
 def _check_findings(findings: tuple[str, ...], targets: set[str]) -> None:

@@ -27,7 +27,11 @@ _ENDLESS = 1 << 48
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """Everything that decides which batches come, and how they are read."""
+    """Everything that decides which batches come, and how they are read.
+
+    Raises:
+        InputError: a number that is too small, or a share that is none.
+    """
 
     # The mixture.
     datasets: tuple[DatasetConfig, ...]
@@ -51,6 +55,13 @@ class PipelineConfig:
     # none can be read, and in validation, the row stays blank, which counts in no loss. The run stops when
     # more than this share of the records, or all of them, are like that.
     max_unreadable: float = 0.01
+
+    def __post_init__(self):
+        for name, least in (("seed", 0), ("workers", 0), ("threads", 1), ("prefetch", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name}={getattr(self, name)} is impossible; give {least} or more.")
+        if not 0 <= self.max_unreadable <= 1:
+            raise InputError(f"max_unreadable={self.max_unreadable:g} is no share; give 0 to 1.")
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,7 @@ class Pipeline:
     """
 
     def __init__(self, config: PipelineConfig, tokenizer: Tokenizer, *, host: int = 0, hosts: int = 1):
-        """Read the tables, check that every file exists, and lay the plan.
+        """Read the tables, look at every file's name and size, and lay the plan.
 
         Raises:
             InputError: anything wrong with a dataset that shows without decoding pixels, a text that would

@@ -30,7 +30,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class BucketConfig:
-    """Sizes to which samples are rounded up, so that few shapes occur; samples of one shape share batches."""
+    """Sizes to which samples are rounded up, so that few shapes occur; samples of one shape share batches.
+
+    Raises:
+        InputError: no size of a kind, or one below 1.
+    """
 
     # Tiles of an image. A sequence has exactly one tile a frame.
     tiles: tuple[int, ...] = (1, 5, 10, 13)
@@ -38,6 +42,11 @@ class BucketConfig:
     text: tuple[int, ...] = (128, 512, 2048)
     # Objects of a sample.
     objects: tuple[int, ...] = (1, 2, 4, 8)
+
+    def __post_init__(self):
+        for name, sizes in vars(self).items():
+            if not sizes or min(sizes) < 1:
+                raise InputError(f"buckets.{name}={sizes} is impossible; give one or more sizes from 1 on.")
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import ExifTags, Image
 
 from unibiomed_jax.data.records import DatasetConfig, Kind, Record
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.inference.preprocess import by_number
 
 # In an abnormality, what says that there is nothing to outline: the mask is then all zero, whatever its file
 # holds.
@@ -61,7 +64,10 @@ def find_datasets(root: str | os.PathLike, split: str = "train", **choices) -> t
     """
     root = Path(root)
     if not root.is_dir():
-        raise InputError(f"The dataset folder {root} does not exist; check the path.")
+        wrong = (
+            "is a file; give the folder it lies in" if root.is_file() else "does not exist; check the path"
+        )
+        raise InputError(f"The dataset folder {root} {wrong}.")
     found = []
     for folder in sorted(_folders(root)):
         for pattern, kinds in _TASK_TABLES:
@@ -143,8 +149,12 @@ def _without_place(record: Record, root: str) -> Record:
     return replace(record, images=images, masks=tuple(masks), size=(0, 0), patient="")
 
 
-def read_dataset(config: DatasetConfig) -> list[Record]:
+def read_dataset(config: DatasetConfig, problems: list[str] | None = None) -> list[Record]:
     """All records of one dataset in the order of its table.
+
+    Args:
+        config: which.
+        problems: collects what is wrong with single entries, which are then left out.
 
     Raises:
         InputError: table missing, not JSON, or of another schema; names file, field and remedy. Or no record
@@ -161,19 +171,84 @@ def read_dataset(config: DatasetConfig) -> list[Record]:
         Kind.REPORT: _read_findings,
         Kind.CAPTION: _read_captions,
     }.get(config.kind, _read_targets)
-    records = reader(config, path, table)
-    if not records:
+    records = []
+    names = _Names(config)
+    for read in reader(config, path, table):
+        try:
+            record = read()
+        except InputError as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
+        else:
+            records.append(replace(record, name=names.unique(record.name)))
+    if not records and not problems:
         raise InputError(
             f"{path} holds no samples for {config.kind}; add annotations or leave the dataset out."
         )
     return records
 
 
-def check_files(records: Iterable[Record]) -> None:
-    """Raise InputError naming the first record whose image or mask file is missing."""
+@dataclass(frozen=True)
+class FileSize:
+    """(width, height) of an image file, from its header."""
+
+    # As a viewer shows the image, which is how images are read.
+    upright: tuple[int, int]
+    # As its pixels lie, which is how masks are read.
+    stored: tuple[int, int]
+
+
+def check_files(records: Sequence[Record]) -> None:
+    """Look at every file's name and header, and at no pixel.
+
+    A header that cannot be read is left to the reading of the sample.
+
+    Raises:
+        InputError: the first record whose image or mask file is missing, whose image has another size than
+            its table says, or whose mask another one than its image.
+    """
+    _check_names(records)
+    files = list(dict.fromkeys(path for record in records for path in _files(record)))
+    with ThreadPoolExecutor(8) as pool:  # waits for the disk most of the time
+        sizes = dict(zip(files, pool.map(_file_size, files, chunksize=64), strict=True))
+    for record in records:
+        for frame, path in enumerate(record.images):
+            if (size := sizes[path]) is None:
+                continue
+            require_table_size(record, path, size.upright)
+            for mask in (frames[frame] for frames in record.masks):
+                if mask and sizes[mask] is not None:
+                    require_mask_size(record.name, mask, sizes[mask].stored, size.upright)
+
+
+def require_table_size(record: Record, path: str, size: tuple[int, int]) -> None:
+    """Raise InputError if the record's table gives another size than the upright image has."""
+    if min(record.size) > 0 and size != record.size:
+        raise InputError(
+            f"{path} of {record.name} is {size[0]}x{size[1]} pixels (upright) but its table says "
+            f"{record.size[0]}x{record.size[1]}; correct width and height in the table."
+        )
+
+
+def require_mask_size(name: str, path: str, size: tuple[int, int], image: tuple[int, int]) -> None:
+    """Raise InputError if a mask of the record `name` has another size than its upright image."""
+    if size != image:
+        raise InputError(
+            f"The mask {path} of {name} is {size[0]}x{size[1]} pixels but its image "
+            f"{image[0]}x{image[1]}; resize the mask to the image."
+        )
+
+
+def _files(record: Record) -> Iterator[str]:
+    yield from record.images
+    yield from (file for frames in record.masks for file in frames if file)
+
+
+def _check_names(records: Iterable[Record]) -> None:
     listings: dict[str, set[str]] = {}
     for record in records:
-        for path in (*record.images, *(file for frames in record.masks for file in frames if file)):
+        for path in _files(record):
             folder, name = os.path.split(path)
             if folder not in listings:
                 listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
@@ -182,6 +257,14 @@ def check_files(records: Iterable[Record]) -> None:
                     f"{record.name} needs the file {path}, which does not exist; add it or remove the "
                     "annotation."
                 )
+
+
+def _file_size(path: str) -> FileSize | None:
+    try:
+        with Image.open(path) as image:
+            return FileSize(upright_size(image), image.size)
+    except Exception:  # Pillow's plugins raise whatever their parser met
+        return None
 
 
 def image_size(record: Record) -> tuple[int, int]:
@@ -207,17 +290,16 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The four table formats
+# The four table formats. A reader yields a function for every record, so that an entry that is wrong does not
+# hide those after it. The names of these records need not be unique yet.
 
 
-def _read_targets(config: DatasetConfig, path: Path, table) -> list[Record]:
+def _read_targets(config: DatasetConfig, path: Path, table) -> Iterator[Callable[[], Record]]:
     """COCO-like table: one record per annotation, grouped by image in the order of `images`.
 
     Images and annotations are paired by file name, not by id; images without annotations give no record.
     """
-    images = {}
-    for number, image in enumerate(_get(table, "images", list, path)):
-        images.setdefault(_get(image, "file_name", str, path, f"images[{number}]"), image)
+    images = _read_images(_get(table, "images", list, path), path)
     grouped: dict[str, list[tuple[int, dict]]] = {name: [] for name in images}
     for number, annotation in enumerate(_get(table, "annotations", list, path)):
         name = _get(annotation, "file_name", str, path, f"annotations[{number}]")
@@ -227,38 +309,40 @@ def _read_targets(config: DatasetConfig, path: Path, table) -> list[Record]:
                 "add it there."
             )
         grouped[name].append((number, annotation))
-    names = _Names(config)
-    records = []
+
+    def read(file_name: str, number: int, annotation: dict) -> Record:
+        where = f"annotations[{number}]"
+        mask_file = _get(annotation, "mask_file", str, path, where)
+        size, patient = images[file_name]
+        return Record(
+            name=mask_file,
+            kind=config.kind,
+            images=(str(config.image_folder / file_name),),
+            masks=((str(config.mask_folder / mask_file),),),
+            texts=_sentences(annotation, path, where),
+            size=size,
+            augment=config.augment,
+            patient=patient,
+        )
+
     for file_name, annotations in grouped.items():
         for number, annotation in annotations:
-            where = f"annotations[{number}]"
-            mask_file = _get(annotation, "mask_file", str, path, where)
-            records.append(
-                Record(
-                    name=names.unique(mask_file),
-                    kind=config.kind,
-                    images=(str(config.image_folder / file_name),),
-                    masks=((str(config.mask_folder / mask_file),),),
-                    texts=_sentences(annotation, path, where),
-                    size=_size(images[file_name]),
-                    augment=config.augment,
-                    patient=str(images[file_name].get("patient", "")),
-                )
-            )
-    return records
+            yield partial(read, file_name, number, annotation)
 
 
-def _read_findings(config: DatasetConfig, path: Path, table) -> list[Record]:
+def _read_findings(config: DatasetConfig, path: Path, table) -> Iterator[Callable[[], Record]]:
     """RadGenome's table, an object of samples; lists in abnormality and mask_file are several objects."""
     if not isinstance(table, dict):
         raise InputError(f"{path} must be a JSON object whose values are samples, not a {_type_name(table)}.")
-    names = _Names(config)
-    records = []
-    for key, entry in table.items():
+
+    def read(key: str, entry) -> Record:
         where = f"[{key!r}]"
         image_file = _get(entry, "image_file", str, path, where)
         findings = _strings(entry, "abnormality", path, where)
-        files = _strings(entry, "mask_file", path, where)
+        if all(NO_FINDINGS in finding for finding in findings) and not entry.get("mask_file"):
+            files = ("",) * len(findings)
+        else:
+            files = _strings(entry, "mask_file", path, where)
         if len(findings) != len(files):
             raise InputError(
                 f"{path}: {where} has {len(findings)} abnormalities but {len(files)} mask files; give one "
@@ -269,99 +353,112 @@ def _read_findings(config: DatasetConfig, path: Path, table) -> list[Record]:
             for finding, file in zip(findings, files, strict=True)
         )
         report = config.kind is Kind.REPORT
-        records.append(
-            Record(
-                name=names.unique(f"{image_file}[{key}]"),
-                kind=config.kind,
-                images=(str(config.image_folder / image_file),),
-                masks=masks,
-                texts=findings,
-                anatomy="" if report else _text(entry, "anatomy", path, where),
-                report=_get(entry, "report", str, path, where) if report else "",
-                size=_size(entry),
-                augment=config.augment,
-                patient=str(entry.get("patient", "")),
-            )
+        return Record(
+            name=f"{image_file}[{key}]",
+            kind=config.kind,
+            images=(str(config.image_folder / image_file),),
+            masks=masks,
+            texts=findings,
+            anatomy="" if report else _text(entry, "anatomy", path, where),
+            report=_get(entry, "report", str, path, where) if report else "",
+            size=_size(entry, path, where),
+            augment=config.augment,
+            patient=_patient(entry),
         )
-    return records
+
+    for key, entry in table.items():
+        yield partial(read, key, entry)
 
 
-def _read_volumes(config: DatasetConfig, path: Path, table) -> list[Record]:
+def _read_volumes(config: DatasetConfig, path: Path, table) -> Iterator[Callable[[], Record]]:
     """Volumes with expressions: one record per volume and expression, with the slices that have a mask of it.
 
-    A mask belongs to the slice whose name without ending, followed by an underscore, begins the mask's name.
-    A mask of no slice, or a second one of a slice, raises InputError.
+    A mask belongs to the slice whose name without ending, followed by an underscore, begins the mask's name;
+    to the longest such name. A mask of no slice, or a second one of a slice, raises InputError.
     """
-    names = _Names(config)
-    records = []
-    for volume, entry in _get(table, "volumes", dict, path).items():
-        where = f"volumes[{volume!r}]"
-        slices = sorted(_strings(entry, "slices", path, where))
-        expressions = _get(entry, "expressions", dict, path, where)
-        for key in sorted(expressions):
-            inner = f"{where}.expressions[{key!r}]"
-            text = _text(expressions[key], "exp", path, inner)
-            files = _strings(expressions[key], "mask_file", path, inner)
-            pairs = []
-            for name in slices:
-                matching = [file for file in files if Path(file).name.startswith(Path(name).stem + "_")]
-                if len(matching) > 1:
-                    raise InputError(
-                        f"{path}: {inner} has {len(matching)} masks for the slice {name} "
-                        f"({', '.join(matching)}); merge them into one file."
-                    )
-                pairs += [(name, file) for file in matching]
-            used = {file for _, file in pairs}
-            lost = [file for file in files if file not in used]
-            if lost:
+
+    def read(volume: str, entry: dict, slices: dict[str, str], key: str, expression) -> Record:
+        where = f"volumes[{volume!r}].expressions[{key!r}]"
+        text = _text(expression, "exp", path, where)
+        masks: dict[str, str] = {}
+        for file in _strings(expression, "mask_file", path, where):
+            parts = Path(file).name.split("_")
+            stems = ("_".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
+            stem = next((stem for stem in stems if stem in slices), None)
+            if stem is None:
                 raise InputError(
-                    f"{path}: {inner} has the mask {lost[0]}, which is not named after one of the slices "
+                    f"{path}: {where} has the mask {file}, which is not named after one of the slices "
                     "(<slice>_<target>.png); rename it or take it out."
                 )
-            if not pairs:
-                raise InputError(f"{path}: {inner} has no masks; add them or remove the expression.")
-            records.append(
-                Record(
-                    name=names.unique(f"{volume}/{text}"),
-                    kind=config.kind,
-                    images=tuple(str(config.image_folder / volume / name) for name, _ in pairs),
-                    masks=(tuple(str(config.mask_folder / file) for _, file in pairs),),
-                    texts=(text,),
-                    size=_size(entry),
-                    slices=config.slices,
-                    augment=config.augment,
-                    patient=str(entry.get("patient", "")),
+            if stem in masks:
+                raise InputError(
+                    f"{path}: {where} has two masks for the slice {slices[stem]} ({masks[stem]}, {file}); "
+                    "merge them into one file."
                 )
-            )
-    return records
+            masks[stem] = file
+        if not masks:
+            raise InputError(f"{path}: {where} has no masks; add them or remove the expression.")
+        drawn = [stem for stem in slices if stem in masks]
+        return Record(
+            name=f"{volume}/{text}",
+            kind=config.kind,
+            images=tuple(str(config.image_folder / volume / slices[stem]) for stem in drawn),
+            masks=(tuple(str(config.mask_folder / masks[stem]) for stem in drawn),),
+            texts=(text,),
+            size=_size(entry, path, f"volumes[{volume!r}]"),
+            slices=config.slices,
+            augment=config.augment,
+            patient=_patient(entry),
+        )
+
+    for volume, entry in _get(table, "volumes", dict, path).items():
+        where = f"volumes[{volume!r}]"
+        names = sorted(_strings(entry, "slices", path, where), key=by_number)
+        slices = {Path(name).stem: name for name in names}
+        if len(slices) < len(names):
+            raise InputError(f"{path}: two slices of {where} have one name without its ending; rename one.")
+        expressions = _get(entry, "expressions", dict, path, where)
+        for key in sorted(expressions):
+            yield partial(read, volume, entry, slices, key, expressions[key])
 
 
-def _read_captions(config: DatasetConfig, path: Path, table) -> list[Record]:
+def _read_captions(config: DatasetConfig, path: Path, table) -> Iterator[Callable[[], Record]]:
     """Image-text pairs, one record per annotation; `question`, where present, replaces the task's own."""
     annotations = _get(table, "annotations", list, path)
-    listed = _get(table, "images", list, path) if "images" in table else []
-    images = {
-        _get(image, "file_name", str, path, f"images[{number}]"): image for number, image in enumerate(listed)
-    }
-    names = _Names(config)
-    records = []
-    for number, annotation in enumerate(annotations):
+    images = _read_images(_get(table, "images", list, path) if "images" in table else [], path)
+
+    def read(number: int, annotation) -> Record:
         where = f"annotations[{number}]"
         file_name = _get(annotation, "file_name", str, path, where)
-        image = images.get(file_name, {})
-        records.append(
-            Record(
-                name=names.unique(file_name),
-                kind=config.kind,
-                images=(str(config.image_folder / file_name),),
-                texts=(_text(annotation, "caption", path, where),),
-                question=_text(annotation, "question", path, where) if "question" in annotation else "",
-                size=_size(image),
-                augment=config.augment,
-                patient=str(image.get("patient", "")),
-            )
+        size, patient = images.get(file_name, ((0, 0), ""))
+        return Record(
+            name=file_name,
+            kind=config.kind,
+            images=(str(config.image_folder / file_name),),
+            texts=(_text(annotation, "caption", path, where),),
+            question=_text(annotation, "question", path, where) if "question" in annotation else "",
+            size=size,
+            augment=config.augment,
+            patient=patient,
         )
-    return records
+
+    for number, annotation in enumerate(annotations):
+        yield partial(read, number, annotation)
+
+
+def _read_images(images: list, path: Path) -> dict[str, tuple[tuple[int, int], str]]:
+    """Size and patient of every listed image, by its file name; one may be listed twice if both agree."""
+    known: dict[str, tuple[tuple[int, int], str]] = {}
+    for number, image in enumerate(images):
+        where = f"images[{number}]"
+        name = _get(image, "file_name", str, path, where)
+        entry = (_size(image, path, where), _patient(image))
+        if known.setdefault(name, entry) != entry:
+            raise InputError(
+                f"{path}: {where} is a second {name} of another size or patient; give every image a name of "
+                "its own."
+            )
+    return known
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -387,9 +484,18 @@ def _read_table(path: Path):
             f"{path} does not exist; a dataset needs this table (`unibiomed data build` writes it)."
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unlike_keys)
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}); write it again.") from error
+
+
+def _unlike_keys(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object; of two entries with one key the first would be lost without a word."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in it")
+    return table
 
 
 def _get(entry, key: str, expected: type, path: Path, where: str = "the table"):
@@ -410,7 +516,7 @@ def _get(entry, key: str, expected: type, path: Path, where: str = "the table"):
 
 def _text(entry, key: str, path: Path, where: str) -> str:
     text = _get(entry, key, str, path, where)
-    if not text.strip():
+    if not text.strip(" ."):
         raise InputError(
             f"{path}: {key!r} of {where} is empty; write what the image shows, or remove the entry."
         )
@@ -434,9 +540,19 @@ def _sentences(annotation, path: Path, where: str) -> tuple[str, ...]:
     )
 
 
-def _size(entry: dict) -> tuple[int, int]:
-    width, height = entry.get("width", 0), entry.get("height", 0)
-    return (width, height) if isinstance(width, int) and isinstance(height, int) else (0, 0)
+def _size(entry: dict, path: Path, where: str) -> tuple[int, int]:
+    """(width, height), or (0, 0) where the entry does not say."""
+    for key in ("width", "height"):
+        value = entry.get(key) or 0
+        if not isinstance(value, int | float) or value != int(value) or value < 0:
+            raise InputError(f"{path}: {key!r} of {where} is {value!r}; give a whole number of pixels.")
+    width, height = (int(entry.get(key) or 0) for key in ("width", "height"))
+    return (width, height) if width and height else (0, 0)
+
+
+def _patient(entry: dict) -> str:
+    patient = entry.get("patient")
+    return "" if patient is None else str(patient)
 
 
 _JSON_NAMES = {dict: "object", list: "list", str: "string", int: "number", float: "number", bool: "boolean"}

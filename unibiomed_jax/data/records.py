@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from unibiomed_jax.data.augment import AugmentConfig
+from unibiomed_jax.errors import InputError
 
 
 class Kind(StrEnum):
@@ -46,7 +47,11 @@ _FROM_ROOT = (Kind.SEQUENCE, Kind.VQA, Kind.REPORT, Kind.CAPTION)
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """One dataset of a mixture. `{split}` in a path is replaced by the split."""
+    """One dataset of a mixture. `{split}` in a path is replaced by the split.
+
+    Raises:
+        InputError: a negative `minimum`, or `repeats` or `slices` below 1.
+    """
 
     # Task, which decides reader, questions and answers.
     kind: Kind
@@ -74,6 +79,17 @@ class DatasetConfig:
     # Random changes of its own instead of sample.augment, in training. (On the command line its fields are
     # options: a subcommand for every dataset would be too much.)
     augment: Annotated[AugmentConfig | None, tyro.conf.AvoidSubcommands] = None
+
+    def __post_init__(self):
+        for name, value, least in (
+            ("minimum", self.minimum, 0),
+            ("repeats", self.repeats, 1),
+            ("slices", self.slices, 1),
+        ):
+            if value is not None and value < least:
+                raise InputError(
+                    f"{name}={value} of the dataset {self.title} is impossible; give {least} or more."
+                )
 
     @property
     def title(self) -> str:

@@ -11,12 +11,18 @@ from scipy import ndimage
 from unibiomed_jax.config import ModelConfig
 from unibiomed_jax.data.augment import AugmentConfig, augment
 from unibiomed_jax.data.prompts import Conversation, PromptConfig, draw, variants
-from unibiomed_jax.data.readers import image_size
+from unibiomed_jax.data.readers import image_size, require_mask_size, require_table_size
 from unibiomed_jax.data.records import TEXT_ONLY, Kind, Record
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inference.preprocess import frame_bytes, open_frames, sam_bytes, tile_bytes, tile_grid
 from unibiomed_jax.inference.prompt import INFERENCE_TURN, STOP_TEXT, TRAINING_TURN, build_prompt
-from unibiomed_jax.inference.tokenizer import PHRASE_END, PHRASE_START, UNIBIOMED_TOKENS, Tokenizer
+from unibiomed_jax.inference.tokenizer import (
+    IMAGE_CONTEXT,
+    PHRASE_END,
+    PHRASE_START,
+    UNIBIOMED_TOKENS,
+    Tokenizer,
+)
 
 # Labels of tokens that are not learned.
 IGNORE = -100
@@ -104,11 +110,7 @@ class SampleBuilder:
         chosen = _draw_slices(record, rng) if record.kind is Kind.SEQUENCE else [0]
         frames = open_frames([record.images[index] for index in chosen])[0]
         size = frames[0].size
-        if min(record.size) > 0 and size != record.size:  # the batch has its number of tiles from the table
-            raise InputError(
-                f"{record.images[chosen[0]]} of {record.name} is {size[0]}x{size[1]} pixels (upright) but "
-                f"its table says {record.size[0]}x{record.size[1]}; correct width and height in the table."
-            )
+        require_table_size(record, record.images[chosen[0]], size)  # which gives the batch its tiles
         masks = np.zeros((len(record.masks), len(chosen), *size[::-1]), bool)
         for number, files in enumerate(record.masks):
             masks[number] = [load_mask(files[index], size, record.name) for index in chosen]
@@ -145,9 +147,16 @@ class SampleBuilder:
         are learned. What exceeds max_tokens is cut off at the end.
 
         Raises:
-            InputError: the cut would lose a [SEG], or the record's own words contain one.
+            InputError: the cut would lose a [SEG] or all that is learned, or the record's own words contain
+                a [SEG].
         """
         instruction, answer, end = self._segments(record, conversation, tiles)
+        if len(instruction) >= self.config.max_tokens:
+            raise InputError(
+                f"{record.name} has {len(instruction)} tokens before its answer, and max_tokens="
+                f"{self.config.max_tokens} would cut all of it; raise max_tokens, take fewer tiles or shorten "
+                "its question."
+            )
         ids = np.array(instruction + answer + end, np.int32)
         labels = np.array([IGNORE] * len(instruction) + answer + [IGNORE] * len(end), np.int32)
         ids, labels = ids[: self.config.max_tokens], labels[: self.config.max_tokens]
@@ -182,14 +191,15 @@ class SampleBuilder:
         """Tokens of the longest sample that any draw of question, answer and wording can give.
 
         Raises:
-            InputError: it exceeds max_tokens and cutting it would lose a [SEG].
+            InputError: it exceeds max_tokens and cutting it would lose a [SEG] or the whole answer, or its
+                words contain the mark of an image.
         """
         asked, answered = variants(record, self.config.prompts)
         try:
             longest = max(self._length(record.kind, text, tiles) for text in asked)
+            longest += max(self._length(record.kind, text, 0) for text in answered)
         except InputError as error:
             raise InputError(f"{record.name}: {error}") from error
-        longest += max(self._length(record.kind, text, 0) for text in answered)
         longest += len(self._end(record.kind))
         if longest > self.config.max_tokens:
             for question in asked:
@@ -227,7 +237,12 @@ class SampleBuilder:
         return ids
 
     def _answer(self, kind: Kind, answer: str) -> list[int]:
-        return self._encode(kind, answer.strip() + STOP_TEXT)
+        ids = self._encode(kind, answer.strip() + STOP_TEXT)
+        if self.tokenizer.image_context_id in ids:
+            raise InputError(
+                f"its words contain {IMAGE_CONTEXT}, which stands for a piece of the image; remove it."
+            )
+        return ids
 
     def _end(self, kind: Kind) -> list[int]:
         return self.tokenizer.encode("\n") if kind in _NEWLINE_AT_END else []
@@ -247,10 +262,8 @@ class SampleBuilder:
         return np.zeros((0, 0, self.config.mask_size, self.config.mask_size), np.uint8)
 
 
-def load_mask(
-    path: str, size: tuple[int, int], name: str, above: int = 0
-) -> Bool[np.ndarray, "height width"]:
-    """Where the first channel of a mask file is more than `above`; an empty path is an all-zero mask.
+def load_mask(path: str, size: tuple[int, int], name: str) -> Bool[np.ndarray, "height width"]:
+    """Where the first channel of a mask file is not zero; an empty path is an all-zero mask.
 
     Raises:
         InputError: the file cannot be read, or is not of the image's `size` (width, height).
@@ -262,12 +275,8 @@ def load_mask(
             mask = np.asarray(image)
     except Exception as error:  # Pillow's plugins raise whatever their parser met
         raise InputError(f"The mask {path} of {name} cannot be read ({error}); replace the file.") from error
-    mask = (mask[..., 0] if mask.ndim == 3 else mask) > above
-    if mask.shape != size[::-1]:
-        raise InputError(
-            f"The mask {path} of {name} is {mask.shape[1]}x{mask.shape[0]} pixels but its image "
-            f"{size[0]}x{size[1]}; resize the mask to the image."
-        )
+    mask = (mask[..., 0] if mask.ndim == 3 else mask) > 0
+    require_mask_size(name, path, mask.shape[::-1], size)
     return mask
 
 

@@ -1,6 +1,7 @@
 """Checks of a dataset before it costs anybody a training run."""
 
 import collections
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -8,12 +9,13 @@ from typing import Annotated, NamedTuple
 import numpy as np
 import tyro
 from PIL import Image
-from rich.table import Table
+from rich.table import Column, Table
 
-from unibiomed_jax.data.readers import NO_FINDINGS, find_datasets, read_dataset, upright_size
+from unibiomed_jax.data.readers import NO_FINDINGS, find_datasets, read_dataset
 from unibiomed_jax.data.records import DatasetConfig, Kind, Record
 from unibiomed_jax.data.writer import SPLITS
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.inference.preprocess import open_image
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,14 @@ class ValidationReport:
 
     def table(self) -> Table:
         """For the terminal: one row a dataset, its records by split."""
-        table = Table("dataset", *SPLITS, "images", "patients", "errors", "warnings")
+        table = Table(
+            Column("dataset", overflow="fold", min_width=20),
+            *SPLITS,
+            "images",
+            "patients",
+            "errors",
+            "warnings",
+        )
         for row in self.datasets.values():
             found = [problem.error for problem in self.problems if problem.dataset == row.title]
             counts = [row.records[split] for split in SPLITS] + [len(row.images), len(row.patients)]
@@ -74,41 +83,58 @@ class ValidationReport:
         return table
 
 
-class _Look(NamedTuple):
-    # (width, height) as an image, EXIF rotation applied, and as a mask, whose pixels are taken as they lie.
-    upright: tuple[int, int]
+class _Mask(NamedTuple):
+    # (width, height), the pixels as they lie.
     size: tuple[int, int]
     # Whether the first channel is all zero.
     empty: bool
 
 
+class _Wrong(NamedTuple):
+    # What is wrong with a file, in a word and in a sentence.
+    sort: str
+    text: str
+
+
 @dataclass
 class _Files:
-    """What is known of every file looked at so far, or in a word what is wrong with it."""
+    """What is known of every file looked at so far, read as training reads it."""
 
-    known: dict[str, _Look | str] = field(default_factory=dict)
+    # (width, height), upright.
+    images: dict[str, tuple[int, int] | _Wrong] = field(default_factory=dict)
+    masks: dict[str, _Mask | _Wrong] = field(default_factory=dict)
 
-    def look(self, path: str) -> _Look | str:
-        if path not in self.known:
+    def image(self, path: str) -> tuple[int, int] | _Wrong:
+        if path not in self.images:
+            try:
+                self.images[path] = open_image(path)[0].size
+            except InputError as error:
+                missing = not Path(path).exists()
+                self.images[path] = _Wrong("missing" if missing else "unreadable", str(error))
+        return self.images[path]
+
+    def mask(self, path: str) -> _Mask | _Wrong:
+        if path not in self.masks:
             try:
                 with Image.open(path) as image:
-                    upright, pixels = upright_size(image), np.asarray(image)
+                    pixels = np.asarray(image)
                 first = pixels[..., 0] if pixels.ndim == 3 else pixels
-                self.known[path] = _Look(upright, pixels.shape[1::-1], not first.any())
+                self.masks[path] = _Mask(pixels.shape[1::-1], not first.any())
             except FileNotFoundError:
-                self.known[path] = "missing"
-            except Exception:  # Pillow's plugins raise whatever their parser met
-                self.known[path] = "unreadable"
-        return self.known[path]
+                self.masks[path] = _Wrong("missing", f"the mask {path} is missing.")
+            except Exception as error:  # Pillow's plugins raise whatever their parser met
+                self.masks[path] = _Wrong("unreadable", f"the mask {path} is unreadable ({error}).")
+        return self.masks[path]
 
 
 def validate(options: ValidateOptions) -> ValidationReport:
     """Check all datasets under a folder, every file of them.
 
-    Errors: a table of another schema, an annotation without its file, a file that cannot be read, a mask of
-    another size than its image, a size in the table that is not the image's, a patient in several splits of
-    one folder. Warnings: an empty mask (unless the text says "no findings"), a mask named by two annotations,
-    one image name in several splits of a folder, a patient in several splits of different folders.
+    Errors: a table or an entry of another schema, an annotation without its file, a file that cannot be read,
+    a mask of another size than its image, a size in the table that is not the image's, a patient in several
+    splits of one folder. Warnings: an empty mask (unless the text says "no findings"), a mask named by two
+    annotations of one text or by two images, one image or volume name in several splits of a folder, a
+    patient in several splits of different folders.
 
     Raises:
         InputError: no dataset there at all.
@@ -119,11 +145,12 @@ def validate(options: ValidateOptions) -> ValidationReport:
     names: dict[tuple[str, str], dict[str, str]] = collections.defaultdict(dict)
     for config in _find(options.path):
         summary = report.datasets.setdefault(config.title, DatasetSummary(config.title))
+        wrong: list[str] = []
         try:
-            records = read_dataset(config)
+            records = read_dataset(config, wrong)
         except InputError as error:
-            report.problems.append(Problem(config.title, "schema", str(error)))
-            continue
+            records, wrong = [], [str(error)]
+        report.problems += [Problem(config.title, "schema", text) for text in wrong]
         summary.records[config.split] = len(records)
         report.problems += _check_records(config.title, records, files)
         for record in records:
@@ -131,10 +158,11 @@ def validate(options: ValidateOptions) -> ValidationReport:
             if record.patient:
                 summary.patients.add(record.patient)
                 people[record.patient].setdefault((config.root, config.split), config.title)
-            if config.kind is not Kind.SEQUENCE:
-                parts = Path(record.images[0]).relative_to(config.root).parts
-                name = "/".join(part for part in parts if part != config.split)
-                names[config.root, name].setdefault(config.split, config.title)
+            image = os.path.relpath(record.images[0], config.root)
+            if config.kind is Kind.SEQUENCE:
+                image = os.path.dirname(image)
+            name = "/".join(part for part in Path(image).parts if part != config.split)
+            names[config.root, name].setdefault(config.split, config.title)
     report.problems += _check_people(people)
     report.problems += _check_names(names)
     return report
@@ -154,34 +182,41 @@ def _find(path: Path) -> list[DatasetConfig]:
 
 def _check_records(title: str, records: list[Record], files: _Files) -> list[Problem]:
     problems = []
-    uses = collections.Counter()
+    # Of every mask: the image and the texts of every annotation that names it.
+    uses: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for record in records:
         for number, path in enumerate(record.images):
-            image = files.look(path)
-            if isinstance(image, str):
-                problems.append(Problem(title, image, f"{record.name}: the image {path} is {image}."))
-            elif min(record.size) > 0 and image.upright != record.size:
-                size = f"{_show(image.upright)} (upright)"
+            image = files.image(path)
+            if isinstance(image, _Wrong):
+                problems.append(Problem(title, image.sort, f"{record.name}: {image.text}"))
+            elif min(record.size) > 0 and image != record.size:
+                size = f"{_show(image)} (upright)"
                 text = f"{record.name}: {path} is {size} but the table says {_show(record.size)}."
                 problems.append(Problem(title, "table size", text))
             for mask in (frames[number] for frames in record.masks):
                 if mask:
-                    uses[mask, record.texts] += 1
-                    problems += _check_mask(title, record, mask, files.look(mask), image)
-    for (path, _), count in uses.items():
-        if count > 1:
+                    uses[mask][path, record.texts] += 1
+                    problems += _check_mask(title, record, mask, files.mask(mask), image)
+    for path, named in uses.items():
+        images = sorted({image for image, _ in named})
+        if len(images) > 1:
+            text = f"{path} is the mask of {len(images)} images ({', '.join(images)}); is that meant?"
+            problems.append(Problem(title, "duplicate", text, error=False))
+        elif max(named.values()) > 1:
+            count = max(named.values())
             text = f"{path} is the mask of {count} annotations with the same text; remove all but one."
             problems.append(Problem(title, "duplicate", text, error=False))
     return problems
 
 
-def _check_mask(title: str, record: Record, path: str, mask, image) -> list[Problem]:
-    if isinstance(mask, str):
-        return [Problem(title, mask, f"{record.name}: the mask {path} is {mask}.")]
+def _check_mask(
+    title: str, record: Record, path: str, mask: _Mask | _Wrong, image: tuple[int, int] | _Wrong
+) -> list[Problem]:
+    if isinstance(mask, _Wrong):
+        return [Problem(title, mask.sort, f"{record.name}: {mask.text}")]
     problems = []
-    if not isinstance(image, str) and mask.size != image.upright:
-        sizes = f"{_show(mask.size)} but its image {_show(image.upright)} (upright)"
-        text = f"{record.name}: the mask {path} is {sizes}."
+    if not isinstance(image, _Wrong) and mask.size != image:
+        text = f"{record.name}: the mask {path} is {_show(mask.size)} but its image {_show(image)} (upright)."
         problems.append(Problem(title, "mask size", text))
     if mask.empty and not any(NO_FINDINGS in text.lower() for text in record.texts):
         text = f"{record.name}: the mask {path} is empty; draw it, or say '{NO_FINDINGS}' in the text."
@@ -210,7 +245,7 @@ def _check_names(names: dict[tuple[str, str], dict[str, str]]) -> list[Problem]:
         if len(places) > 1:
             titles = sorted(set(places.values()))
             splits = " and ".join(sorted(places))
-            text = f"The image {name} is in {splits} of {', '.join(titles)}; is it the same?"
+            text = f"The image or volume {name} is in {splits} of {', '.join(titles)}; is it the same?"
             problems += [Problem(title, "name in two splits", text, error=False) for title in titles]
     return problems
 

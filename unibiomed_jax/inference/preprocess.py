@@ -6,6 +6,7 @@ when shrinking), because the weights were trained on exactly that.
 """
 
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -108,6 +109,12 @@ def open_mask(source: ImageSource) -> Bool[np.ndarray, "height width"]:
         indexed = record.mode in ("P", "PA")
         pixels = np.asarray(pixels.getchannel(0) if indexed else _convert(pixels, record)[0])
     return (pixels != 0).reshape(record.height, record.width, -1).any(axis=-1)
+
+
+def by_number(path: str | os.PathLike) -> list[tuple[int, str]]:
+    """A key that sorts slice_2 before slice_10."""
+    parts = re.split(r"(\d+)", os.fspath(path))
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def check_frames(frames: Sequence[Image.Image]) -> None:

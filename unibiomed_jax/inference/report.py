@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
-from unibiomed_jax import checkpoint
 from unibiomed_jax.config import Precision, to_dict
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.files import new_folder
 from unibiomed_jax.inference.overlay import overlay
 from unibiomed_jax.inference.predictor import Answer, OpenedImage, Segment
 from unibiomed_jax.inference.prompt import clean_answer
@@ -73,7 +73,7 @@ def write(folder: Path, image: OpenedImage, answer: Answer, description: dict) -
     if folder.exists() and not (folder / ANSWER_FILE).is_file():
         raise InputError(f"{folder} holds something else than an answer; choose another --out.")
     try:
-        with checkpoint.new_folder(folder, overwrite=True) as partial:
+        with new_folder(folder, overwrite=True) as partial:
             for number, segment in enumerate(answer.segments):
                 _write_masks(partial, f"mask_{number}_{_slug(segment.phrase)}", segment)
             _write_overlays(partial, image, answer)

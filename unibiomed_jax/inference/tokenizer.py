@@ -7,6 +7,7 @@ no network.
 import copy
 import json
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -26,6 +27,17 @@ UNIBIOMED_TOKENS = (SEG, PHRASE_START, PHRASE_END, REGION_START, REGION_END)
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# The files of a tokenizer; which of them there are differs.
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
 )
 
 
@@ -136,6 +148,27 @@ class Tokenizer:
             partial = folder / f"{name}.partial"
             partial.write_text(text + "\n", encoding="utf-8")
             os.replace(partial, folder / name)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a tokenizer's files into the folder `target`.
+
+    Raises:
+        InputError: tokenizer_config.json, or the vocabulary itself, is missing.
+    """
+    target.mkdir(exist_ok=True)
+    for name in FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    if not (target / "tokenizer_config.json").exists():
+        raise InputError(f"{source / 'tokenizer_config.json'} is missing; copy it from the release.")
+    if not (target / "tokenizer.json").exists() and not (
+        (target / "vocab.json").exists() and (target / "merges.txt").exists()
+    ):
+        raise InputError(
+            f"{source} holds neither tokenizer.json nor vocab.json with merges.txt; copy them from the "
+            "release."
+        )
 
 
 def _read_text(path: Path) -> str:

@@ -1,0 +1,69 @@
+"""`unibiomed data validate`: everything that is wrong, at once, as training would meet it."""
+
+import json
+
+from PIL import Image
+from rich.console import Console
+from small_datasets import coco_table, save_picture, write_table
+
+from unibiomed_jax.data.validate import ValidateOptions, validate
+
+
+def problems(root) -> list[tuple[str, str]]:
+    return [(problem.sort, problem.text) for problem in validate(ValidateOptions(root)).problems]
+
+
+def test_a_wrong_entry_does_not_hide_the_others(targets):
+    table = coco_table(5)
+    table["annotations"][0]["sentences"] = [{"raw": ""}]
+    table["annotations"][1]["sentences"] = []
+    write_table(targets / "train.json", table)
+    (targets / "train" / "3.png").unlink()
+    first, second, third = problems(targets)
+    assert first[0] == second[0] == "schema" and third[0] == "missing"
+    assert "annotations[0].sentences[0]" in first[1] and "annotations[1]" in second[1] and "3.png" in third[1]
+
+
+def test_an_image_that_training_would_refuse(targets):
+    save_picture(targets / "train" / "1.png")
+    pages = [Image.new("L", (60, 30), value) for value in (0, 9)]
+    pages[0].save(targets / "train" / "1.tif", save_all=True, append_images=pages[1:])
+    table = coco_table(5)
+    for entry in (table["images"][1], table["annotations"][1]):
+        entry["file_name"] = "1.tif"
+    write_table(targets / "train.json", table)
+    ((sort, text),) = problems(targets)
+    assert sort == "unreadable" and "1.tif" in text and "2 frames" in text
+
+
+def test_one_mask_of_two_images(targets):
+    table = coco_table(5)
+    table["annotations"][1] |= {"mask_file": "0_liver.png", "sentences": [{"raw": "Spleen."}]}
+    write_table(targets / "train.json", table)
+    ((sort, text),) = problems(targets)
+    assert sort == "duplicate" and "is the mask of 2 images" in text and "1.png" in text
+
+
+def test_a_volume_in_two_splits(volumes):
+    (volumes / "meta_test.json").write_text((volumes / "meta_train.json").read_text())
+    found = problems(volumes)
+    assert {sort for sort, _ in found} == {"name in two splits"}
+    assert "The image or volume v1 is in test and train" in found[0][1]
+
+
+def test_images_outside_the_folder_and_people_without_a_name(targets, tmp_path):
+    save_picture(tmp_path / "elsewhere" / "0.png")
+    table = coco_table(5, patient=None)
+    for entry in (table["images"][0], table["annotations"][0]):
+        entry["file_name"] = str(tmp_path / "elsewhere" / "0.png")
+    write_table(targets / "train.json", table)
+    assert problems(targets) == []
+
+
+def test_the_table_can_be_read_in_a_narrow_terminal(tmp_path, targets):
+    (tmp_path / "a_dataset_with_a_long_name").symlink_to(targets)
+    report = validate(ValidateOptions(tmp_path))
+    with Console(record=True, width=80, file=open("/dev/null", "w")) as console:
+        console.print(report.table())
+    lines = [line.split("│")[1].strip() for line in console.export_text().splitlines() if "│" in line]
+    assert json.dumps("".join(lines)).count("/segmentation") == 1
