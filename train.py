@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from unibiomed_jax import runtime, sharding
+from unibiomed_jax import checkpoint, runtime, sharding
 from unibiomed_jax.config import to_dict
 from unibiomed_jax.data.pipeline import Batch, Pipeline, collate
 from unibiomed_jax.data.plan import Shape
@@ -27,7 +27,7 @@ from unibiomed_jax.data.transforms import SampleConfig
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inference.tokenizer import Tokenizer
 from unibiomed_jax.training import flops
-from unibiomed_jax.training.checkpoint import NO_SPACE, Checkpointer
+from unibiomed_jax.training.checkpoint import NO_SPACE, Checkpointer, Restored
 from unibiomed_jax.training.config import TrainConfig
 from unibiomed_jax.training.experiment import load_experiment, main_arguments
 from unibiomed_jax.training.export import export_model, trained_parameters
@@ -40,6 +40,8 @@ from unibiomed_jax.training.step import TrainState, TrainStep, init_state, place
 
 console = Console()
 
+# First and last update after a start that --profile traces.
+PROFILED = (10, 14)
 # Fields of a sample that follow from the model, and what of the model decides them.
 SAMPLE_SIZES = {
     "tile_size": "vision.image_size",
@@ -56,6 +58,8 @@ def main() -> int:
     # Configuration
     file, options = main_arguments()
     config = resolve_model(load_experiment(file, options))
+    if not config.export:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # nothing to save yet
     runtime.prepare()
 
     # Mesh
@@ -71,44 +75,41 @@ def main() -> int:
             f"{config.model.language.vocab_size}; set --model.language.vocab-size or take its tokenizer."
         )
     ids = TokenIds(tokenizer.image_context_id, tokenizer.seg_id)
+    graphdef, shapes = structure(config)
+    abstract = abstract_state(config, shapes, mesh, strategy)
+    folder = Path(config.folder)
+    if config.export:
+        checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint)
+        chosen = chosen_step(checkpointer, config.export)
+        restored, state, frozen = starting_state(config, checkpointer, abstract, mesh, strategy, chosen)
+        export_model(folder, config, state, frozen, tokenizer_folder)
+        console.print(f"The model of update {restored.step} is in {folder / 'model'}.")
+        return 0
     data = open_data(config, tokenizer, training=True)
     validation = open_data(config, tokenizer, training=False) if config.validation else None
 
     # State: the newest checkpoint of this run, or the start
-    graphdef, shapes = structure(config)
     step = TrainStep(graphdef, config, ids, mesh, strategy)
-    abstract = abstract_state(config, shapes, mesh, strategy)
     if config.dry_run:
         return report_memory(config, step, abstract, data, mesh, strategy)
     stop = stop_on_signals()
-    folder = Path(config.folder)
     checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint)
-    if not config.export:
-        checkpointer.claim()
-    wanted = abstract if config.checkpoint.save_frozen else {"train": abstract["train"]}
-    restored = checkpointer.restore(wanted, chosen_step(checkpointer, config.export))
-    if restored is None or not config.checkpoint.save_frozen:
-        trainable, frozen = starting_parameters(config, mesh, strategy)
-    else:
-        frozen = restored.state["frozen"]
-    if restored is None:
-        layout = jax.tree.map(lambda leaf: leaf.sharding, abstract["train"])
-        state = jax.jit(lambda table: init_state(table, config), out_shardings=layout)(trainable)
-    else:
-        state = restored.state["train"]
-    trainable = None  # the state holds it
-    if config.export:
-        export_model(folder, config, state, frozen, tokenizer_folder)
-        console.print(f"The model of update {restored.step} is in {folder / 'model'}.")
-        return 0
+    checkpointer.claim()
+    restored, state, frozen = starting_state(config, checkpointer, abstract, mesh, strategy)
     iterator = iter(data)
     if restored is not None:
         iterator.set_state(restored.position)
         console.print(f"Going on after update {restored.step} of {config.optim.steps}.")
     describe(config, abstract, data, mesh)
+    start = int(state.step)
+    if config.profile and config.optim.steps - start < PROFILED[-1]:
+        raise InputError(
+            f"--profile traces the updates {PROFILED[0]} to {PROFILED[-1]} after a start, and only "
+            f"{config.optim.steps - start} are left; raise --optim.steps."
+        )
 
     # Loop
-    log = RunLog(folder, tensorboard=config.log.tensorboard, first_step=int(state.step))
+    log = RunLog(folder, tensorboard=config.log.tensorboard, first_step=start)
     measure = build_validation(graphdef, config, ids)
     meter = Meter(config, list(abstract["train"].trainable), mesh.size)
     previous: tuple[dict, list[Batch]] | None = None
@@ -122,18 +123,18 @@ def main() -> int:
             config=to_dict(config),
             tokenizer=tokenizer_folder,
             measures=measures,
+            belongs_to=foundation(config),
         )
 
     with checkpointer, progress_bar() as bar:
-        task = bar.add_task("training", total=config.optim.steps, completed=int(state.step))
-        start = int(state.step)
+        task = bar.add_task("training", total=config.optim.steps, completed=start)
         for update in range(start + 1, config.optim.steps + 1):
             batches = [next(iterator) for _ in range(config.optim.accumulate)]
-            if config.profile and update == start + 10:
+            if config.profile and update == start + PROFILED[0]:
                 jax.profiler.start_trace(str(folder / "profile"))
             arrays = [place_batch(batch.arrays, strategy, mesh) for batch in batches]
             state, metrics = step(state, frozen, arrays)
-            if config.profile and update == start + 14:
+            if config.profile and update == start + PROFILED[-1]:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
             # Looking at the update before keeps the device busy with this one meanwhile.
@@ -153,15 +154,18 @@ def main() -> int:
             due = config.log.validate_every and (update % config.log.validate_every == 0 or last)
             measures = None
             if validation is not None and due:
-                measures = validate(config, measure, validation, state, frozen, log, update, strategy, mesh)
+                measures = validate(
+                    config, measure, validation, state, frozen, log, update, strategy, mesh, stop
+                )
                 meter.restart()
             best = measures is not None and is_best(checkpointer, config, measures)
-            if update % config.checkpoint.every == 0 or last or best or stop.is_set():
+            stopping = stop.is_set()
+            if update % config.checkpoint.every == 0 or last or best or stopping:
                 refuse_bad_steps(config, log, update, *previous)
                 previous = None
                 save(measures)
                 meter.restart()
-            if stop.is_set() and not last:
+            if stopping and not last:
                 checkpointer.wait()
                 console.print(f"Stopped by a signal; update {update} is saved, the same command goes on.")
                 return 0
@@ -196,12 +200,43 @@ def open_data(config: TrainConfig, tokenizer: Tokenizer, *, training: bool) -> P
                 f"(here {size}); leave it out."
             )
     sample = dataclasses.replace(config.data.sample, **{name: getattr(sizes, name) for name in SAMPLE_SIZES})
-    settings = dataclasses.replace(config.data, sample=sample)
+    settings = dataclasses.replace(config.data, sample=sample, training=training)
     if not training:
-        settings = dataclasses.replace(settings, datasets=config.validation, training=False, workers=0)
+        settings = dataclasses.replace(settings, datasets=config.validation, workers=0)
     if not settings.datasets:
         raise InputError("There is no training data: list datasets in the configuration's data.datasets.")
     return Pipeline(settings, tokenizer, host=jax.process_index(), hosts=jax.process_count())
+
+
+def starting_state(
+    config: TrainConfig, checkpointer: Checkpointer, abstract: dict, mesh, strategy, chosen: int | None = None
+) -> tuple[Restored | None, TrainState, dict]:
+    """What the run goes on from: a checkpoint (None: the start), the train state, the frozen parameters."""
+    wanted = abstract if config.checkpoint.save_frozen else {"train": abstract["train"]}
+    restored = checkpointer.restore(wanted, chosen, foundation(config))
+    if restored is not None and config.checkpoint.save_frozen:
+        return restored, restored.state["train"], restored.state["frozen"]
+    trainable, frozen = starting_parameters(config, mesh, strategy)
+    if restored is not None:
+        return restored, restored.state["train"], frozen
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract["train"])
+    state = jax.jit(lambda table: init_state(table, config), out_shardings=layout)(trainable)
+    return None, state, frozen
+
+
+def foundation(config: TrainConfig) -> dict:
+    """What the numbers in a checkpoint mean nothing without, by name."""
+    model = {
+        f"model.{name}": value
+        for name, value in checkpoint.flatten(to_dict(config.model)).items()
+        if not name.startswith("precision.")
+    }
+    lora = {"lora.rank": config.lora.rank, "lora.alpha": config.lora.alpha} if config.lora.rank else {}
+    if config.checkpoint.save_frozen:
+        return model | lora
+    # The frozen parameters are not in it: they are read, or drawn, anew.
+    initial = checkpoint.read_manifest(config.initial).hash if config.initial else f"seed {config.seed}"
+    return model | lora | {"initial": initial}
 
 
 def abstract_state(config: TrainConfig, shapes: dict, mesh, strategy) -> dict:
@@ -334,7 +369,10 @@ class Meter:
     def add(self, batches: list[Batch]) -> None:
         hosts = jax.process_count()
         for batch in batches:
-            self.images += hosts * sum(bool(name) for name in batch.names)
+            shown = np.maximum(
+                batch.arrays["frame_valid"].sum(axis=1), 1
+            )  # a volume is as many as its slices
+            self.images += hosts * int(shown[[bool(name) for name in batch.names]].sum())
             self.tokens += hosts * int(batch.arrays["token_valid"].sum())
             work = flops.forward_work(self.config.model, batch.arrays, self.config.lora.rank)
             self.work += hosts * flops.step_flops(work, self.trainable)
@@ -370,11 +408,15 @@ def refuse_bad_steps(
         )
 
 
-def validate(config, measure, data: Pipeline, state: TrainState, frozen, log, update, strategy, mesh) -> dict:
-    """Measure on the validation data and keep a few pictures."""
+def validate(
+    config, measure, data: Pipeline, state: TrainState, frozen, log, update, strategy, mesh, stop
+) -> dict | None:
+    """Measure on the validation data and keep a few pictures; None if `stop` is set meanwhile."""
     kinds = {record.name: str(record.kind) for record in data.mixture.records}
     measured, pictures = [], 0
     for number, batch in zip(range(config.log.validate_batches), data, strict=False):
+        if stop.is_set():
+            return None
         result = measure(trained_parameters(state), frozen, place_batch(batch.arrays, strategy, mesh))
         if pictures < config.log.overlays and batch.arrays["masks"].size:
             for row in np.flatnonzero(np.asarray(result.dice_valid)[:, 0, 0])[

@@ -1,6 +1,9 @@
 import errno
+import json
 import os
+import shutil
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +12,11 @@ import optax
 import pytest
 
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.inference.tokenizer import Tokenizer
 from unibiomed_jax.training.checkpoint import Checkpointer, find_damage
 from unibiomed_jax.training.config import CheckpointConfig
+
+TOKENIZER = Path(__file__).parents[2] / "configs" / "tiny_tokenizer"
 
 
 def state(seed):
@@ -30,8 +36,10 @@ def abstract(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def save(checkpointer, step, **measures):
-    checkpointer.save(step, state(step), position={"step": step}, config={}, measures=measures)
+def save(checkpointer, step, belongs_to=None, **measures):
+    checkpointer.save(
+        step, state(step), position={"step": step}, config={}, measures=measures, belongs_to=belongs_to
+    )
 
 
 def equal(first, second):
@@ -74,7 +82,7 @@ def test_the_newest_and_the_best_stay(checkpointer):
     assert {path.name for path in checkpointer.folder.iterdir()} == {"00000002", "00000004", "00000005"}
 
 
-@pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "manifest"])
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "{", "[]", '{"files": 3}', "dtype", "digest"])
 def test_a_damaged_newest_is_said_and_the_one_before_is_used(checkpointer, caplog, harm):
     save(checkpointer, 1)
     save(checkpointer, 2)
@@ -89,9 +97,19 @@ def test_a_damaged_newest_is_said_and_the_one_before_is_used(checkpointer, caplo
         os.truncate(data, 100)
     elif harm == "remove":
         data.unlink()
+    elif harm == "dtype":
+        about = newest / "about.json"
+        about.write_text(about.read_text().replace("float32", "float33"))
+    elif harm == "digest":
+        manifest = json.loads((newest / "manifest.json").read_text())
+        manifest["files"]["about.json"][1] = "0" * 64
+        (newest / "manifest.json").write_text(json.dumps(manifest))
     else:
-        (newest / "manifest.json").write_text("{")
+        (newest / "manifest.json").write_text(harm)
     assert find_damage(newest)
+    assert checkpointer.measures(2) == {}
+    with pytest.raises(InputError, match=r"00000002 is damaged: .*; take another one \(there are 1\)"):
+        checkpointer.restore(abstract(state(0)), step=2)
     restored = checkpointer.restore(abstract(state(0)))
     assert restored.step == 1 and equal(restored.state, state(1))
     assert "00000002 is damaged" in caplog.text
@@ -139,6 +157,45 @@ def test_a_checkpoint_of_another_model_names_the_leaf(checkpointer):
     other["trainable"]["a.norm"] = jax.ShapeDtypeStruct((4,), jnp.bfloat16)
     with pytest.raises(InputError, match=r"trainable/a\.norm is \[\[3\], 'bfloat16'\] there and \[\[4\]"):
         checkpointer.restore(other)
+
+
+def test_a_checkpoint_of_equal_shapes_on_another_foundation_is_refused(checkpointer):
+    heads = {"model.vision.num_heads": 2, "model.sizes": (1, 2), "initial": "seed 1"}
+    save(checkpointer, 1, belongs_to=heads)
+    checkpointer.wait()
+    assert checkpointer.restore(abstract(state(0)), belongs_to=heads).step == 1
+    with pytest.raises(
+        InputError, match=r"num_heads is 2 there and 4 here; resume with the configuration in"
+    ):
+        checkpointer.restore(abstract(state(0)), belongs_to=heads | {"model.vision.num_heads": 4})
+    with pytest.raises(InputError, match=r"initial is seed 1 there and missing here"):
+        checkpointer.restore(
+            abstract(state(0)), belongs_to={k: v for k, v in heads.items() if k != "initial"}
+        )
+
+
+def test_a_checkpoint_holds_configuration_and_tokenizer_and_nothing_beside(checkpointer, tmp_path):
+    folder = tmp_path / "release"
+    shutil.copytree(TOKENIZER, folder)
+    (folder / "model.safetensors").write_bytes(b"the weights of a whole release")
+    checkpointer.save(1, state(1), position={"step": 9}, config={"seed": 4}, tokenizer=folder)
+    checkpointer.wait()
+    saved = checkpointer.path(1)
+    assert json.loads((saved / "config.json").read_text()) == {"seed": 4}
+    assert json.loads((saved / "position.json").read_text()) == {"step": 9}
+    assert {path.name for path in (saved / "tokenizer").iterdir()} == {
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert Tokenizer.from_folder(saved / "tokenizer").backend.to_str() == (
+        Tokenizer.from_folder(folder).backend.to_str()
+    )
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file/run cannot be created \(.*\); choose another --folder"):
+        Checkpointer(tmp_path / "file" / "run", CheckpointConfig())
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(checkpointer, monkeypatch):

@@ -106,6 +106,14 @@ def test_a_run_logs_every_update_and_validates(finished):
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, STEPS + 1))
     (validation,) = [line for line in lines if line["kind"] == "validation"]
     assert validation["step"] == STEPS and 0 <= validation["dice"] <= 1
+    always = {"step", "kind", "seconds", "loss", "loss_tokens", "loss_mask", "loss_dice"}
+    speed = {"images_per_second", "tokens_per_second", "teraflops"}  # and no share of a peak on a CPU
+    measures = {"learning_rate", "gradient_norm", "bad_steps", "tokens", "masks"}
+    for line in lines:
+        own = (
+            {"dice", "dice/segmentation", "answers/segmentation"} if line is validation else measures | speed
+        )
+        assert set(line) == always | own
     assert validation["answers/segmentation"] == 0
     assert len(list((finished / "pictures").iterdir())) == 2
 
@@ -227,10 +235,37 @@ def test_the_model_is_the_average_of_the_run_with_its_adapters_merged(finished):
 
 def test_a_model_is_exported_whatever_became_of_the_data(environment, finished, tmp_path):
     shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
-    code, said = run(environment, tmp_path, "--export=last", "--data.seed=5")
+    tables = tmp_path / "data"  # without a single image
+    shutil.copytree(environment["MICRO_DATA"], tables, ignore=shutil.ignore_patterns("*.png"))
+    code, said = run(environment | {"MICRO_DATA": str(tables)}, tmp_path, "--export=last", "--data.seed=5")
     assert code == 0, said
     exported, trained = (checkpoint.read_manifest(folder / "model") for folder in (tmp_path, finished))
     assert exported.hash == trained.hash
+
+
+def test_what_was_trained_goes_only_with_what_it_was_trained_on(environment, finished, tmp_path):
+    start, folder = tmp_path / "start", tmp_path / "run"
+    shutil.copytree(finished / "model", start)
+    options = (f"--initial={start}", "--checkpoint.no-save-frozen", "--optim.steps=2")
+    code, said = run(environment, folder, *options)
+    assert code == 0, said
+    trained = checkpoint.read_manifest(folder / "model").hash
+    code, said = run(environment, folder, *options, "--export=last")
+    assert code == 0 and checkpoint.read_manifest(folder / "model").hash == trained, said
+
+    shutil.rmtree(start)
+    shutil.copytree(folder / "model", start)  # other weights of the same shapes
+    first = checkpoint.read_manifest(finished / "model").hash
+    for more in ((), ("--export=last",)):
+        code, said = run(environment, folder, *options, *more)
+        assert code == 2 and f"initial is {first} there and {trained} here" in said, said
+    code, said = run(environment, finished, "--export=last", "--model.vision.num-heads=1")
+    assert code == 2 and "model.vision.num_heads is 2 there and 1 here" in said, said
+
+
+def test_a_profile_that_would_not_be_written_is_refused(environment, tmp_path):
+    code, said = run(environment, tmp_path, "--profile", "--optim.steps=13")
+    assert code == 2 and "--profile traces the updates 10 to 14 after a start, and only 13 are left" in said
 
 
 def test_the_adapter_is_the_average_of_the_run(finished):

@@ -5,7 +5,8 @@
         config.json      the run's configuration
         position.json    where the data pipeline stood
         tokenizer/       the tokenizer's files
-        manifest.json    measures, and size and sha256 of every file above; written last
+        about.json       step, measures, shapes of the state, and what it belongs to
+        manifest.json    size and sha256 of every file above; written last
 
 A checkpoint is written beside its place and moved there when it is complete, so that a folder with that name
 is either whole or was damaged later, which the manifest shows. Older ones go only after that.
@@ -31,6 +32,7 @@ import jax
 from orbax.checkpoint.experimental import v1 as ocp
 
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.inference.tokenizer import copy_tokenizer
 from unibiomed_jax.training.config import CheckpointConfig
 
 logger = logging.getLogger(__name__)
@@ -63,9 +65,19 @@ class Checkpointer:
     """
 
     def __init__(self, folder: str | os.PathLike, config: CheckpointConfig):
+        """Open a folder of checkpoints, and create it where there is none.
+
+        Raises:
+            InputError: it cannot be created.
+        """
         self.folder = Path(folder).absolute()
         self.config = config
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"{self.folder} cannot be created ({error}); choose another --folder."
+            ) from error
         self._primary = jax.process_index() == 0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -114,6 +126,7 @@ class Checkpointer:
         config: dict,
         tokenizer: str | os.PathLike | None = None,
         measures: Mapping[str, float] | None = None,
+        belongs_to: Mapping[str, Any] | None = None,
     ) -> None:
         """Start to save `state` (any tree of arrays); returns when it may be changed again.
 
@@ -123,6 +136,7 @@ class Checkpointer:
             config: the run's configuration, as JSON values.
             tokenizer: folder with the tokenizer's files.
             measures: validation results of this very state; say which checkpoint is best.
+            belongs_to: what else must be the same where it is restored, by name, as JSON values.
 
         Raises:
             InputError: this save or the one before could not be written.
@@ -136,12 +150,18 @@ class Checkpointer:
                 _write_json(partial / "config.json", config)
                 _write_json(partial / "position.json", position)
                 if tokenizer is not None:
-                    shutil.copytree(tokenizer, partial / "tokenizer")
+                    copy_tokenizer(Path(tokenizer), partial / "tokenizer")
+                about = {
+                    "step": step,
+                    "measures": dict(measures or {}),
+                    "leaves": describe(state),
+                    "belongs_to": dict(belongs_to or {}),
+                }
+                _write_json(partial / "about.json", about)
             response = ocp.save_async(partial / "state", nested(state))
         except Exception as error:
             raise self._explain(error) from error
-        manifest = {"step": step, "measures": dict(measures or {}), "leaves": describe(state)}
-        self._thread = threading.Thread(target=self._finish, args=(step, partial, response, manifest))
+        self._thread = threading.Thread(target=self._finish, args=(step, partial, response))
         self._thread.start()
 
     def wait(self) -> None:
@@ -168,8 +188,8 @@ class Checkpointer:
     def measures(self, step: int) -> dict[str, float]:
         """Validation results of a checkpoint; none if it is damaged."""
         try:
-            return _read_json(self.path(step) / "manifest.json")["measures"]
-        except (OSError, ValueError, KeyError):
+            return _read_json(self.path(step) / "about.json")["measures"]
+        except (OSError, ValueError, LookupError, TypeError):
             return {}
 
     def best(self) -> int | None:
@@ -179,12 +199,16 @@ class Checkpointer:
     def path(self, step: int) -> Path:
         return self.folder / f"{step:08d}"
 
-    def restore(self, abstract: Any, step: int | None = None) -> Restored | None:
+    def restore(
+        self, abstract: Any, step: int | None = None, belongs_to: Mapping[str, Any] | None = None
+    ) -> Restored | None:
         """Load the newest undamaged checkpoint, or that of a step; None if there is none.
 
         Args:
             abstract: the state's tree with shape, dtype and sharding in place of arrays; the mesh may be
                 another than the one that saved.
+            step: which; None is the newest undamaged one.
+            belongs_to: as given to `save`.
 
         Raises:
             InputError: the checkpoint is of another model or optimiser, or damaged (all of them, if no step
@@ -194,7 +218,12 @@ class Checkpointer:
         for candidate in reversed(steps):
             damage = find_damage(self.path(candidate))
             if not damage:
-                return self._load(candidate, abstract)
+                return self._load(candidate, abstract, dict(belongs_to or {}))
+            if step is not None:
+                others = ", ".join(str(other) for other in self.steps() if other != step) or "none"
+                raise InputError(
+                    f"{self.path(step)} is damaged: {damage}; take another one (there are {others})."
+                )
             logger.warning("Checkpoint %s is damaged: %s.", self.path(candidate), damage)
             self._damaged.add(candidate)
         if steps:
@@ -204,25 +233,28 @@ class Checkpointer:
             )
         return None
 
-    def _load(self, step: int, abstract: Any) -> Restored:
+    def _load(self, step: int, abstract: Any, belongs_to: dict) -> Restored:
         path = self.path(step)
-        stored, wanted = _read_json(path / "manifest.json")["leaves"], describe(abstract)
-        for name in [*wanted, *stored]:
-            if stored.get(name) != wanted.get(name):
-                raise InputError(
-                    f"{path} was saved by another model, adapter or optimiser: {name} is "
-                    f"{stored.get(name, 'missing')} there and {wanted.get(name, 'missing')} here; "
-                    "resume with the configuration in its config.json, or choose another run folder."
-                )
+        about, leaves = _read_json(path / "about.json"), describe(abstract)
+        belongs_to = json.loads(json.dumps(belongs_to))  # tuples become lists, as they did there
+        for stored, wanted in ((about["leaves"], leaves), (about["belongs_to"], belongs_to)):
+            for name in [*wanted, *stored]:
+                there, here = stored.get(name, "missing"), wanted.get(name, "missing")
+                if there != here:
+                    raise InputError(
+                        f"{path} was saved by another model, adapter or optimiser: {name} is {there} there "
+                        f"and {here} here; resume with the configuration in its config.json and the weights "
+                        "it started from, or choose another run folder."
+                    )
         loaded = leaves_by_name(ocp.load(path / "state", nested(abstract)))
-        state = jax.tree.unflatten(jax.tree.structure(abstract), [loaded[name] for name in wanted])
+        state = jax.tree.unflatten(jax.tree.structure(abstract), [loaded[name] for name in leaves])
         return Restored(state, _read_json(path / "position.json"), step)
 
-    def _finish(self, step: int, partial: Path, response, manifest: dict) -> None:
+    def _finish(self, step: int, partial: Path, response) -> None:
         try:
             response.result()
             if self._primary:
-                _write_json(partial / "manifest.json", manifest | {"files": digests(partial)})
+                _write_json(partial / "manifest.json", {"files": digests(partial)})
                 shutil.rmtree(self.path(step), ignore_errors=True)
                 os.replace(partial, self.path(step))
                 self._damaged.discard(step)
@@ -300,10 +332,12 @@ def digests(folder: Path) -> dict[str, list]:
 def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
-        expected = _read_json(checkpoint / "manifest.json")["files"]
+        expected = dict(_read_json(checkpoint / "manifest.json")["files"])
         found = digests(checkpoint)
-    except (OSError, ValueError, KeyError) as error:
-        return str(error)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return f"manifest.json cannot be used ({error!r})"
+    if "about.json" not in expected:
+        return "manifest.json does not list about.json"
     return next((f"{name} has changed" for name in expected if found.get(name) != expected[name]), None)
 
 

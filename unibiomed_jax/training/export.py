@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from unibiomed_jax.training.config import TrainConfig
 from unibiomed_jax.training.parameters import Parameters
 from unibiomed_jax.training.step import TrainState
 
+logger = logging.getLogger(__name__)
+
 
 def trained_parameters(state: TrainState) -> Parameters:
     """What the run is for: the running average where there is one."""
@@ -21,14 +24,22 @@ def trained_parameters(state: TrainState) -> Parameters:
 def export_model(
     folder: Path, config: TrainConfig, state: TrainState, frozen: Parameters, tokenizer: Path
 ) -> None:
-    """Write `folder/model`, adapters merged, and `folder/adapter` for peft if there are adapters.
+    """Write `folder/model`, adapters merged, and `folder/adapter` for peft if only the decoder is adapted.
 
     Raises:
         InputError: the folder cannot be written.
     """
     settings = config.lora
     parameters = trained_parameters(state) | frozen
-    if settings.rank:
+    elsewhere = [path for path in parameters if ".lora." in path and not path.startswith(lora.DECODER)]
+    if elsewhere:
+        logger.warning(
+            "%s is not written, since peft knows the decoder's adapters alone and %s has one, too; "
+            "all are merged into the model.",
+            folder / "adapter",
+            elsewhere[0].partition(".lora.")[0],
+        )
+    elif settings.rank:
         lora.save_peft_adapter(
             folder / "adapter",
             parameters,

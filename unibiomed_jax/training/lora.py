@@ -15,9 +15,10 @@ from safetensors.numpy import save_file
 from unibiomed_jax.models.layers import Linear, Lora, stack_layers
 from unibiomed_jax.training.parameters import Parameters, matches, require_matches
 
+DECODER = "language_model.layers."
 # The linear layers of every decoder block, as the reference adapts them.
 DECODER_LAYERS = tuple(
-    f"language_model.layers.{name}"
+    f"{DECODER}{name}"
     for name in (
         *(f"self_attn.{projection}_proj" for projection in "qkvo"),
         *(f"mlp.{projection}_proj" for projection in ("gate", "up", "down")),
@@ -60,14 +61,14 @@ def save_peft_adapter(
 ) -> None:
     """Write the adapters of the decoder as a folder that peft's PeftModel.from_pretrained loads.
 
-    The base model there is the language model alone (transformers' Qwen2ForCausalLM).
+    The base model there is the language model alone (transformers' Qwen2ForCausalLM); adapters of other parts
+    are left out.
     """
-    prefix = "language_model.layers."
     tensors, modules = {}, set()
     for path, value in parameters.items():
-        if not (path.startswith(prefix) and ".lora." in path):
+        if not (path.startswith(DECODER) and ".lora." in path):
             continue
-        layer, _, name = path.removeprefix(prefix).partition(".lora.")
+        layer, _, name = path.removeprefix(DECODER).partition(".lora.")
         modules.add(layer.rpartition(".")[2])
         for index, matrix in enumerate(np.asarray(jax.device_get(value), np.float32)):
             key = f"base_model.model.model.layers.{index}.{layer}.lora_{name.upper()}.weight"
