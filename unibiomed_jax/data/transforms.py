@@ -154,8 +154,8 @@ class SampleBuilder:
         if len(instruction) >= self.config.max_tokens:
             raise InputError(
                 f"{record.name} has {len(instruction)} tokens before its answer, and max_tokens="
-                f"{self.config.max_tokens} would cut all of it; raise max_tokens, take fewer tiles or shorten "
-                "its question."
+                f"{self.config.max_tokens} would cut all of it; raise max_tokens, take fewer tiles or "
+                "shorten its question."
             )
         ids = np.array(instruction + answer + end, np.int32)
         labels = np.array([IGNORE] * len(instruction) + answer + [IGNORE] * len(end), np.int32)
