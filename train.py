@@ -400,7 +400,9 @@ def refuse_bad_steps(
         return
     names = [name for batch in batches for name in batch.names if name]
     log.write(update, "skipped", {"bad_steps": bad, "samples": names})
-    console.print(f"Update {update} was skipped: its loss is not finite. Samples: {', '.join(names)}")
+    console.print(
+        f"Update {update} was skipped: its loss or gradient is not finite. Samples: {', '.join(names)}"
+    )
     if bad >= config.max_bad_steps:
         raise InputError(
             f"The loss was not finite {bad} times in a row, the last time for {', '.join(names)}; look at "

@@ -17,6 +17,8 @@ config = TrainConfig(
     precision=default_precision(),
     data=PipelineConfig(datasets=find_datasets(DATASET, "train", minimum=0), batch_size=4),
     validation=find_datasets(DATASET, "val", minimum=0, repeats=1),
+    # Adapters train, with embeddings, projectors and mask decoder (FreezeConfig). Full fine-tuning instead:
+    # lora=LoraConfig(rank=0), freeze=FreezeConfig(trainable=("*",)),
     lora=LoraConfig(rank=16, alpha=32.0),
     optim=OptimConfig(lr=1e-4, steps=1000, warmup=0.05, accumulate=4),
     checkpoint=CheckpointConfig(every=100),

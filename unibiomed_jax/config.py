@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import enum
+import functools
+import reprlib
 import types
 import typing
 from dataclasses import dataclass, field
@@ -242,6 +245,64 @@ class ModelConfig:
         return self.token_grid**2
 
 
+# Sizes of which one is a multiple of another one (times a number), or of a number alone.
+MULTIPLES = (
+    ("vision.hidden_size", 1, "vision.num_heads"),
+    ("vision.image_size", 1, "vision.patch_size"),
+    # Rotary positions turn pairs of a head's channels.
+    ("language.hidden_size", 2, "language.num_heads"),
+    ("language.num_heads", 1, "language.num_kv_heads"),
+    ("sam2.hiera.embed_dim", 1, "sam2.hiera.num_heads"),
+    # Attention to the image has half the width, the mask decoder's finest map an eighth of it.
+    ("sam2.d_model", 2, "sam2.decoder_heads"),
+    ("sam2.d_model", 8, None),
+    # Object pointers are cut into tokens as wide as a memory, whose position has a half for rows.
+    ("sam2.d_model", 1, "sam2.memory_dim"),
+    ("sam2.memory_dim", 2, None),
+)
+
+
+def require_fitting(model: ModelConfig) -> None:
+    """Refuse sizes that no model can have, each for itself or beside each other.
+
+    Raises:
+        InputError: names the size and what it must be.
+    """
+
+    def get(name: str):
+        return functools.reduce(getattr, name.split("."), model)
+
+    for part in ("vision", "language", "sam2", "sam2.hiera"):
+        for name, value in vars(get(part)).items():
+            # The rings of what is remembered hold one less.
+            least = 2 if name in ("num_memories", "max_object_pointers") else 1
+            if type(value) is int and value < least:
+                raise InputError(f"model.{part}.{name}={value} is impossible; give {least} or more.")
+    for name, times, other in MULTIPLES:
+        if get(name) % (times * (get(other) if other else 1)):
+            factors = [str(times)] * (times > 1) + ([f"model.{other}={get(other)}"] if other else [])
+            raise InputError(f"model.{name}={get(name)} must be a multiple of {' * '.join(factors)}.")
+    ratio, grid = model.downsample_ratio, model.vision.grid
+    fold = round(1 / ratio) if 0 < ratio <= 1 else 0
+    if not fold or 1 / fold != ratio or grid % fold:
+        raise InputError(
+            f"model.downsample_ratio={ratio} must be 1/n, where n divides {grid} (model.vision.image_size / "
+            "patch_size)."
+        )
+    hiera = model.sam2.hiera
+    if not len(hiera.stages) == len(hiera.window_spec) == 4 or min(hiera.stages) < 1:
+        raise InputError(
+            "model.sam2.hiera must have four stages of one or more blocks, and four windows in window_spec."
+        )
+    *pooled, last = hiera.window_spec
+    finest = model.sam2.image_size // 4
+    if last < 1 or any(window < 2 or window % 2 for window in pooled) or finest % pooled[0]:
+        raise InputError(
+            f"model.sam2.hiera.window_spec={hiera.window_spec} must be above 0, its first three even, and "
+            f"the first a divisor of {finest} (model.sam2.image_size / 4)."
+        )
+
+
 def to_dict(config) -> dict:
     """A config as plain JSON-ready values."""
     return dataclasses.asdict(config)
@@ -255,34 +316,74 @@ def from_dict(cls, values: dict, where: str = ""):
     """
     where = where or cls.__name__
     hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
     if not isinstance(values, dict):
         raise InputError(f"{where} must be a table of fields, not {values!r}.")
     for key in values:
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(names)}."
-            raise InputError(f"Unknown field {key!r} in {where}: {hint}")
+        if key not in hints:
+            raise unknown_field(cls, key, where)
     return cls(**{key: _coerce(hints[key], value, f"{where}.{key}") for key, value in values.items()})
 
 
+def unknown_field(cls, key: str, where: str) -> InputError:
+    """The error for a field that the dataclass `cls` does not have."""
+    names = [f.name for f in dataclasses.fields(cls)]
+    near = difflib.get_close_matches(key, names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(names)}."
+    return InputError(f"Unknown field {key!r} in {where}: {hint}")
+
+
 def _coerce(hint, value, where: str):
+    """A plain value as its field has it: JSON knows neither tuples nor dataclasses, and writes 1.0 as 1."""
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where)
-    origin = typing.get_origin(hint)
-    if origin is typing.Literal and value not in typing.get_args(hint):
-        raise InputError(
-            f"{where} must be one of {', '.join(map(repr, typing.get_args(hint)))}, not {value!r}."
-        )
-    if origin in (typing.Union, types.UnionType):
-        inner = [a for a in typing.get_args(hint) if a is not type(None)]
-        return None if value is None else _coerce(inner[0], value, where)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise InputError(f"{where} must be a list, not {value!r}.")
-        return tuple(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint in (int, float, str, bool) and type(value) is not hint:
-        raise InputError(f"{where} must be of type {hint.__name__}, not {value!r}.")
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        value = tuple(value)
+    if hint is float and type(value) is int:
+        value = float(value)
+    require_type(hint, value, where)
     return value
+
+
+def require_type(hint, value, where: str) -> None:
+    """Check a value against the type of its field, through tuples and dataclasses down to their last field.
+
+    A whole number may stand for a float.
+
+    Raises:
+        InputError: names the first value of another type, or none of the field's choices.
+    """
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):  # always "or None"
+        if value is not None:
+            require_type(inner[0], value, where)
+    elif origin is tuple and isinstance(value, tuple) and (inner[-1] is ... or len(inner) == len(value)):
+        for number, part in enumerate(value):
+            require_type(inner[0], part, f"{where}.{number}")
+    elif dataclasses.is_dataclass(hint) and isinstance(value, hint):
+        for name, kind in typing.get_type_hints(hint).items():
+            require_type(kind, getattr(value, name), f"{where}.{name}")
+    elif not _fits(hint, value):
+        whole = hint is int and isinstance(value, float) and value.is_integer()
+        remedy = f"; give {value:.0f}" if whole else ""
+        raise InputError(f"{where} must be {_wanted(hint)}, not {reprlib.repr(value)}{remedy}.")
+
+
+def _fits(hint, value) -> bool:
+    if typing.get_origin(hint) is tuple:
+        return False  # those that fit were looked into
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _wanted(hint) -> str:
+    """What a field of this type takes, in words."""
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(map(repr, typing.get_args(hint)))}"
+    if typing.get_origin(hint) is tuple:
+        return "a tuple, as in (one,) or (one, two)"
+    if issubclass(hint, enum.Enum):
+        return f"one of {', '.join(f'{hint.__name__}.{choice.name}' for choice in hint)}"
+    return f"of type {hint.__name__}"

@@ -8,9 +8,10 @@ import pytest
 from small import STEP
 
 from unibiomed_jax import checkpoint
-from unibiomed_jax.config import ModelConfig
+from unibiomed_jax.config import ModelConfig, Precision, require_fitting
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.training.config import LoraConfig, TrainConfig
+from unibiomed_jax.presets import MODELS, SAM2_VARIANTS
+from unibiomed_jax.training.config import FreezeConfig, LoraConfig, TrainConfig
 from unibiomed_jax.training.initialise import (
     MASK_WEIGHTS,
     NECK,
@@ -20,7 +21,9 @@ from unibiomed_jax.training.initialise import (
     resolve_model,
     structure,
 )
-from unibiomed_jax.training.parameters import matches, merge
+from unibiomed_jax.training.parameters import matches, merge, partition
+
+TINY = str(Path(__file__).parents[2] / "checkpoints" / "unibiomed-tiny")
 
 
 @pytest.fixture(scope="module")
@@ -74,24 +77,98 @@ def test_masks_start_as_flat_background_and_follow_the_language_vector(parameter
 
 
 def test_sam2_may_see_images_of_another_size_than_those_of_the_checkpoint():
-    tiny = str(Path(__file__).parents[2] / "checkpoints" / "unibiomed-tiny")
-    sizes = checkpoint.read_config(tiny)
+    sizes = checkpoint.read_config(TINY)
 
     def resized(model):
         return dataclasses.replace(model, sam2=dataclasses.replace(model.sam2, image_size=64))
 
     for model in (ModelConfig(), sizes):
-        config = resolve_model(TrainConfig(initial=tiny, model=resized(model), lora=LoraConfig(rank=0)))
+        config = resolve_model(TrainConfig(initial=TINY, model=resized(model), lora=LoraConfig(rank=0)))
         assert config.model == resized(sizes) != sizes
     shapes = {path: value.shape for path, value in structure(config)[1].items()}
-    assert shapes == {path: v.shape for path, v in checkpoint.flatten(checkpoint.load(tiny).params).items()}
+    assert shapes == {path: v.shape for path, v in checkpoint.flatten(checkpoint.load(TINY).params).items()}
 
 
 def test_a_checkpoint_brings_its_sizes_and_others_are_refused_by_name():
-    tiny = str(Path(__file__).parents[2] / "checkpoints" / "unibiomed-tiny")
-    sizes = checkpoint.read_config(tiny)
+    sizes = checkpoint.read_config(TINY)
     for model in (ModelConfig(), sizes, dataclasses.replace(ModelConfig(), max_tiles=sizes.max_tiles)):
-        assert resolve_model(TrainConfig(initial=tiny, model=model)).model == sizes
+        assert resolve_model(TrainConfig(initial=TINY, model=model)).model == sizes
     # Not the many sizes that nobody asked for, though they differ, too.
     with pytest.raises(InputError, match=r"model\.max_tiles = 6 but \S*unibiomed-tiny has 1;"):
-        resolve_model(TrainConfig(initial=tiny, model=dataclasses.replace(ModelConfig(), max_tiles=6)))
+        resolve_model(TrainConfig(initial=TINY, model=dataclasses.replace(ModelConfig(), max_tiles=6)))
+
+
+@pytest.mark.parametrize(
+    "lora, freeze",
+    [
+        (LoraConfig(rank=16), FreezeConfig()),
+        (LoraConfig(rank=0), FreezeConfig()),
+        (LoraConfig(rank=0), FreezeConfig(trainable=("*",), frozen=())),
+    ],
+)
+def test_a_model_of_tied_words_is_trained_by_the_default_patterns_or_whole(lora, freeze):
+    config = resolve_model(TrainConfig(initial=TINY, lora=lora, freeze=freeze))
+    trainable, frozen = partition(structure(config)[1], freeze.trainable, freeze.frozen)
+    assert "language_model.embed_tokens" in trainable
+    assert any(".lora." in path for path in trainable) == bool(lora.rank)
+    assert bool(frozen) == (freeze == FreezeConfig())
+
+
+def test_a_precision_of_the_model_alone_is_refused():
+    bfloat16 = Precision(language="bfloat16")
+    model = dataclasses.replace(ModelConfig(), precision=bfloat16)
+    with pytest.raises(InputError, match=r"--model\.precision\.language=bfloat16 .* --precision\.language "):
+        resolve_model(TrainConfig(model=model))
+    assert resolve_model(TrainConfig(model=model, precision=bfloat16)).model == model
+
+
+@pytest.mark.parametrize("contents", ["checkpoints/00000002/manifest.json", "config.json", "log.jsonl"])
+def test_a_folder_of_something_else_is_no_start(tmp_path, contents):
+    """The folder of a run, or of a release."""
+    (tmp_path / contents).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / contents).write_text("{}")
+    with pytest.raises(InputError, match=r"is no converted checkpoint; .*from_torch.*RUN/model"):
+        resolve_model(TrainConfig(initial=str(tmp_path)))
+
+
+def changed(model, name, value):
+    first, _, rest = name.partition(".")
+    value = changed(getattr(model, first), rest, value) if rest else value
+    return dataclasses.replace(model, **{first: value})
+
+
+@pytest.mark.parametrize(
+    "name, value, pattern",
+    [
+        ("language.num_heads", 3, r"model\.language\.hidden_size=896 .* 2 \* model\.language\.num_heads=3\."),
+        ("language.num_kv_heads", 3, r"num_heads=14 .* multiple of model\.language\.num_kv_heads=3\."),
+        ("language.num_heads", 0, r"model\.language\.num_heads=0 is impossible; give 1 or more\."),
+        ("vision.num_heads", 3, r"hidden_size=1024 .* multiple of model\.vision\.num_heads=3\."),
+        ("vision.image_size", 30, r"image_size=30 .* multiple of model\.vision\.patch_size=14\."),
+        ("vision.image_size", 42, r"downsample_ratio=0\.5 must be 1/n, where n divides 3 "),
+        ("downsample_ratio", 0.3, r"downsample_ratio=0\.3 must be 1/n, where n divides 32 "),
+        ("downsample_ratio", 0.0, r"downsample_ratio=0\.0 must be"),
+        ("sam2.decoder_heads", 6, r"d_model=256 .* multiple of 2 \* model\.sam2\.decoder_heads=6\."),
+        ("sam2.d_model", 260, r"d_model=260 must be a multiple of "),
+        ("sam2.memory_dim", 48, r"d_model=256 .* multiple of model\.sam2\.memory_dim=48\."),
+        ("sam2.num_memories", 1, r"num_memories=1 is impossible; give 2 or more\."),
+        ("sam2.hiera.num_heads", 5, r"embed_dim=144 .* multiple of model\.sam2\.hiera\.num_heads=5\."),
+        ("sam2.hiera.stages", (2, 6, 36), "four stages"),
+        ("sam2.hiera.window_spec", (8, 7, 16, 8), r"window_spec=\(8, 7, 16, 8\) .* even"),
+        (
+            "sam2.hiera.window_spec",
+            (10, 4, 16, 8),
+            r"first a divisor of 256 \(model\.sam2\.image_size / 4\)\.",
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit_each_other_are_named(name, value, pattern):
+    with pytest.raises(InputError, match=pattern):
+        resolve_model(TrainConfig(model=changed(ModelConfig(), name, value)))
+
+
+def test_sizes_that_are_known_fit():
+    for model in (STEP.model, checkpoint.read_config(TINY), *MODELS.values()):
+        require_fitting(model)
+    for sam2 in SAM2_VARIANTS.values():
+        require_fitting(dataclasses.replace(ModelConfig(), sam2=sam2))

@@ -1,11 +1,14 @@
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from unibiomed_jax.training.config import OptimConfig
+from unibiomed_jax.training import step
+from unibiomed_jax.training.config import OptimConfig, TrainConfig
+from unibiomed_jax.training.forward import LossCounts, LossSums
 from unibiomed_jax.training.optimizer import adamw, learning_rate
 
 # Ten epochs of 1000 batches; the values are those of the reference's schedulers.
@@ -52,3 +55,17 @@ def test_adamw_clips_and_decays_by_hand():
             expected = expected + 0.1 * np.asarray(parameters[k])
             np.testing.assert_allclose(direction[k], expected, rtol=2e-5)
         parameters = optax.apply_updates(parameters, {k: -0.01 * d for k, d in direction.items()})
+
+
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+def test_a_direction_that_is_not_finite_is_not_applied(eps):
+    """Without eps, a gradient of zero gives 0 / 0, though loss and norm are finite."""
+    config = TrainConfig(optim=OptimConfig(lr=1.0, warmup=0.0, eps=eps, ema=0.5))
+    start = step.init_state({"a": jnp.array([1.0, 2.0])}, config)
+    sums = LossSums(jnp.float32(1), jnp.int32(0), jnp.float32(0), jnp.float32(0))
+    state, metrics = step.update(config, start, {"a": jnp.array([0.0, 1.0])}, sums, LossCounts(1, 1))
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])
+    assert int(metrics["bad_steps"]) == (eps == 0)
+    for part in ("trainable", "average", "moments"):
+        same = jax.tree.map(np.array_equal, getattr(state, part), getattr(start, part))
+        assert all(jax.tree.leaves(same)) == (eps == 0)

@@ -7,6 +7,7 @@ from unibiomed_jax.config import LanguageConfig
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.models.qwen2 import Qwen2
 from unibiomed_jax.training import lora
+from unibiomed_jax.training.config import FreezeConfig
 from unibiomed_jax.training.parameters import merge, partition, split
 
 CONFIG = LanguageConfig(
@@ -87,3 +88,21 @@ def test_a_partition_that_cannot_be_meant_is_refused(trainable, frozen):
     _, parameters = split(adapted())
     with pytest.raises(InputError):
         partition(parameters, trainable, frozen)
+
+
+def test_by_default_adapters_and_a_head_of_its_own_may_be_absent():
+    names = (*FreezeConfig().trainable, *FreezeConfig().frozen)
+    table = {name.replace("*", "all"): jnp.zeros(1) for name in names}
+    whole, _ = partition(table, FreezeConfig().trainable, FreezeConfig().frozen)
+    absent = {"all.lora.all", "language_model.lm_head.kernel"}
+    tied, _ = partition(
+        {path: value for path, value in table.items() if path not in absent},
+        FreezeConfig().trainable,
+        FreezeConfig().frozen,
+    )
+    assert set(whole) - set(tied) == absent
+    # Alone, such a head is asked for in vain.
+    with pytest.raises(InputError, match="'language_model.lm_head.kernel' in trainable matches no parameter"):
+        partition({"mlp1.all": 0}, ["mlp1.*", "language_model.lm_head.kernel"], [])
+    with pytest.raises(InputError, match=r"No parameter would train.*--lora\.rank"):
+        partition({"mlp1.all": 0}, ["*.lora.*"], [])

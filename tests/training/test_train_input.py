@@ -90,7 +90,6 @@ def test_the_command_says_it_in_one_line_and_exits_with_2(data, monkeypatch):
             "--model.language.vocab-size=100",
         ),
         ("'sam3.\\*' in trainable matches no parameter", "--freeze.trainable=sam3.*"),
-        ("nowhere", "--initial=nowhere"),
         (
             r"asks for model\.\S+ = .* but \S*unibiomed-tiny has .*leave `model` out",
             f"--initial={ROOT / 'checkpoints' / 'unibiomed-tiny'}",
@@ -106,6 +105,38 @@ def test_the_command_says_it_in_one_line_and_exits_with_2(data, monkeypatch):
         (r"--loss\.importance=2\.0 is impossible; give 0 to 1", "--loss.importance=2"),
         (r"--loss\.oversample=0\.5 is impossible; give 1 or more", "--loss.oversample=0.5"),
         (r"--loss\.copies=0 is impossible; give 1 or more", "--loss.copies=0"),
+        (r"--optim\.lr=0\.0 is impossible; give a number above 0", "--optim.lr=0"),
+        (r"--optim\.lr=nan is impossible", "--optim.lr=nan"),
+        (r"--optim\.lr=inf is impossible", "--optim.lr=inf"),
+        (r"--optim\.clip=-1\.0 is impossible; give a number above 0", "--optim.clip=-1"),
+        (r"--optim\.eps=0\.0 is impossible", "--optim.eps=0"),
+        (r"--optim\.beta1=1\.0 is impossible; give 0 to less than 1", "--optim.beta1=1"),
+        (r"--optim\.beta2=nan is impossible", "--optim.beta2=nan"),
+        (r"--optim\.warmup=1\.0 is impossible", "--optim.warmup=1"),
+        (r"--optim\.warmup_start=2\.0 is impossible; give 0 to 1", "--optim.warmup-start=2"),
+        (r"--optim\.weight_decay=-0\.1 is impossible; give 0 or more", "--optim.weight-decay=-0.1"),
+        (r"--optim\.ema=1\.0 is impossible", "--optim.ema=1"),
+        (r"--lora\.rank=-1 is impossible; give 0 or more", "--lora.rank=-1"),
+        (r"--lora\.alpha=0\.0 is impossible", "--lora.alpha=0"),
+        (r"--lora\.dropout=1\.0 is impossible", "--lora.dropout=1"),
+        (r"--loss\.mask_weight=inf is impossible", "--loss.mask-weight=inf"),
+        (r"--loss\.masks_from=-1 is impossible", "--loss.masks-from=-1"),
+        (r"--log\.validate_every=-1 is impossible", "--log.validate-every=-1"),
+        (r"--log\.validate_batches=0 is impossible; give 1 or more", "--log.validate-batches=0"),
+        (r"--seed=-1 is impossible; give 0 to 4294967295", "--seed=-1"),
+        (r"--data\.training=False would end .* after one epoch; .*`validation`", "--data.no-training"),
+        (
+            r"--model\.precision\.vision=bfloat16 would have no effect; set --precision\.vision instead",
+            "--model.precision.vision=bfloat16",
+        ),
+        (
+            r"nowhere is no converted checkpoint; .*`python -m convert\.from_torch`, .* RUN/model",
+            "--initial=nowhere",
+        ),
+        (
+            r"model\.language\.hidden_size=16 must be a multiple of 2 \* model\.language\.num_heads=3\.",
+            "--model.language.num-heads=3",
+        ),
         (r"--checkpoint\.best=dize is no measure.*dice, dice/segmentation, .*", "--checkpoint.best=dize"),
     ],
 )
@@ -128,14 +159,82 @@ def test_nothing_changes_at_random_in_validation(train, data):
     np.testing.assert_array_equal(pixels(False, changes), pixels(False))
 
 
-def test_a_choice_in_the_file_that_does_not_exist(tmp_path):
+FILE_BEGINS = """
+from unibiomed_jax.data import DatasetConfig, Kind
+from unibiomed_jax.data.pipeline import PipelineConfig
+from unibiomed_jax.training.config import *
+"""
+
+
+@pytest.mark.parametrize(
+    "source, pattern",
+    [
+        (
+            "optim=OptimConfig(learing_rate=1)",
+            r"'learing_rate' in OptimConfig \(.*wrong\.py, line 5\).*lr, steps",
+        ),
+        ("optim=OptimConfig(step=1)", "'step' in OptimConfig .*did you mean 'steps'"),
+        ("optm=OptimConfig()", r"'optm' in TrainConfig \(.*wrong\.py, line 5\): did you mean 'optim'"),
+        ("optim={'lr': 1}", r"wrong\.py: config\.optim must be of type OptimConfig, not \{'lr': 1\}\."),
+        ("optim=OptimConfig(lr='1e-3')", r"config\.optim\.lr must be of type float, not '1e-3'\."),
+        ("optim=OptimConfig(steps=1e4)", r"optim\.steps must be of type int, not 10000\.0; give 10000\."),
+        ("seed=True", r"config\.seed must be of type int, not True\."),
+        ("initial=3", r"config\.initial must be of type str, not 3\."),
+        ("remat=RematConfig(language='Full')", r"remat\.language must be one of 'none', 'full', 'dots', not"),
+        (
+            "freeze=FreezeConfig(trainable='*')",
+            r"freeze\.trainable must be a tuple, as in \(one,\).*, not '\*'",
+        ),
+        (
+            "lora=LoraConfig(targets=('*.q_proj', 3))",
+            r"config\.lora\.targets\.1 must be of type str, not 3\.",
+        ),
+        ("data=PipelineConfig(datasets=[])", r"config\.data\.datasets must be a tuple, .*, not \[\]"),
+        (
+            "validation=(DatasetConfig(kind='segmentaton', root='data'),)",
+            r"validation\.0\.kind must be one of Kind\.SEGMENTATION, Kind\.SEQUENCE, .*, not 'segmentaton'",
+        ),
+        ("seed=", r"wrong\.py, line \d+ cannot be used \(SyntaxError: "),
+        (
+            "seed=seed_of_the_day",
+            r"wrong\.py, line 5 cannot be used \(NameError: .*seed_of_the_day.*; correct it",
+        ),
+        (
+            "seed=__import__('nonsense')",
+            r"wrong\.py, line 5 cannot be used \(ModuleNotFoundError: .*nonsense",
+        ),
+        ("data=PipelineConfig((), workers=-1)", r"^workers=-1 is impossible; give 0 or more\.$"),
+    ],
+)
+def test_a_mistake_in_the_file(tmp_path, source, pattern):
     file = tmp_path / "wrong.py"
-    file.write_text(
-        "from unibiomed_jax.training.config import RematConfig, TrainConfig\n"
-        "config = TrainConfig(remat=RematConfig(language='Full'))\n"
-    )
-    with pytest.raises(InputError, match=r"--remat\.language=Full is impossible; .* none, full, dots"):
+    file.write_text(f"{FILE_BEGINS}config = TrainConfig({source})\n")
+    with pytest.raises(InputError, match=pattern) as raised:
         load_experiment(str(file))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_mistake_in_the_file_that_another_one_builds_on(tmp_path):
+    (tmp_path / "first.py").write_text("\n\n1 / 0\n")
+    (tmp_path / "second.py").write_text(f"import runpy\nrunpy.run_path({str(tmp_path / 'first.py')!r})\n")
+    with pytest.raises(InputError, match=r"first\.py, line 3 .*ZeroDivisionError"):
+        load_experiment(str(tmp_path / "second.py"))
+
+
+def test_a_whole_number_is_a_float_too(tmp_path):
+    (tmp_path / "whole.py").write_text(f"{FILE_BEGINS}config = TrainConfig(optim=OptimConfig(clip=1))\n")
+    assert load_experiment(str(tmp_path / "whole.py")).optim.clip == 1
+
+
+def test_help_does_not_need_the_data(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = str(ROOT / "configs" / "finetune.py")
+    with pytest.raises(InputError, match="dataset folder data/mine does not exist"):
+        load_experiment(file)
+    with pytest.raises(SystemExit) as ended:
+        load_experiment(file, ["--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and "--optim.lr" in shown and "data/mine does not exist" in shown
 
 
 def test_a_batch_that_the_devices_cannot_share(refuses, train, monkeypatch):

@@ -15,11 +15,11 @@ from unibiomed_jax.training.lora import DECODER_LAYERS
 class LoraConfig:
     """Low-rank adapters."""
 
-    # Rank of the update; 0 attaches no adapter.
+    # Rank of the update; 0 attaches no adapter. (Full fine-tuning: rank 0, and freeze.trainable "*".)
     rank: int = 128
     # The update is scaled by alpha / rank.
     alpha: float = 256.0
-    # Dropout on the adapter's input.
+    # Dropout on the adapter's input; in the language model alone.
     dropout: float = 0.05
     # Linear layers that get one, as patterns over their paths.
     targets: tuple[str, ...] = DECODER_LAYERS

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from unibiomed_jax import checkpoint, sharding
-from unibiomed_jax.config import ModelConfig, to_dict
+from unibiomed_jax.config import ModelConfig, Precision, require_fitting, to_dict
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.models.unibiomed import UniBiomedModel
 from unibiomed_jax.training import lora
@@ -59,10 +59,21 @@ def resolve_model(config: TrainConfig) -> TrainConfig:
     No parameter depends on the size of SAM2's image: that may be another than the checkpoint's.
 
     Raises:
-        InputError: the checkpoint cannot be read, or the configuration asks for another model than it holds.
+        InputError: there is no checkpoint or it cannot be read, or the configuration asks for another model
+            than it holds, for sizes that do not fit each other, or for a precision of the model alone.
     """
     model = config.model
+    for field, asked in to_dict(model.precision).items():
+        if asked not in (getattr(Precision(), field), getattr(config.precision, field)):
+            raise InputError(
+                f"--model.precision.{field}={asked} would have no effect; set --precision.{field} instead."
+            )
     if config.initial:
+        if not checkpoint.is_checkpoint(config.initial):
+            raise InputError(
+                f"{config.initial} is no converted checkpoint; convert a release with `python -m "
+                "convert.from_torch`, or give RUN/model of a finished run."
+            )
         model = checkpoint.read_config(config.initial)
         usual, has = (checkpoint.flatten(to_dict(known)) for known in (ModelConfig(), model))
         for field, asked in checkpoint.flatten(to_dict(config.model)).items():
@@ -74,6 +85,7 @@ def resolve_model(config: TrainConfig) -> TrainConfig:
         if config.model.sam2.image_size != ModelConfig().sam2.image_size:
             sam2 = dataclasses.replace(model.sam2, image_size=config.model.sam2.image_size)
             model = dataclasses.replace(model, sam2=sam2)
+    require_fitting(model)
     return dataclasses.replace(config, model=dataclasses.replace(model, precision=config.precision))
 
 

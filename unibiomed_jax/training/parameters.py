@@ -18,6 +18,11 @@ from unibiomed_jax.errors import InputError
 
 Parameters = dict[str, jax.Array]
 
+# Patterns of what trains that may find nothing: adapters, since those of rank 0 are none; and the output head
+# beside the embedding, since it may be the embedding itself.
+ADAPTERS = "*.lora.*"
+EMBEDDING, HEAD = "language_model.embed_tokens", "language_model.lm_head.kernel"
+
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Parameters]:
     """A model as its structure and its parameters by dotted path (abstract ones stay abstract)."""
@@ -55,13 +60,18 @@ def partition(
     """Split a table into (trainable, frozen): a path trains if `trainable` and not `frozen` describes it.
 
     Raises:
-        InputError: a pattern describes no parameter, or nothing would train.
+        InputError: a pattern describes no parameter (in `trainable`, adapters and the head beside the
+            embedding may be absent), or nothing would train.
     """
-    require_matches(trainable, parameters, "trainable")
+    optional = {ADAPTERS, HEAD} if EMBEDDING in trainable else {ADAPTERS}
+    require_matches([pattern for pattern in trainable if pattern not in optional], parameters, "trainable")
     require_matches(frozen, parameters, "frozen")
     chosen = {path for path in parameters if matches(path, trainable) and not matches(path, frozen)}
     if not chosen:
-        raise InputError("No parameter would train: `frozen` covers all of `trainable`; shorten one of them.")
+        raise InputError(
+            "No parameter would train: `trainable` finds none that is not `frozen`; change one of them, or "
+            "--lora.rank if it is 0."
+        )
     return (
         {path: value for path, value in parameters.items() if path in chosen},
         {path: value for path, value in parameters.items() if path not in chosen},
@@ -72,7 +82,7 @@ def count(parameters: Mapping[str, jax.Array], padding_rows: int = 0) -> int:
     """How many numbers a table holds, not counting the rows that only pad the vocabulary."""
     total = 0
     for path, value in parameters.items():
-        axis = {"language_model.embed_tokens": 0, "language_model.lm_head.kernel": 1}.get(path)
+        axis = {EMBEDDING: 0, HEAD: 1}.get(path)
         padding = 0 if axis is None else padding_rows * value.shape[1 - axis]
         total += value.size - padding
     return total

@@ -45,7 +45,7 @@ class TrainState:
     moments: Any
     # Running average of `trainable`, if the run keeps one.
     average: Parameters | None
-    # Updates in a row that were not applied because loss or gradient was not finite.
+    # Updates in a row that were not applied because loss, gradient or direction was not finite.
     bad_steps: Int[Array, ""]
     # Root of all random numbers; never changes.
     key: Array
@@ -105,12 +105,14 @@ def gradients(
 def update(
     config: TrainConfig, state: TrainState, grads: Parameters, sums: LossSums, counts: LossCounts
 ) -> tuple[TrainState, Metrics]:
-    """Apply the gradients, unless the loss or their norm is not finite: then only the counters move."""
+    """Apply the gradients, unless the loss, their norm or that of the direction they give is not finite: then
+    only the counters move.
+    """
     losses = mean_losses(sums, counts, config.loss)
     norm = optax.global_norm(grads)
-    finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(norm)
     rate = learning_rate(config.optim, state.step)
     direction, moments = adamw(config.optim).update(grads, state.moments, state.trainable)
+    finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(direction))
     trainable = jax.tree.map(lambda p, d: p - rate * d, state.trainable, direction)
     average = state.average
     if average is not None:
