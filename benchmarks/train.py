@@ -15,7 +15,9 @@ this library, then, when its process has ended, all of torch.
 This library starts twice, first with an empty compilation cache, then from what that start has stored; the
 second process is the one that is measured. Seconds include moving the batch to the device. Operations are
 those of the batch (unibiomed_jax/training/flops.py), for both libraries alike: what is computed again in the
-backward pass does not count.
+backward pass does not count. They are compared with the rate of a large matrix product, which the first of
+these processes measures: in float32 for a library that computes in it alone, else in the faster of float32
+and bfloat16.
 """
 
 from __future__ import annotations
@@ -85,14 +87,29 @@ def updates(workers: dict[str, Worker], repeats: int) -> dict[str, list[dict]]:
     return said
 
 
-def rates(facts: dict, said: list[dict]) -> dict[str, float]:
-    """The rows of the table for one library; `facts` are those of the JAX worker."""
+def require_same_size(ours: dict, theirs: dict) -> None:
+    """Stop if the two libraries, by what their workers said, do not train equally many numbers."""
+    shared = ours["trainable"] - ours["trainable_memory"]
+    if shared != theirs["trainable"]:
+        sys.exit(
+            f"Beside SAM2's memory {shared:,} parameters train in {JAX} but {theirs['trainable']:,} in "
+            f"{TORCH}; their times cannot be compared: correct RECIPE or FROZEN in benchmarks/train_torch.py."
+        )
+
+
+def rates(facts: dict, said: list[dict], matmul: dict[str, float], formats: str) -> dict[str, float]:
+    """The rows of the table for one library, which computes in `formats`; `facts` are the JAX worker's.
+
+    `matmul` is the measured rate of a large product by number format, operations a second.
+    """
     seconds = statistics.median(update["seconds"] for update in said)
+    ceiling = max(matmul.values()) if "bfloat16" in formats else matmul["float32"]
     rows = {
         "seconds an update": seconds,
         "images a second": facts["samples"] / seconds,
         "tokens a second": facts["tokens"] / seconds,
         "TFLOP/s": facts["flops"] / seconds / 1e12,
+        "share of the measured matmul rate": facts["flops"] / seconds / ceiling,
         "peak memory, GiB": said[-1]["peak_bytes"] / 2**30,
     }
     if facts["peak_flops"] is not None:
@@ -121,19 +138,25 @@ def main() -> None:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
         }
         empty = start(args.jax_python, "train_jax.py", setup, cache)
+        matmul = empty.worker.ask({"measure": "matmul"})
         empty.worker.close()
         ours = start(args.jax_python, "train_jax.py", setup, cache)
         facts = ours.worker.facts
         console.print(
             f"{facts['name']}: {facts['precision']}\n{facts['trainable']:,} parameters train, "
-            f"{facts['samples']} images, {facts['tokens']} tokens, {facts['flops'] / 1e12:.3f} TFLOP"
+            f"{facts['samples']} images, {facts['tokens']} tokens, {facts['flops'] / 1e12:.3f} TFLOP\n"
+            "a large matrix product: "
+            + ", ".join(f"{dtype} {rate / 1e12:.3f} TFLOP/s" for dtype, rate in matmul.items())
         )
+        formats = {JAX: facts["precision"]}
         firsts = {"compilation cache empty": empty.seconds, "from the compilation cache": ours.seconds}
 
         def start_torch() -> Worker:
             theirs = start(args.torch_python, "train_torch.py", {**facts, "batch": batch})
             firsts[TORCH] = theirs.seconds
             said = theirs.worker.facts
+            require_same_size(facts, said)
+            formats[TORCH] = said["precision"]
             console.print(f"{said['name']}: {said['precision']}\n{said['trainable']:,} parameters train")
             return theirs.worker
 
@@ -153,12 +176,16 @@ def main() -> None:
             f"First update, {name}: {seconds['update']:.1f} s; "
             f"{seconds['from the start of the process']:.1f} s from the start of the process"
         )
-    rows = {name: rates(facts, updated) for name, updated in said.items()}
+    rows = {name: rates(facts, updated, matmul, formats[name]) for name, updated in said.items()}
     console.print(table_of(rows))
-    report = {"jax": facts, "first": firsts, "median": rows, "updates": said}
+    report = {"jax": facts, "matmul": matmul, "first": firsts, "median": rows, "updates": said}
     if args.torch:
         report["ratio"] = rows[TORCH]["seconds an update"] / rows[JAX]["seconds an update"]
-        console.print(f"torch takes {report['ratio']:.2f} times as long", style="bold")
+        console.print(
+            f"torch ({formats[TORCH]}) takes {report['ratio']:.2f} times as long as this library "
+            f"({formats[JAX]})",
+            style="bold",
+        )
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 

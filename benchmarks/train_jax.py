@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from predict import measure_ceilings
 from random_model import SIZES, describe, random_array
 from worker import serve
 
@@ -23,7 +24,7 @@ from unibiomed_jax.training.experiment import load_experiment
 from unibiomed_jax.training.forward import TokenIds
 from unibiomed_jax.training.initialise import structure
 from unibiomed_jax.training.losses import IGNORE
-from unibiomed_jax.training.parameters import Parameters, count, partition
+from unibiomed_jax.training.parameters import Parameters, count, matches, partition
 from unibiomed_jax.training.step import TrainStep, init_state, place, place_batch
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
@@ -32,6 +33,15 @@ SAMPLES = {"full": 1, "tiny": 8, "micro": 2}
 TEXT_TOKENS = {"full": 44, "tiny": 64, "micro": 24}
 # Tokens of text at the end that are learned; the last but one is [SEG].
 ANSWER_TOKENS = 20
+# Parameters of SAM2's memory, which single images do not reach and the torch worker does not have.
+MEMORY = (
+    "sam2.memory_*",
+    "sam2.maskmem_tpos_enc",
+    "sam2.mask_downsample.*",
+    "sam2.no_mem_pos_enc",
+    "sam2.no_obj_ptr",
+    "sam2.obj_ptr_proj.*",
+)
 
 
 def training_config(size: str, precision: str) -> TrainConfig:
@@ -109,6 +119,7 @@ def prepare(setup: dict):
         "all_trains": config.freeze.trainable == ("*",),
         "recompute_language": config.remat.language != "none",
         "trainable": count(trainable, language.padded_vocab_size - language.vocab_size),
+        "trainable_memory": count({path: leaf for path, leaf in trainable.items() if matches(path, MEMORY)}),
         "samples": samples,
         "tokens": batch["input_ids"].size,
         "flops": flops.step_flops(
@@ -131,8 +142,10 @@ def prepare(setup: dict):
     frozen = place(fill(frozen, config.freeze.frozen_dtype), strategy, mesh)
     step = TrainStep(graphdef, config, ids, mesh, strategy)
 
-    def answer(_: dict) -> dict:
+    def answer(message: dict) -> dict:
         nonlocal state
+        if message.get("measure") == "matmul":
+            return measure_ceilings().flops
         begin = time.perf_counter()
         state, metrics = jax.block_until_ready(step(state, frozen, [place_batch(batch, strategy, mesh)]))
         seconds = time.perf_counter() - begin

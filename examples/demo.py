@@ -8,6 +8,7 @@ mask with the dataset's own.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from PIL import Image
 from rich.console import Console
 
 from unibiomed_jax import Answer, Request, UniBiomed
+from unibiomed_jax.errors import InputError
 from unibiomed_jax.inference import report
 from unibiomed_jax.inference.prompt import clean_answer
 from unibiomed_jax.training.metrics import dice_score
@@ -141,5 +143,16 @@ def main() -> None:
     console.print(answers[0].notice, style="italic")
 
 
+def command() -> int:
+    """`main`, with what the user must put right as one line."""
+    try:
+        main()
+    except InputError as error:
+        stderr = Console(stderr=True)
+        stderr.print(f"Error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(command())

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -72,14 +73,20 @@ def read_records(folder: Path, split: str, names: Sequence[str]) -> list[Record]
     """All records but captions of the datasets of these names, or of all.
 
     Raises:
-        InputError: no dataset has one of the names.
+        InputError: no dataset has one of the names, or none of them has this split.
     """
     found = find_datasets(folder, split, minimum=0, repeats=1)
     unknown = set(names) - {path.name for path in folder.rglob("*") if path.is_dir()}
     if unknown:
         raise InputError(f"{folder} holds no dataset {', '.join(sorted(unknown))}; correct --datasets.")
-    wanted = [data for data in found if not names or Path(data.root).name in names]
-    return [record for record in read_mixture(wanted).records if record.kind is not Kind.CAPTION]
+    asked = [data for data in found if data.kind is not Kind.CAPTION]
+    wanted = [data for data in asked if not names or Path(data.root).name in names]
+    if not wanted:
+        raise InputError(
+            f"There is nothing to ask in the split {split!r} of {', '.join(names) or folder}; correct "
+            "--split or --datasets."
+        )
+    return list(read_mixture(wanted).records)
 
 
 def conversation(record: Record) -> Conversation:
@@ -171,10 +178,27 @@ def markdown(rows: dict[str, list[tuple[str, float, int, int]]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def prepare_file(path: Path) -> None:
+    """Make sure that a result can be written there, before hours go into it.
+
+    Raises:
+        InputError: it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); choose another file.") from None
+
+
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    model = UniBiomed.from_pretrained(args.checkpoint)
+    if args.batch < 1:
+        raise InputError(f"--batch {args.batch} must be at least 1.")
     records = read_records(args.dataset, args.split, args.datasets)
+    model = UniBiomed.from_pretrained(args.checkpoint)
+    for path in filter(None, (args.markdown, args.json)):
+        prepare_file(path)
     results = list(ask(model, records, args.batch))
     rows = tables(results)
     console = Console(highlight=False)
@@ -193,5 +217,16 @@ def main() -> None:
         args.json.write_text(json.dumps(entries, indent=1) + "\n")
 
 
+def command() -> int:
+    """`main`, with what the user must put right as one line."""
+    try:
+        main()
+    except InputError as error:
+        stderr = Console(stderr=True)
+        stderr.print(f"Error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(command())

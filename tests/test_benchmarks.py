@@ -2,17 +2,18 @@
 
 import dataclasses
 import importlib.util
+import sys
 from pathlib import Path
 
 import jax
 import pytest
 
 from unibiomed_jax import sharding
-from unibiomed_jax.config import ModelConfig
+from unibiomed_jax.config import ModelConfig, to_dict
 from unibiomed_jax.inference.precision import BFLOAT16, CPU
 from unibiomed_jax.training.forward import count_targets
 from unibiomed_jax.training.initialise import structure
-from unibiomed_jax.training.parameters import partition
+from unibiomed_jax.training.parameters import count, matches, partition
 from unibiomed_jax.training.step import TrainStep, init_state
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "cost.py"
@@ -62,3 +63,39 @@ def test_training_batch_fits_the_model(size, monkeypatch):
     counts = count_targets(batch, ids, config.loss)
     assert (counts.tokens, counts.masks) == (2 * worker.ANSWER_TOKENS, 2)
     assert batch["input_ids"].shape == (2, {"tiny": 80, "full": 300}[size])
+
+
+@pytest.mark.parametrize("size", ("tiny", "micro"))
+def test_torch_trains_as_many_numbers(size, monkeypatch):
+    """The torch worker has no memory of SAM2; at full size it has the recipe of "micro"."""
+    pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    monkeypatch.syspath_prepend(str(FILE.parent))
+    ours, theirs = importlib.import_module("train_jax"), importlib.import_module("train_torch")
+    config = ours.training_config(size, "float32")
+    trainable, _ = partition(structure(config)[1], config.freeze.trainable, config.freeze.frozen)
+    language = config.model.language
+    found = count(trainable, language.padded_vocab_size - language.vocab_size)
+    memory = count({path: leaf for path, leaf in trainable.items() if matches(path, ours.MEMORY)})
+    assert (memory > 0) == (size == "tiny")
+    setup = {
+        "config": to_dict(config.model),
+        "derived": {"grid": config.model.sam2.grid, "stage_dims": config.model.sam2.hiera.stage_dims},
+        "lora": to_dict(config.lora),
+        "all_trains": config.freeze.trainable == ("*",),
+    }
+    model, _ = theirs.make_model(setup, "cpu")
+    chosen = theirs.choose_trainable(model, setup)
+    assert sum(parameter.numel() for parameter in chosen) == found - memory
+
+
+def test_libraries_that_train_unequally_are_not_compared(monkeypatch):
+    monkeypatch.syspath_prepend(str(FILE.parent))
+    spec = importlib.util.spec_from_file_location("benchmark_of_training", FILE.with_name("train.py"))
+    train = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, train)  # its dataclasses look themselves up there
+    spec.loader.exec_module(train)
+    ours = {"trainable": 1_700, "trainable_memory": 300}
+    train.require_same_size(ours, {"trainable": 1_400})
+    with pytest.raises(SystemExit, match="1,400 parameters train in this library but 1,700 in torch"):
+        train.require_same_size(ours, {"trainable": 1_700})

@@ -1,6 +1,7 @@
 """The demo runs from nothing but the repository, and every answer carries the notice."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,3 +28,13 @@ def test_the_demo_answers_and_says_what_it_is(tmp_path):
         assert answer["notice"] == INTENDED_USE
         assert len(answer["segments"]) == len(list(folder.glob("mask_*"))) > 0
         assert list(folder.glob("overlay*"))
+
+
+def test_what_is_missing_is_one_line(tmp_path):
+    script = tmp_path / "examples" / "demo.py"  # beside which there is no model
+    script.parent.mkdir()
+    shutil.copy(REPOSITORY / "examples" / "demo.py", script)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and not done.stdout
+    error = done.stderr
+    assert error.startswith("Error: ") and error.count("\n") == 1 and "checkpoints/unibiomed-tiny" in error

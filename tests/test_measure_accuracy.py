@@ -1,6 +1,7 @@
 """scripts/measure_accuracy.py: which records it asks, how it scores them, what it tells."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from unibiomed_jax.errors import InputError
 
 REPOSITORY = Path(__file__).parents[1]
 DATA = REPOSITORY / "sample_data"
+TINY = REPOSITORY / "checkpoints" / "unibiomed-tiny"
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,42 @@ def test_the_records_are_those_of_the_datasets_named(script):
 def test_a_dataset_that_is_not_there_is_named(script):
     with pytest.raises(InputError, match="no dataset fetal_haed; correct --datasets"):
         script.read_records(DATA, "test", ["isic2017", "fetal_haed"])
+
+
+def run(script, monkeypatch, *options):
+    monkeypatch.setattr(sys, "argv", ["measure_accuracy.py", *map(str, options)])
+    return script.command()
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (("--checkpoint", "nowhere"), "nowhere"),
+        (("--split", "tset"), "'tset'"),
+        (("--datasets", "auto_isic2017_dermoscopy"), "split 'test' of auto_isic2017_dermoscopy"),
+        (("--batch", "0"), "--batch 0"),
+        (("--json", Path(__file__) / "results.json"), "results.json cannot be written"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(script, monkeypatch, capsys, options, said):
+    if "--checkpoint" not in options:
+        options += ("--checkpoint", TINY)
+    assert run(script, monkeypatch, *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Error: ") and error.count("\n") == 1 and said in error
+
+
+def test_folders_of_the_results_are_made_before_anything_is_asked(script, monkeypatch, tmp_path):
+    page, entries = tmp_path / "a" / "page.md", tmp_path / "b" / "c" / "results.json"
+
+    def ask(*_):
+        assert page.parent.is_dir() and entries.parent.is_dir()
+        return [script.Result(record(), 0.5, "It is [SEG].")]
+
+    monkeypatch.setattr(script, "ask", ask)
+    assert run(script, monkeypatch, "--checkpoint", TINY, "--markdown", page, "--json", entries) == 0
+    assert "| spleen | 0.50 | 1 | 1 |" in page.read_text()
+    assert json.loads(entries.read_text())[0]["score"] == 0.5
 
 
 def test_a_dataset_without_this_split_is_passed_over(script):
@@ -88,7 +126,7 @@ def test_targets_cases_and_patients_are_counted_and_targets_weigh_the_same(scrip
 
 
 def test_a_record_scores_what_the_model_gives_on_its_question(script):
-    model = UniBiomed.from_pretrained(REPOSITORY / "checkpoints" / "unibiomed-tiny")
+    model = UniBiomed.from_pretrained(TINY)
     first = [
         r for r in script.read_records(DATA, "test", ["hc18_fetal_head"]) if r.kind is Kind.SEGMENTATION
     ][:1]

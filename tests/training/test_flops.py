@@ -11,6 +11,7 @@ from small import IDS, MODEL, STEP, random_batch
 from unibiomed_jax.config import HieraConfig, LanguageConfig, ModelConfig, Sam2Config, VisionConfig
 from unibiomed_jax.models.unibiomed import UniBiomedModel
 from unibiomed_jax.training import flops, lora
+from unibiomed_jax.training.config import FreezeConfig
 from unibiomed_jax.training.forward import count_targets
 from unibiomed_jax.training.parameters import partition, split
 from unibiomed_jax.training.step import gradients, init_state
@@ -49,8 +50,18 @@ WIDE = ModelConfig(
 )
 
 
-def test_a_step_counts_what_xla_counts():
-    config = dataclasses.replace(STEP, loss=dataclasses.replace(STEP.loss, num_points=16, token_chunk=512))
+@pytest.mark.parametrize(
+    "freeze",
+    [
+        FreezeConfig(),
+        FreezeConfig(trainable=("*",), frozen=()),
+        FreezeConfig(trainable=("sam2.sam_mask_decoder.*",), frozen=()),
+    ],
+    ids=["default", "everything", "mask decoder"],
+)
+def test_a_step_counts_what_xla_counts(freeze):
+    loss = dataclasses.replace(STEP.loss, num_points=16, token_chunk=512)
+    config = dataclasses.replace(STEP, loss=loss, freeze=freeze)
 
     def make():
         model = UniBiomedModel(WIDE, rngs=nnx.Rngs(0))
@@ -91,16 +102,31 @@ def test_padding_is_not_counted():
     assert flops.forward_work(MODEL, wider) == flops.forward_work(MODEL, batch)
 
 
-def test_frozen_parts_cost_less():
-    batch = random_batch(0)
-    batch["tile_valid"] = np.ones(batch["pixel_values"].shape[:2], bool)
-    batch["token_valid"] = np.ones(batch["input_ids"].shape, bool)
-    work = flops.forward_work(MODEL, batch)
-    frozen = flops.step_flops(work, ["mlp1.linear1.kernel"])
-    everything = [
+def test_a_gradient_costs_only_where_it_passes():
+    """Times that each part's forward products are computed in all."""
+    work = flops.Work(*(10.0**digit for digit in range(8)))
+    parts = [field.name for field in dataclasses.fields(work)]
+
+    def times(*trainable):
+        digits = f"{int(flops.step_flops(work, trainable)):08d}"[::-1]
+        return dict(zip(parts, map(int, digits), strict=True))
+
+    above_words = {"decoder": 2, "decoder_attention": 3, "adapters": 2, "head": 2, "mask_decoder": 2}
+    nothing = dict.fromkeys(parts, 1)
+    assert times("sam2.sam_mask_decoder.mask_tokens") == nothing | {"mask_decoder": 3}
+    assert times("sam2.memory_encoder.x") == nothing | {"mask_decoder": 2}
+    assert times("sam2.image_encoder.x") == nothing | {"sam2_encoder": 3, "mask_decoder": 2}
+    assert times("language_model.lm_head.kernel") == nothing | {"head": 2}
+    assert times("language_model.layers.x.lora.a") == nothing | above_words | {"adapters": 3}
+    assert times("mlp1.linear1.kernel") == nothing | above_words | {"projector": 3}
+    assert times("vision_model.x") == nothing | above_words | {"vision": 3, "projector": 2}
+    assert times("vision_model.x.lora.a")["vision"] == 2
+    assert times(
         "vision_model.x",
+        "mlp1.x",
         "language_model.layers.x.kernel",
-        "language_model.lm_head.x",
-        "sam2.image.x",
-    ]
-    assert flops.step_flops(work, everything) == 3 * sum(dataclasses.astuple(work)) > frozen
+        "language_model.layers.x.lora.a",
+        "language_model.lm_head.kernel",
+        "sam2.image_encoder.x",
+        "sam2.sam_mask_decoder.x",
+    ) == dict.fromkeys(parts, 3)

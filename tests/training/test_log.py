@@ -48,6 +48,21 @@ def test_measures_and_pictures_are_in_the_json_lines_and_in_tensorboard(tmp_path
         assert saved.size == (8, 8)
 
 
+def test_what_is_not_finite_is_null_since_json_has_no_nan(tmp_path):
+    log = RunLog(tmp_path, tensorboard=False)
+    log.write(1, "train", {"loss": float("nan"), "gradient_norm": float("-inf"), "tokens": 7.0})
+    log.write(2, "skipped", {"bad_steps": 1, "samples": ["liver/1"]})
+    log.close()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = (tmp_path / "log.jsonl").read_text()
+    first, second = (json.loads(line, parse_constant=refuse) for line in text.splitlines())
+    assert (first["loss"], first["gradient_norm"], first["tokens"]) == (None, None, 7.0)
+    assert (second["bad_steps"], second["samples"]) == (1, ["liver/1"])
+
+
 def test_going_on_drops_what_will_be_said_again(tmp_path):
     log = RunLog(tmp_path, tensorboard=False)
     for step in (1, 2, 3):

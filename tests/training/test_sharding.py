@@ -112,7 +112,7 @@ def eight_devices(tmp_path_factory):
 @pytest.mark.parametrize("strategy", ["data_parallel", "fsdp"])
 def test_eight_devices_compute_what_one_does(eight_devices, strategy):
     found = eight_devices[strategy]
-    assert found["loss"] < 1e-5 and found["gradient"] < 1e-5
+    assert found["loss"] < 1e-5 and found["gradient"] < 1e-5 and found["norm"] < 1e-5
 
 
 def test_devices_encode_their_own_images_without_talking(eight_devices):

@@ -8,10 +8,12 @@ from flax import nnx
 from small import IDS, STEP, build, random_batch
 
 from unibiomed_jax import sharding
+from unibiomed_jax.inference.precision import BFLOAT16
 from unibiomed_jax.training import forward
 from unibiomed_jax.training import step as step_module
+from unibiomed_jax.training.config import FreezeConfig, RematConfig
 from unibiomed_jax.training.forward import LossCounts
-from unibiomed_jax.training.initialise import structure
+from unibiomed_jax.training.initialise import starting_parameters, structure
 from unibiomed_jax.training.parameters import split
 from unibiomed_jax.training.step import (
     TrainStep,
@@ -65,6 +67,69 @@ def test_the_loss_falls_on_a_batch_seen_again_and_again(built):
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] - 0.5
     assert int(state.step) == 15
+
+
+def test_the_old_state_is_given_up(built):
+    step, state, _ = built
+    old = on_device(state)
+    step(old, random_batch(0))
+    leaves = jax.tree.leaves((old.trainable, old.moments, old.average))
+    assert all(leaf.is_deleted() for leaf in leaves)
+
+
+def update_of(config, state, frozen):
+    """State and metrics after one update under another configuration of the same model."""
+    step = TrainStep(structure(config)[0], config, IDS, MESH, STRATEGY)
+    return step(on_device(state), frozen, [place_batch(random_batch(0), STRATEGY, MESH)])
+
+
+def test_what_is_computed_again_gives_the_same_gradients(built):
+    step, state, frozen = built
+    kept, expected = step(on_device(state), random_batch(0))
+    again, metrics = update_of(dataclasses.replace(CONFIG, remat=RematConfig(language="dots")), state, frozen)
+    # The first moment is of a clipped gradient, so its norm is compared as well.
+    assert float(metrics["gradient_norm"]) == pytest.approx(float(expected["gradient_norm"]), rel=1e-5)
+    for path, moment in again.moments[1].mu.items():
+        np.testing.assert_allclose(moment, kept.moments[1].mu[path], atol=1e-6 * 0.1, err_msg=path)
+
+
+def test_bfloat16_computes_near_float32_and_keeps_float32_masters(built):
+    step, state, _ = built
+    model = dataclasses.replace(CONFIG.model, precision=BFLOAT16)
+    config = dataclasses.replace(CONFIG, model=model, precision=BFLOAT16)
+    trainable, frozen = starting_parameters(config, MESH, STRATEGY)
+    assert {value.dtype for value in trainable.values()} == {jnp.dtype("float32")}
+    assert {value.dtype for value in frozen.values()} == {jnp.dtype("bfloat16")}
+
+    after, metrics = update_of(config, init_state(trainable, config), frozen)
+    masters = jax.tree.leaves((after.trainable, after.moments[1].mu, after.moments[1].nu, after.average))
+    assert {value.dtype for value in masters} == {jnp.dtype("float32")}
+    _, expected = step(on_device(state), random_batch(0))
+    for name in ("loss", "loss_tokens", "loss_mask", "loss_dice"):
+        # A rounding to 8 bits is wrong by 2^-9 at most; in means over tokens and points many of them cancel.
+        assert float(metrics[name]) == pytest.approx(float(expected[name]), rel=2**-9), name
+    assert float(metrics["loss"]) != float(expected["loss"])
+
+
+def test_following_an_object_teaches_the_memory():
+    """The second frame is segmented from the memory of the first only where objects are followed."""
+    sam2 = dataclasses.replace(CONFIG.model.sam2, max_conditioning_frames=1)
+    config = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, sam2=sam2),
+        freeze=FreezeConfig(trainable=("sam2.memory_*",), frozen=()),
+    )
+    graphdef, state, frozen = build(config)
+    batch = {name: jnp.asarray(array) for name, array in random_batch(0, size=1, frames=2).items()}
+    counts = forward.count_targets(batch, IDS, config.loss)
+
+    def taught(track):
+        changed = dataclasses.replace(config, loss=dataclasses.replace(config.loss, track=track))
+        find = jax.jit(lambda state: gradients(graphdef, changed, IDS, state, frozen, batch, counts, 0)[0])
+        return {path for path, gradient in find(state).items() if np.any(gradient)}
+
+    assert taught(True) == set(state.trainable)
+    assert taught(False) == set()
 
 
 def test_masks_are_not_learned_before_their_update(built):

@@ -77,25 +77,31 @@ def forward_work(config: ModelConfig, batch: dict[str, np.ndarray], lora_rank: i
 def step_flops(work: Work, trainable: Collection[str]) -> float:
     """Operations of forward and backward, given the paths of what trains.
 
-    A weight that trains costs its forward product again for its own gradient; a part through which a gradient
-    must pass costs it again for that of its input.
+    A weight that trains costs its forward product again for its own gradient; a part in or below which
+    something trains costs it again for the gradient that passes to its input. SAM2's memory is not counted:
+    where objects are followed (loss.track), more is computed than this says.
     """
-    trains = {
-        part: any(path.startswith(part) for path in trainable) for part in ("vision_model", "sam2.image")
-    }
-    base_trains = any(path.startswith("language_model.layers") and ".lora." not in path for path in trainable)
-    head_trains = any(
-        path.startswith(("language_model.lm_head", "language_model.embed")) for path in trainable
-    )
+    weights = [path for path in trainable if ".lora." not in path]
+
+    def train(paths: Collection[str], *parts: str) -> bool:
+        return any(path.startswith(parts) for path in paths)
+
+    # Whether a gradient passes, from the bottom up. Everything but the output head lies below the masks.
+    vision = train(trainable, "vision_model")
+    projector = vision or train(trainable, "mlp1")
+    decoder = projector or train(trainable, "language_model.layers", "language_model.embed_tokens")
+    head = decoder or train(trainable, "language_model.norm")
+    sam2_encoder = train(trainable, "sam2.image_encoder")
+    masks = any(not path.startswith("language_model.lm_head") for path in trainable)
     return (
-        work.vision * (3 if trains["vision_model"] else 1)
-        + work.projector * 3
-        + work.decoder * (3 if base_trains else 2)
-        + work.decoder_attention * 3
-        + work.head * (3 if head_trains else 2)
-        + work.adapters * 3
-        + work.sam2_encoder * (3 if trains["sam2.image"] else 1)
-        + work.mask_decoder * 3
+        work.vision * (1 + vision + train(weights, "vision_model"))
+        + work.projector * (1 + projector + train(weights, "mlp1"))
+        + work.decoder * (1 + decoder + train(weights, "language_model.layers"))
+        + work.decoder_attention * (1 + 2 * decoder)  # both of its factors are activations
+        + work.adapters * (1 + decoder + any(".lora." in path for path in trainable))
+        + work.head * (1 + head + train(weights, "language_model.lm_head", "language_model.embed_tokens"))
+        + work.sam2_encoder * (1 + sam2_encoder + train(weights, "sam2.image_encoder"))
+        + work.mask_decoder * (1 + masks + train(weights, "sam2.sam_mask_decoder"))
     )
 
 

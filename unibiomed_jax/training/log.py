@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -16,7 +17,10 @@ from unibiomed_jax.inference.overlay import overlay
 
 
 class RunLog:
-    """`log.jsonl`, one line a report: {"step", "kind", "seconds" since 1970, the measures ...}."""
+    """`log.jsonl`, one line a report: {"step", "kind", "seconds" since 1970, the measures ...}.
+
+    JSON has no word for a number that is not finite: it is written as null.
+    """
 
     def __init__(self, folder: str | os.PathLike, *, tensorboard: bool, first_step: int = 0):
         """Open the log of a run; what it says of updates after `first_step` (that a resume repeats) goes.
@@ -43,8 +47,9 @@ class RunLog:
 
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         """Report measures of an update; `kind` is train, validation, ..."""
-        line = {"step": step, "kind": kind, "seconds": time.time(), **values}
-        self._file.write(json.dumps(line) + "\n")
+        line = {"step": step, "kind": kind, "seconds": time.time()}
+        line |= {name: _finite_or_none(value) for name, value in values.items()}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in values.items():
@@ -79,6 +84,10 @@ def mask_picture(pixels: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -
         return np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR)) > 127
 
     return overlay(Image.fromarray(pixels), [enlarged(truth), enlarged(predicted)], ["truth", "predicted"])
+
+
+def _finite_or_none(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _keep_until(path: Path, step: int) -> None:
