@@ -1,6 +1,7 @@
 """JSON tables on disk to records, one reader per table format. No pixel is read here."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -210,8 +211,9 @@ def check_files(records: Sequence[Record]) -> None:
     """
     _check_names(records)
     files = list(dict.fromkeys(path for record in records for path in _files(record)))
+    chunks = [files[start : start + 256] for start in range(0, len(files), 256)]
     with ThreadPoolExecutor(8) as pool:  # waits for the disk most of the time
-        sizes = dict(zip(files, pool.map(_file_size, files, chunksize=64), strict=True))
+        sizes = dict(itertools.chain.from_iterable(pool.map(_file_sizes, chunks)))
     for record in records:
         for frame, path in enumerate(record.images):
             if (size := sizes[path]) is None:
@@ -257,6 +259,10 @@ def _check_names(records: Iterable[Record]) -> None:
                     f"{record.name} needs the file {path}, which does not exist; add it or remove the "
                     "annotation."
                 )
+
+
+def _file_sizes(paths: Sequence[str]) -> list[tuple[str, FileSize | None]]:
+    return [(path, _file_size(path)) for path in paths]
 
 
 def _file_size(path: str) -> FileSize | None:
