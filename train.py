@@ -66,7 +66,7 @@ def main() -> int:
     mesh, strategy = sharding.make_mesh(), sharding.find_strategy(config.strategy)
     sharding.require_divisible(config.data.batch_size, strategy, mesh)
 
-    # Data
+    # Model; exporting a checkpoint of it needs no data
     tokenizer_folder = find_tokenizer(config)
     tokenizer = Tokenizer.from_folder(tokenizer_folder)
     if tokenizer.vocab_size > config.model.language.vocab_size:
@@ -85,6 +85,8 @@ def main() -> int:
         export_model(folder, config, state, frozen, tokenizer_folder)
         console.print(f"The model of update {restored.step} is in {folder / 'model'}.")
         return 0
+
+    # Data
     data = open_data(config, tokenizer, training=True)
     validation = open_data(config, tokenizer, training=False) if config.validation else None
 
