@@ -81,10 +81,18 @@ def main() -> int:
     if config.export:
         checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint)
         chosen = chosen_step(checkpointer, config.export)
-        restored, state, frozen = starting_state(config, checkpointer, abstract, mesh, strategy, chosen)
+        restored, state, frozen = starting_state(
+            config, checkpointer, abstract, mesh, strategy, foundation(config), chosen
+        )
         export_model(folder, config, state, frozen, tokenizer_folder)
         console.print(f"The model of update {restored.step} is in {folder / 'model'}.")
         return 0
+
+    if config.profile and config.optim.steps < PROFILED[-1]:
+        raise InputError(
+            f"--profile traces the updates {PROFILED[0]} to {PROFILED[-1]} after a start; raise "
+            f"--optim.steps from {config.optim.steps}."
+        )
 
     # Data
     data = open_data(config, tokenizer, training=True)
@@ -97,18 +105,17 @@ def main() -> int:
     stop = stop_on_signals()
     checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint)
     checkpointer.claim()
-    restored, state, frozen = starting_state(config, checkpointer, abstract, mesh, strategy)
+    belongs_to = foundation(config)  # read once: what lies in `initial` may change while this run goes on
+    restored, state, frozen = starting_state(config, checkpointer, abstract, mesh, strategy, belongs_to)
     iterator = iter(data)
     if restored is not None:
         iterator.set_state(restored.position)
         console.print(f"Going on after update {restored.step} of {config.optim.steps}.")
     describe(config, abstract, data, mesh)
     start = int(state.step)
-    if config.profile and config.optim.steps - start < PROFILED[-1]:
-        raise InputError(
-            f"--profile traces the updates {PROFILED[0]} to {PROFILED[-1]} after a start, and only "
-            f"{config.optim.steps - start} are left; raise --optim.steps."
-        )
+    profile = config.profile and config.optim.steps - start >= PROFILED[-1]
+    if config.profile and not profile:
+        console.print("Too few updates are left to profile them.")
 
     # Loop
     log = RunLog(folder, tensorboard=config.log.tensorboard, first_step=start)
@@ -125,18 +132,18 @@ def main() -> int:
             config=to_dict(config),
             tokenizer=tokenizer_folder,
             measures=measures,
-            belongs_to=foundation(config),
+            belongs_to=belongs_to,
         )
 
     with checkpointer, progress_bar() as bar:
         task = bar.add_task("training", total=config.optim.steps, completed=start)
         for update in range(start + 1, config.optim.steps + 1):
             batches = [next(iterator) for _ in range(config.optim.accumulate)]
-            if config.profile and update == start + PROFILED[0]:
+            if profile and update == start + PROFILED[0]:
                 jax.profiler.start_trace(str(folder / "profile"))
             arrays = [place_batch(batch.arrays, strategy, mesh) for batch in batches]
             state, metrics = step(state, frozen, arrays)
-            if config.profile and update == start + PROFILED[-1]:
+            if profile and update == start + PROFILED[-1]:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
             # Looking at the update before keeps the device busy with this one meanwhile.
@@ -211,11 +218,17 @@ def open_data(config: TrainConfig, tokenizer: Tokenizer, *, training: bool) -> P
 
 
 def starting_state(
-    config: TrainConfig, checkpointer: Checkpointer, abstract: dict, mesh, strategy, chosen: int | None = None
+    config: TrainConfig,
+    checkpointer: Checkpointer,
+    abstract: dict,
+    mesh,
+    strategy,
+    belongs_to: dict,
+    chosen: int | None = None,
 ) -> tuple[Restored | None, TrainState, dict]:
     """What the run goes on from: a checkpoint (None: the start), the train state, the frozen parameters."""
     wanted = abstract if config.checkpoint.save_frozen else {"train": abstract["train"]}
-    restored = checkpointer.restore(wanted, chosen, foundation(config))
+    restored = checkpointer.restore(wanted, chosen, belongs_to)
     if restored is not None and config.checkpoint.save_frozen:
         return restored, restored.state["train"], restored.state["frozen"]
     trainable, frozen = starting_parameters(config, mesh, strategy)
@@ -227,7 +240,7 @@ def starting_state(
 
 
 def foundation(config: TrainConfig) -> dict:
-    """What the numbers in a checkpoint mean nothing without, by name."""
+    """What must be the same where a checkpoint is restored, by name: model, adapters, what stays frozen."""
     model = {
         f"model.{name}": value
         for name, value in checkpoint.flatten(to_dict(config.model)).items()

@@ -219,6 +219,8 @@ def build_data(options: BuildOptions) -> int:
     _say(f"Targets: {targets}")
     for path in report.without_masks:
         _say(f"{path} has no mask and was left out.")
+    for path in report.empty_masks:
+        _say(f"{path} is empty at the size that is written and was left out.")
     for path in report.not_read:
         _say(f"{path} is nothing that this command reads and was left out.")
     _say(f"Next: unibiomed data validate {options.out}")

@@ -256,6 +256,8 @@ MULTIPLES = (
     # Attention to the image has half the width, the mask decoder's finest map an eighth of it.
     ("sam2.d_model", 2, "sam2.decoder_heads"),
     ("sam2.d_model", 8, None),
+    # Hiera halves its map three times after the first stride of 4.
+    ("sam2.image_size", 32, None),
     # Object pointers are cut into tokens as wide as a memory, whose position has a half for rows.
     ("sam2.d_model", 1, "sam2.memory_dim"),
     ("sam2.memory_dim", 2, None),
@@ -295,11 +297,14 @@ def require_fitting(model: ModelConfig) -> None:
             "model.sam2.hiera must have four stages of one or more blocks, and four windows in window_spec."
         )
     *pooled, last = hiera.window_spec
-    finest = model.sam2.image_size // 4
-    if last < 1 or any(window < 2 or window % 2 for window in pooled) or finest % pooled[0]:
+    if last < 1 or any(window < 2 or window % 2 for window in pooled):
         raise InputError(
-            f"model.sam2.hiera.window_spec={hiera.window_spec} must be above 0, its first three even, and "
-            f"the first a divisor of {finest} (model.sam2.image_size / 4)."
+            f"model.sam2.hiera.window_spec={hiera.window_spec} must be above 0, its first three even."
+        )
+    if model.sam2.image_size // 4 % pooled[0]:
+        raise InputError(
+            f"model.sam2.image_size={model.sam2.image_size} must be a multiple of {4 * pooled[0]}, four "
+            "times the first window of model.sam2.hiera."
         )
 
 

@@ -212,13 +212,17 @@ def test_masks_of_many_pages_and_empty_ones(images, tmp_path):
     refused(images, r"P0_cyst\.tif holds 2 frames")
     (tmp_path / "masks" / "P0_cyst.tif").unlink()
     save_square(tmp_path / "masks" / "P0_cyst.png", side=1)
-    refused(replace(images, long_side=20), r"P0_cyst\.png is empty at 20x10 pixels; give a larger long_side")
-    save_square(tmp_path / "masks" / "P0_cyst.png", side=0)
-    refused(images, r"P0_cyst\.png is empty; draw it or remove it")
+    save_square(tmp_path / "masks" / "P0_scar.png", side=0)
     # Specks as JPEG leaves them are no mask.
-    (tmp_path / "masks" / "P0_cyst.png").unlink()
-    Image.new("L", (60, 30), 9).save(tmp_path / "masks" / "P0_cyst.jpg")
-    refused(images, r"P0_cyst\.jpg is empty; draw it or remove it")
+    Image.new("L", (60, 30), 9).save(tmp_path / "masks" / "P0_stone.jpg")
+    report = build(replace(images, long_side=20))
+    assert [path.name for path in report.empty_masks] == ["P0_cyst.png", "P0_scar.png", "P0_stone.jpg"]
+    assert set(report.targets) == {"kidney"}
+    for path in (tmp_path / "masks").glob("*_kidney.png"):
+        save_square(path, side=0)
+    refused(
+        replace(images, out=tmp_path / "again", long_side=20), "All masks in .*masks are empty; draw them"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------

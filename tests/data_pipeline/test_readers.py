@@ -100,11 +100,13 @@ def test_no_findings_need_no_mask_file(findings):
     def edit(table):
         table["a"]["mask_file"] = ""
         del table["b"]["mask_file"]
+        table["c"] |= {"abnormality": ["Nodule", "no findings"], "mask_file": ["train_mask/2.png", ""]}
 
     change(findings / "train_parse.json", edit)
     problems = []
     none, two = read_dataset(DatasetConfig(Kind.VQA, str(findings)), problems)
-    assert none.masks == (("",),) and none.texts == ("no findings",) and len(two.masks) == 2
+    assert none.masks == (("",),) and none.texts == ("no findings",)
+    assert two.masks == ((str(findings / "train_mask" / "2.png"),), ("",))
     (problem,) = problems
     assert "'mask_file' of ['a'] is empty" in problem
 
@@ -220,7 +222,7 @@ def test_tables_beside_their_images(volumes):
             r"annotations\[1\]\.sentences\[0\] is empty",
         ),
         (
-            lambda t: t["annotations"][1].update(sentences=[{"raw": "."}]),
+            lambda t: t["annotations"][1].update(sentences=[{"raw": "\t.\n"}]),
             r"annotations\[1\]\.sentences\[0\] is empty",
         ),
         (
@@ -229,6 +231,9 @@ def test_tables_beside_their_images(volumes):
         ),
         (lambda t: t["images"][0].update(width="60"), r"'width' of images\[0\] is '60'; give a whole number"),
         (lambda t: t["images"][0].update(height=1.5), r"'height' of images\[0\] is 1\.5"),
+        (lambda t: t["images"][0].update(height=float("nan")), r"'height' of images\[0\] is nan"),
+        (lambda t: t["images"][0].update(width=float("inf")), r"'width' of images\[0\] is inf"),
+        (lambda t: t["images"][0].update(width=True), r"'width' of images\[0\] is True"),
         (lambda t: t.update(images=[], annotations=[]), r"holds no samples for segmentation"),
     ],
 )

@@ -2,11 +2,15 @@
 
 import json
 
+import pytest
 from PIL import Image
 from rich.console import Console
 from small_datasets import coco_table, save_picture, write_table
 
+from unibiomed_jax.data import DatasetConfig, Kind, read_dataset
+from unibiomed_jax.data.readers import check_files
 from unibiomed_jax.data.validate import ValidateOptions, validate
+from unibiomed_jax.errors import InputError
 
 
 def problems(root) -> list[tuple[str, str]]:
@@ -49,6 +53,17 @@ def test_a_volume_in_two_splits(volumes):
     found = problems(volumes)
     assert {sort for sort, _ in found} == {"name in two splits"}
     assert "The image or volume v1 is in test and train" in found[0][1]
+
+
+def test_slices_of_several_sizes(volumes):
+    for name in ("v1/v1-004.png", "mask/v1/v1-004_lung+tumor.png"):
+        with Image.open(volumes / name) as image:
+            image.resize((30, 30)).save(volumes / name)
+    ((sort, text),) = problems(volumes)
+    assert sort == "slice size" and "v1-004.png is 30x30 pixels but" in text
+    records = read_dataset(DatasetConfig(Kind.SEQUENCE, str(volumes)))
+    with pytest.raises(InputError, match=r"v1-004\.png .* is 30x30 .*v1-001\.png 60x30; resample all slices"):
+        check_files(records)
 
 
 def test_images_outside_the_folder_and_people_without_a_name(targets, tmp_path):

@@ -194,7 +194,7 @@ def test_losses_that_are_not_finite_stop_the_run_and_the_save_before_is_finished
 
 
 def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(environment, tmp_path):
-    inside = "mount -t tmpfs -o size=12m none {0} && {1}; code=$?; cp -r {0} {0}.copy; exit $code"
+    inside = "mount -t tmpfs -o size=3m none {0} && {1}; code=$?; cp -r {0} {0}.copy; exit $code"
     script = inside.format(tmp_path / "small", " ".join(command(tmp_path / "small")))
     (tmp_path / "small").mkdir()
     namespace = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
@@ -265,7 +265,19 @@ def test_what_was_trained_goes_only_with_what_it_was_trained_on(environment, fin
 
 def test_a_profile_that_would_not_be_written_is_refused(environment, tmp_path):
     code, said = run(environment, tmp_path, "--profile", "--optim.steps=13")
-    assert code == 2 and "--profile traces the updates 10 to 14 after a start, and only 13 are left" in said
+    assert (
+        code == 2
+        and "--profile traces the updates 10 to 14 after a start; raise --optim.steps from 13" in said
+    )
+
+
+def test_a_profile_is_written_and_does_not_keep_a_run_from_going_on(environment, finished, tmp_path):
+    shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
+    shutil.rmtree(newest(tmp_path))
+    code, said = run(environment, tmp_path, "--profile")
+    assert code == 0 and "Too few updates are left to profile them" in said, said
+    code, said = run(environment, tmp_path / "new", "--profile", "--optim.steps=14")
+    assert code == 0 and list((tmp_path / "new" / "profile").rglob("*.xplane.pb")), said
 
 
 def test_the_adapter_is_the_average_of_the_run(finished):

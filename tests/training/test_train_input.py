@@ -221,6 +221,13 @@ def test_a_mistake_in_the_file_that_another_one_builds_on(tmp_path):
         load_experiment(str(tmp_path / "second.py"))
 
 
+def test_a_mistake_in_a_file_of_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("here.py").write_text("from unibiomed_jax.data import BucketConfig\n\nBucketConfig(tiles=5)\n")
+    with pytest.raises(InputError, match=r"^here\.py, line 3 cannot be used \(TypeError"):
+        load_experiment("here.py")
+
+
 def test_a_whole_number_is_a_float_too(tmp_path):
     (tmp_path / "whole.py").write_text(f"{FILE_BEGINS}config = TrainConfig(optim=OptimConfig(clip=1))\n")
     assert load_experiment(str(tmp_path / "whole.py")).optim.clip == 1

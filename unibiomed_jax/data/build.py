@@ -87,8 +87,10 @@ class BuildReport:
     annotations: Counter
     # By target: annotations.
     targets: Counter
-    # Images without a mask and volumes without a named label, which were left out.
+    # Images and volumes that have no mask and were left out.
     without_masks: list[Path]
+    # Masks that are empty, or too small to be seen at the size that is written.
+    empty_masks: list[Path]
     # What else lies in the given folders, such as files of other endings and sub-folders.
     not_read: list[Path]
 
@@ -108,10 +110,10 @@ def build(options: BuildOptions) -> BuildReport:
     volumes meta_{split}.json.
 
     Raises:
-        InputError: folders that are missing or do not fit together, files that cannot be read, a mask that
-            is empty or of another size than its image, labels that lie elsewhere than their volume, an empty
-            window, a name without patient or target or that readers would mistake, a finding that is no
-            target, a place that cannot be written.
+        InputError: folders that are missing or do not fit together, files that cannot be read, masks that
+            are all empty, a mask of another size than its image, labels that lie elsewhere than their
+            volume, an empty window, a name without patient or target or that readers would mistake, a
+            finding that is no target, a place that cannot be written.
         DiskFullError: the disk is full.
     """
     pairs = ((options.images, options.masks), (options.volumes, options.labels))
@@ -151,13 +153,15 @@ class _Writer:
     def words(self, target: str) -> tuple[str]:
         return (f"{target} in {self.options.site} {self.options.modality}",)
 
-    def save(self, folder: Path, without_masks: list[Path], others: list[Path]) -> BuildReport:
+    def save(
+        self, folder: Path, without_masks: list[Path], empty_masks: list[Path], others: list[Path]
+    ) -> BuildReport:
         options = self.options
         # One given folder may lie in another, the label names in either.
         given = (options.images, options.masks, options.volumes, options.labels, options.label_names)
         not_read = [path for path in others if path not in given]
         counts = (Counter(), Counter(), Counter(), Counter())
-        report = BuildReport(options.out, *counts, without_masks, not_read)
+        report = BuildReport(options.out, *counts, without_masks, empty_masks, not_read)
         for split, table in self.targets.items():
             people = {image["patient"] for image in table.images.values()}
             report.patients[split] = len(people)
@@ -211,7 +215,7 @@ def _build_images(options: BuildOptions, folder: Path) -> BuildReport:
             f"{options.masks} holds no mask of an image in {options.images}; check both folders."
         )
     _check_findings(options.findings, {target for targets in owned.values() for target in targets})
-    writer = _Writer(options, with_masks)
+    writer, empty = _Writer(options, with_masks), []
     for stem in with_masks:
         patient, split = writer.place(stem)
         image, _ = open_image(images[stem])
@@ -221,33 +225,25 @@ def _build_images(options: BuildOptions, folder: Path) -> BuildReport:
             mask = _read_mask(path)
             require_mask_size(stem, str(path), mask.shape[::-1], image.size)
             mask = resize_mask(mask, size)
-            if not mask.any():
-                raise InputError(
-                    f"The mask {path} is empty at {size[0]}x{size[1]} pixels; give a larger long_side or "
-                    "remove the mask."
-                )
+            if not mask.any():  # nothing was there, or it is too small for `long_side`
+                empty.append(path)
+                continue
             mask_file = mask_name(stem, target)
             save_mask(folder / f"{split}_mask" / mask_file, mask)
             words = writer.words(target)
             writer.targets[split].add(f"{stem}.png", size, patient, mask_file, target, words)
+    if not any(table.annotations for table in writer.targets.values()):
+        raise InputError(f"All masks in {options.masks} are empty; draw them, or give a larger long_side.")
     without_masks = [images[stem] for stem in images if not owned[stem]]
-    return writer.save(folder, without_masks, others + mask_others)
+    return writer.save(folder, without_masks, empty, others + mask_others)
 
 
 def _read_mask(path: Path) -> np.ndarray:
-    """A mask file as upright booleans.
-
-    Raises:
-        InputError: the file cannot be read, or nothing in it is inside.
-    """
+    """A mask file as upright booleans."""
     if path.suffix.lower() in (".jpg", ".jpeg"):
         # JPEG leaves grey specks around what was black and white.
-        mask = (np.asarray(open_image(path)[0]) > 127).any(axis=-1)
-    else:
-        mask = open_mask(path)
-    if not mask.any():
-        raise InputError(f"The mask {path} is empty; draw it or remove it.")
-    return mask
+        return (np.asarray(open_image(path)[0]) > 127).any(axis=-1)
+    return open_mask(path)
 
 
 def _build_volumes(options: BuildOptions, folder: Path) -> BuildReport:
@@ -294,7 +290,7 @@ def _build_volumes(options: BuildOptions, folder: Path) -> BuildReport:
             table=writer.targets[split],
         )
     without_masks = [path for stem, path in volumes.items() if stem not in with_masks]
-    return writer.save(folder, without_masks, others + label_others)
+    return writer.save(folder, without_masks, [], others + label_others)
 
 
 def _listing(folder: Path, wanted: Callable[[Path], bool]) -> tuple[list[Path], list[Path]]:

@@ -3,7 +3,9 @@
 import hashlib
 import itertools
 import json
+import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -207,7 +209,7 @@ def check_files(records: Sequence[Record]) -> None:
 
     Raises:
         InputError: the first record whose image or mask file is missing, whose image has another size than
-            its table says, or whose mask another one than its image.
+            its table or its first slice, or whose mask another one than its image.
     """
     _check_names(records)
     files = list(dict.fromkeys(path for record in records for path in _files(record)))
@@ -219,6 +221,8 @@ def check_files(records: Sequence[Record]) -> None:
             if (size := sizes[path]) is None:
                 continue
             require_table_size(record, path, size.upright)
+            if (first := sizes[record.images[0]]) is not None:
+                require_slice_size(record, path, size.upright, first.upright)
             for mask in (frames[frame] for frames in record.masks):
                 if mask and sizes[mask] is not None:
                     require_mask_size(record.name, mask, sizes[mask].stored, size.upright)
@@ -230,6 +234,15 @@ def require_table_size(record: Record, path: str, size: tuple[int, int]) -> None
         raise InputError(
             f"{path} of {record.name} is {size[0]}x{size[1]} pixels (upright) but its table says "
             f"{record.size[0]}x{record.size[1]}; correct width and height in the table."
+        )
+
+
+def require_slice_size(record: Record, path: str, size: tuple[int, int], first: tuple[int, int]) -> None:
+    """Raise InputError if a slice of a volume has another upright size than its first one."""
+    if size != first:
+        raise InputError(
+            f"{path} of {record.name} is {size[0]}x{size[1]} pixels (upright) but {record.images[0]} "
+            f"{first[0]}x{first[1]}; resample all slices to one size."
         )
 
 
@@ -345,10 +358,7 @@ def _read_findings(config: DatasetConfig, path: Path, table) -> Iterator[Callabl
         where = f"[{key!r}]"
         image_file = _get(entry, "image_file", str, path, where)
         findings = _strings(entry, "abnormality", path, where)
-        if all(NO_FINDINGS in finding for finding in findings) and not entry.get("mask_file"):
-            files = ("",) * len(findings)
-        else:
-            files = _strings(entry, "mask_file", path, where)
+        files = _mask_files(entry, [NO_FINDINGS in finding for finding in findings], path, where)
         if len(findings) != len(files):
             raise InputError(
                 f"{path}: {where} has {len(findings)} abnormalities but {len(files)} mask files; give one "
@@ -499,8 +509,8 @@ def _unlike_keys(pairs: list[tuple[str, object]]) -> dict:
     """A JSON object; of two entries with one key the first would be lost without a word."""
     table = dict(pairs)
     if len(table) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in it")
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key!r} occurs twice in it")
     return table
 
 
@@ -522,7 +532,7 @@ def _get(entry, key: str, expected: type, path: Path, where: str = "the table"):
 
 def _text(entry, key: str, path: Path, where: str) -> str:
     text = _get(entry, key, str, path, where)
-    if not text.strip(" ."):
+    if not text.strip().strip("."):
         raise InputError(
             f"{path}: {key!r} of {where} is empty; write what the image shows, or remove the entry."
         )
@@ -534,6 +544,20 @@ def _strings(entry, key: str, path: Path, where: str) -> tuple[str, ...]:
         entry = {f"{key}[{number}]": value for number, value in enumerate(entry[key])}
         return tuple(_text(entry, name, path, where) for name in entry)
     return (_text(entry, key, path, where),)
+
+
+def _mask_files(entry: dict, healthy: list[bool], path: Path, where: str) -> tuple[str, ...]:
+    """The mask file of every finding; where there is no finding none is needed."""
+    files = entry.get("mask_file")
+    if all(healthy) and not files:
+        return ("",) * len(healthy)
+    if not isinstance(files, list) or len(files) != len(healthy):
+        return _strings(entry, "mask_file", path, where)
+    named = {f"mask_file[{number}]": file for number, file in enumerate(files)}
+    return tuple(
+        "" if none and not named[name] else _text(named, name, path, where)
+        for name, none in zip(named, healthy, strict=True)
+    )
 
 
 def _sentences(annotation, path: Path, where: str) -> tuple[str, ...]:
@@ -550,7 +574,8 @@ def _size(entry: dict, path: Path, where: str) -> tuple[int, int]:
     """(width, height), or (0, 0) where the entry does not say."""
     for key in ("width", "height"):
         value = entry.get(key) or 0
-        if not isinstance(value, int | float) or value != int(value) or value < 0:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 <= value < math.inf or value != int(value):
             raise InputError(f"{path}: {key!r} of {where} is {value!r}; give a whole number of pixels.")
     width, height = (int(entry.get(key) or 0) for key in ("width", "height"))
     return (width, height) if width and height else (0, 0)

@@ -131,10 +131,10 @@ def validate(options: ValidateOptions) -> ValidationReport:
     """Check all datasets under a folder, every file of them.
 
     Errors: a table or an entry of another schema, an annotation without its file, a file that cannot be read,
-    a mask of another size than its image, a size in the table that is not the image's, a patient in several
-    splits of one folder. Warnings: an empty mask (unless the text says "no findings"), a mask named by two
-    annotations of one text or by two images, one image or volume name in several splits of a folder, a
-    patient in several splits of different folders.
+    a mask of another size than its image, a size in the table that is not the image's, slices of several
+    sizes, a patient in several splits of one folder. Warnings: an empty mask (unless the text says "no
+    findings"), a mask named by two annotations of one text or by two images, one image or volume name in
+    several splits of a folder, a patient in several splits of different folders.
 
     Raises:
         InputError: no dataset there at all.
@@ -187,12 +187,16 @@ def _check_records(title: str, records: list[Record], files: _Files) -> list[Pro
     for record in records:
         for number, path in enumerate(record.images):
             image = files.image(path)
+            first = files.image(record.images[0])
             if isinstance(image, _Wrong):
                 problems.append(Problem(title, image.sort, f"{record.name}: {image.text}"))
             elif min(record.size) > 0 and image != record.size:
                 size = f"{_show(image)} (upright)"
                 text = f"{record.name}: {path} is {size} but the table says {_show(record.size)}."
                 problems.append(Problem(title, "table size", text))
+            elif not isinstance(first, _Wrong) and image != first:
+                text = f"{record.name}: {path} is {_show(image)} but {record.images[0]} {_show(first)}."
+                problems.append(Problem(title, "slice size", text))
             for mask in (frames[number] for frames in record.masks):
                 if mask:
                     uses[mask][path, record.texts] += 1
@@ -218,7 +222,7 @@ def _check_mask(
     if not isinstance(image, _Wrong) and mask.size != image:
         text = f"{record.name}: the mask {path} is {_show(mask.size)} but its image {_show(image)} (upright)."
         problems.append(Problem(title, "mask size", text))
-    if mask.empty and not any(NO_FINDINGS in text.lower() for text in record.texts):
+    if mask.empty and not any(NO_FINDINGS in text for text in record.texts):
         text = f"{record.name}: the mask {path} is empty; draw it, or say '{NO_FINDINGS}' in the text."
         problems.append(Problem(title, "empty mask", text, error=False))
     return problems

@@ -142,6 +142,7 @@ def _mistake(path: str, error: Exception) -> InputError:
     """An exception of a configuration as a sentence that says where it was raised."""
     here = Path(path).resolve().parent  # files that build on one another lie side by side
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    frames = [frame for frame in frames if not frame[0].startswith("<")]  # code without a file
     if isinstance(error, SyntaxError):
         frames.append((error.filename or path, error.lineno))
     inside = [frame for frame in frames if Path(frame[0]).resolve().parent == here]
