@@ -8,6 +8,7 @@ SRC is one of
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
@@ -97,9 +98,9 @@ def convert(source: Source, dst: Path, *, overwrite: bool = False) -> str:
             add_unibiomed_tokens(folder / "tokenizer", source.first_new_token)
         check_tokenizer(folder / "tokenizer", source.config.language.vocab_size)
         _write_release(source, folder / "release")
-        return checkpoint.write(
-            folder, source.config, build_parts(source.rows, source.tensors), lora=source.lora
-        )
+        # Closed here, with the threads that build, and not by the garbage collector at its own moment.
+        with contextlib.closing(build_parts(source.rows, source.tensors)) as parts:
+            return checkpoint.write(folder, source.config, parts, lora=source.lora)
 
 
 def _write_release(source: Source, folder: Path) -> None:

@@ -6,6 +6,7 @@ and config.json lie beside, so that the original code loads the folder.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
@@ -85,7 +86,9 @@ def convert(
     with new_folder(dst, overwrite=overwrite) as folder:
         _copy_files(src, folder, config)
         merge = manifest.lora.scale if manifest.lora and not adapter else None
-        write_safetensors(folder, plan, _tensors(src, manifest, rows, plan, merge), shard_bytes=shard_bytes)
+        # Closed here, with the thread that reads ahead, and not by the garbage collector at its own moment.
+        with contextlib.closing(_tensors(src, manifest, rows, plan, merge)) as tensors:
+            write_safetensors(folder, plan, tensors, shard_bytes=shard_bytes)
         if adapter:
             _write_adapter(src, folder / "adapter", manifest)
     return plan

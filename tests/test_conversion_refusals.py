@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -430,6 +431,26 @@ def test_a_failure_on_the_way_back_leaves_nothing_half_written(tmp_path, monkeyp
     with pytest.raises(caught):
         to_torch.convert(tmp_path / "converted", tmp_path / "back")
     assert [path.name for path in tmp_path.iterdir()] == ["converted"]
+
+
+def test_a_failure_leaves_no_thread_behind(tmp_path, monkeypatch):
+    """One that the garbage collector ends may wait for a lock that the collected program holds."""
+    from_torch.convert(sources.released(MICRO), tmp_path / "converted")
+    failure = OSError(errno.EIO, "Input/output error")
+    monkeypatch.setattr(os, "pwrite", lambda *arguments: (_ for _ in ()).throw(failure))
+    before = threading.active_count()
+    with pytest.raises(OSError) as caught:
+        to_torch.convert(tmp_path / "converted", tmp_path / "back")
+    assert threading.active_count() <= before, caught  # whose traceback keeps every frame alive
+
+    def write(folder, config, parts, lora):
+        next(parts)
+        raise failure
+
+    monkeypatch.setattr("unibiomed_jax.checkpoint.write", write)
+    with pytest.raises(OSError) as caught:
+        from_torch.convert(sources.released(MICRO), tmp_path / "again")
+    assert threading.active_count() <= before, caught
 
 
 def test_other_failures_of_the_disk_are_one_line_too(monkeypatch, tmp_path, capsys):
