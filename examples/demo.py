@@ -19,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 
 from unibiomed_jax import Answer, Request, UniBiomed
-from unibiomed_jax.errors import InputError
+from unibiomed_jax.errors import exit_code
 from unibiomed_jax.inference import report
 from unibiomed_jax.inference.prompt import clean_answer
 from unibiomed_jax.training.metrics import dice_score
@@ -143,16 +143,5 @@ def main() -> None:
     console.print(answers[0].notice, style="italic")
 
 
-def command() -> int:
-    """`main`, with what the user must put right as one line."""
-    try:
-        main()
-    except InputError as error:
-        stderr = Console(stderr=True)
-        stderr.print(f"Error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(command())
+    sys.exit(exit_code(main))

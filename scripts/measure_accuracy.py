@@ -31,7 +31,7 @@ from unibiomed_jax.data.prompts import Conversation, PromptConfig, draw, variant
 from unibiomed_jax.data.readers import find_datasets, read_mixture
 from unibiomed_jax.data.records import Kind, Record
 from unibiomed_jax.data.transforms import draw_box, load_mask
-from unibiomed_jax.errors import InputError
+from unibiomed_jax.errors import InputError, exit_code
 from unibiomed_jax.inference.prompt import STOP_TEXT
 from unibiomed_jax.training.metrics import dice_score
 
@@ -217,16 +217,5 @@ def main() -> None:
         args.json.write_text(json.dumps(entries, indent=1) + "\n")
 
 
-def command() -> int:
-    """`main`, with what the user must put right as one line."""
-    try:
-        main()
-    except InputError as error:
-        stderr = Console(stderr=True)
-        stderr.print(f"Error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(command())
+    sys.exit(exit_code(main))

@@ -256,8 +256,6 @@ MULTIPLES = (
     # Attention to the image has half the width, the mask decoder's finest map an eighth of it.
     ("sam2.d_model", 2, "sam2.decoder_heads"),
     ("sam2.d_model", 8, None),
-    # Hiera halves its map three times after the first stride of 4.
-    ("sam2.image_size", 32, None),
     # Object pointers are cut into tokens as wide as a memory, whose position has a half for rows.
     ("sam2.d_model", 1, "sam2.memory_dim"),
     ("sam2.memory_dim", 2, None),

@@ -1,5 +1,6 @@
 """Datasets made from images and masks or from volumes, and what `validate` says about good and bad ones."""
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -204,7 +205,7 @@ def sorts(root):
 def test_a_good_dataset_has_a_table_and_no_problems(targets):
     found, report = sorts(targets)
     assert not found
-    with Console(record=True, width=100, file=open("/dev/null", "w")) as console:
+    with Console(record=True, width=100, file=io.StringIO()) as console:
         console.print(report.table())
     text = console.export_text()
     assert "liver/segmentation" in text and text.count(" 5 ") == 2

@@ -215,8 +215,11 @@ def test_masks_of_many_pages_and_empty_ones(images, tmp_path):
     save_square(tmp_path / "masks" / "P0_scar.png", side=0)
     # Specks as JPEG leaves them are no mask.
     Image.new("L", (60, 30), 9).save(tmp_path / "masks" / "P0_stone.jpg")
+    save_square(tmp_path / "masks" / "P1_kidney.png", side=0)
     report = build(replace(images, long_side=20))
-    assert [path.name for path in report.empty_masks] == ["P0_cyst.png", "P0_scar.png", "P0_stone.jpg"]
+    empty = ["P0_cyst.png", "P0_scar.png", "P0_stone.jpg", "P1_kidney.png"]
+    assert [path.name for path in report.empty_masks] == empty
+    assert list(images.out.rglob("P0*.png")) and not list(images.out.rglob("P1*"))
     assert set(report.targets) == {"kidney"}
     for path in (tmp_path / "masks").glob("*_kidney.png"):
         save_square(path, side=0)

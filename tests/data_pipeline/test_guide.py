@@ -11,7 +11,7 @@ from small_datasets import save_picture, save_square, write_table
 from unibiomed_jax import cli
 from unibiomed_jax.data import DatasetConfig, Kind, read_dataset
 from unibiomed_jax.data.build import BuildOptions
-from unibiomed_jax.data.readers import check_files
+from unibiomed_jax.data.headers import check_files
 from unibiomed_jax.data.validate import ValidateOptions
 from unibiomed_jax.training.experiment import load_experiment
 

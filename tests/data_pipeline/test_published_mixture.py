@@ -8,7 +8,7 @@ import pytest
 from small_datasets import coco_table, save_picture, save_square, write_table
 
 from unibiomed_jax.data import Kind, read_mixture
-from unibiomed_jax.data.readers import check_files
+from unibiomed_jax.data.headers import check_files
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.training.experiment import load_experiment
 

@@ -8,7 +8,7 @@ from PIL import ExifTags, Image
 from small_datasets import coco_table, save_picture, write_table
 
 from unibiomed_jax.data import DatasetConfig, Kind, Record, find_datasets, read_dataset, read_mixture
-from unibiomed_jax.data.readers import check_files, image_size
+from unibiomed_jax.data.headers import check_files, image_size
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inference.preprocess import open_image
 

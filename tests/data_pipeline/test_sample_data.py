@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from unibiomed_jax.data import Kind, find_datasets, read_mixture
-from unibiomed_jax.data.readers import check_files
+from unibiomed_jax.data.headers import check_files
 
 ROOT = Path(__file__).parents[2] / "sample_data"
 SPLITS = ("train", "val", "test")

@@ -1,5 +1,6 @@
 """`unibiomed data validate`: everything that is wrong, at once, as training would meet it."""
 
+import io
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from rich.console import Console
 from small_datasets import coco_table, save_picture, write_table
 
 from unibiomed_jax.data import DatasetConfig, Kind, read_dataset
-from unibiomed_jax.data.readers import check_files
+from unibiomed_jax.data.headers import check_files
 from unibiomed_jax.data.validate import ValidateOptions, validate
 from unibiomed_jax.errors import InputError
 
@@ -78,7 +79,7 @@ def test_images_outside_the_folder_and_people_without_a_name(targets, tmp_path):
 def test_the_table_can_be_read_in_a_narrow_terminal(tmp_path, targets):
     (tmp_path / "a_dataset_with_a_long_name").symlink_to(targets)
     report = validate(ValidateOptions(tmp_path))
-    with Console(record=True, width=80, file=open("/dev/null", "w")) as console:
+    with Console(record=True, width=80, file=io.StringIO()) as console:
         console.print(report.table())
     lines = [line.split("│")[1].strip() for line in console.export_text().splitlines() if "│" in line]
     assert json.dumps("".join(lines)).count("/segmentation") == 1

@@ -153,7 +153,6 @@ def changed(model, name, value):
         ("sam2.memory_dim", 48, r"d_model=256 .* multiple of model\.sam2\.memory_dim=48\."),
         ("sam2.num_memories", 1, r"num_memories=1 is impossible; give 2 or more\."),
         ("sam2.hiera.num_heads", 5, r"embed_dim=144 .* multiple of model\.sam2\.hiera\.num_heads=5\."),
-        ("sam2.image_size", 1026, r"image_size=1026 must be a multiple of 32\."),
         ("sam2.hiera.stages", (2, 6, 36), "four stages"),
         ("sam2.hiera.window_spec", (8, 7, 16, 8), r"window_spec=\(8, 7, 16, 8\) .* even"),
         (

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from unibiomed_jax.data.readers import require_mask_size
+from unibiomed_jax.data.headers import require_mask_size
+from unibiomed_jax.data.readers import owner
 from unibiomed_jax.data.volumes import (
     apply_window,
     load_labelled,
@@ -194,10 +195,7 @@ def _build_images(options: BuildOptions, folder: Path) -> BuildReport:
     images = _by_stem(files, lambda path: path.stem)
     owned: dict[str, dict[str, Path]] = {stem: {} for stem in images}
     for mask in masks:
-        # The longest image name wins: a_1_x_liver belongs to a_1_x where there is one, else to a_1.
-        parts = mask.stem.split("_")
-        stems = ["_".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
-        stem = next((stem for stem in stems if stem in images), None)
+        stem = owner(mask.stem, images)
         if stem is None:
             raise InputError(
                 f"The mask {mask} belongs to no image in {options.images}; name it <image stem>_<target>"
@@ -220,7 +218,6 @@ def _build_images(options: BuildOptions, folder: Path) -> BuildReport:
         patient, split = writer.place(stem)
         image, _ = open_image(images[stem])
         size = fit_size(*image.size, options.long_side)
-        save_image(folder / split / f"{stem}.png", np.asarray(image), options.long_side)
         for target, path in owned[stem].items():
             mask = _read_mask(path)
             require_mask_size(stem, str(path), mask.shape[::-1], image.size)
@@ -232,6 +229,8 @@ def _build_images(options: BuildOptions, folder: Path) -> BuildReport:
             save_mask(folder / f"{split}_mask" / mask_file, mask)
             words = writer.words(target)
             writer.targets[split].add(f"{stem}.png", size, patient, mask_file, target, words)
+        if f"{stem}.png" in writer.targets[split].images:
+            save_image(folder / split / f"{stem}.png", np.asarray(image), options.long_side)
     if not any(table.annotations for table in writer.targets.values()):
         raise InputError(f"All masks in {options.masks} are empty; draw them, or give a larger long_side.")
     without_masks = [images[stem] for stem in images if not owned[stem]]

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from unibiomed_jax.data.headers import check_files
 from unibiomed_jax.data.plan import BLANK, BatchPlan, BucketConfig, Shape, record_shapes
-from unibiomed_jax.data.readers import Mixture, check_files, read_mixture
+from unibiomed_jax.data.readers import Mixture, read_mixture
 from unibiomed_jax.data.records import DatasetConfig
 from unibiomed_jax.data.transforms import IGNORE, Sample, SampleBuilder, SampleConfig
 from unibiomed_jax.errors import InputError

@@ -1,19 +1,16 @@
 """JSON tables on disk to records, one reader per table format. No pixel is read here."""
 
 import hashlib
-import itertools
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
 
 from unibiomed_jax.data.records import DatasetConfig, Kind, Record
 from unibiomed_jax.errors import InputError
@@ -192,122 +189,6 @@ def read_dataset(config: DatasetConfig, problems: list[str] | None = None) -> li
     return records
 
 
-@dataclass(frozen=True)
-class FileSize:
-    """(width, height) of an image file, from its header."""
-
-    # As a viewer shows the image, which is how images are read.
-    upright: tuple[int, int]
-    # As its pixels lie, which is how masks are read.
-    stored: tuple[int, int]
-
-
-def check_files(records: Sequence[Record]) -> None:
-    """Look at every file's name and header, and at no pixel.
-
-    A header that cannot be read is left to the reading of the sample.
-
-    Raises:
-        InputError: the first record whose image or mask file is missing, whose image has another size than
-            its table or its first slice, or whose mask another one than its image.
-    """
-    _check_names(records)
-    files = list(dict.fromkeys(path for record in records for path in _files(record)))
-    chunks = [files[start : start + 256] for start in range(0, len(files), 256)]
-    with ThreadPoolExecutor(8) as pool:  # waits for the disk most of the time
-        sizes = dict(itertools.chain.from_iterable(pool.map(_file_sizes, chunks)))
-    for record in records:
-        for frame, path in enumerate(record.images):
-            if (size := sizes[path]) is None:
-                continue
-            require_table_size(record, path, size.upright)
-            if (first := sizes[record.images[0]]) is not None:
-                require_slice_size(record, path, size.upright, first.upright)
-            for mask in (frames[frame] for frames in record.masks):
-                if mask and sizes[mask] is not None:
-                    require_mask_size(record.name, mask, sizes[mask].stored, size.upright)
-
-
-def require_table_size(record: Record, path: str, size: tuple[int, int]) -> None:
-    """Raise InputError if the record's table gives another size than the upright image has."""
-    if min(record.size) > 0 and size != record.size:
-        raise InputError(
-            f"{path} of {record.name} is {size[0]}x{size[1]} pixels (upright) but its table says "
-            f"{record.size[0]}x{record.size[1]}; correct width and height in the table."
-        )
-
-
-def require_slice_size(record: Record, path: str, size: tuple[int, int], first: tuple[int, int]) -> None:
-    """Raise InputError if a slice of a volume has another upright size than its first one."""
-    if size != first:
-        raise InputError(
-            f"{path} of {record.name} is {size[0]}x{size[1]} pixels (upright) but {record.images[0]} "
-            f"{first[0]}x{first[1]}; resample all slices to one size."
-        )
-
-
-def require_mask_size(name: str, path: str, size: tuple[int, int], image: tuple[int, int]) -> None:
-    """Raise InputError if a mask of the record `name` has another size than its upright image."""
-    if size != image:
-        raise InputError(
-            f"The mask {path} of {name} is {size[0]}x{size[1]} pixels but its image "
-            f"{image[0]}x{image[1]}; resize the mask to the image."
-        )
-
-
-def _files(record: Record) -> Iterator[str]:
-    yield from record.images
-    yield from (file for frames in record.masks for file in frames if file)
-
-
-def _check_names(records: Iterable[Record]) -> None:
-    listings: dict[str, set[str]] = {}
-    for record in records:
-        for path in _files(record):
-            folder, name = os.path.split(path)
-            if folder not in listings:
-                listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-            if name not in listings[folder]:
-                raise InputError(
-                    f"{record.name} needs the file {path}, which does not exist; add it or remove the "
-                    "annotation."
-                )
-
-
-def _file_sizes(paths: Sequence[str]) -> list[tuple[str, FileSize | None]]:
-    return [(path, _file_size(path)) for path in paths]
-
-
-def _file_size(path: str) -> FileSize | None:
-    try:
-        with Image.open(path) as image:
-            return FileSize(upright_size(image), image.size)
-    except Exception:  # Pillow's plugins raise whatever their parser met
-        return None
-
-
-def image_size(record: Record) -> tuple[int, int]:
-    """(width, height) of the record's images, upright: from the table, else from the first file's header."""
-    if min(record.size) > 0:
-        return record.size
-    try:
-        with Image.open(record.images[0]) as image:
-            return upright_size(image)
-    except Exception as error:  # Pillow's plugins raise whatever their parser met
-        raise InputError(
-            f"{record.images[0]} of {record.name} cannot be read ({error}); replace the file or remove the "
-            "annotation."
-        ) from error
-
-
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) of an opened file after the EXIF rotation, without decoding its pixels."""
-    # The base class's method: that of PNG decodes them. TIFF's size is the upright one already.
-    orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-    turned = image.format != "TIFF" and orientation in (5, 6, 7, 8)
-    return image.size[::-1] if turned else image.size
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The four table formats. A reader yields a function for every record, so that an entry that is wrong does not
 # hide those after it. The names of these records need not be unique yet.
@@ -398,9 +279,7 @@ def _read_volumes(config: DatasetConfig, path: Path, table) -> Iterator[Callable
         text = _text(expression, "exp", path, where)
         masks: dict[str, str] = {}
         for file in _strings(expression, "mask_file", path, where):
-            parts = Path(file).name.split("_")
-            stems = ("_".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
-            stem = next((stem for stem in stems if stem in slices), None)
+            stem = owner(Path(file).name, slices)
             if stem is None:
                 raise InputError(
                     f"{path}: {where} has the mask {file}, which is not named after one of the slices "
@@ -436,6 +315,13 @@ def _read_volumes(config: DatasetConfig, path: Path, table) -> Iterator[Callable
         expressions = _get(entry, "expressions", dict, path, where)
         for key in sorted(expressions):
             yield partial(read, volume, entry, slices, key, expressions[key])
+
+
+def owner(mask: str, stems: Container[str]) -> str | None:
+    """Which of the images' stems a mask's file name begins with, up to an underscore; the longest one."""
+    parts = mask.split("_")
+    starts = ("_".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
+    return next((start for start in starts if start in stems), None)
 
 
 def _read_captions(config: DatasetConfig, path: Path, table) -> Iterator[Callable[[], Record]]:

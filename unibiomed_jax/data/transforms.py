@@ -10,8 +10,8 @@ from scipy import ndimage
 
 from unibiomed_jax.config import ModelConfig
 from unibiomed_jax.data.augment import AugmentConfig, augment
+from unibiomed_jax.data.headers import image_size, require_mask_size, require_table_size
 from unibiomed_jax.data.prompts import Conversation, PromptConfig, draw, variants
-from unibiomed_jax.data.readers import image_size, require_mask_size, require_table_size
 from unibiomed_jax.data.records import TEXT_ONLY, Kind, Record
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inference.preprocess import frame_bytes, open_frames, sam_bytes, tile_bytes, tile_grid
