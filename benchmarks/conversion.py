@@ -27,10 +27,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from convert.reading import DTYPES, read_folder
-from convert.writing import write_safetensors
-from unibiomed_jax.hf_config import release_config
-from unibiomed_jax.presets import MODELS
+from unibiomed_jax.config.presets import MODELS
+from unibiomed_jax.conversion.reading import DTYPES, read_folder
+from unibiomed_jax.conversion.released_config import release_config
+from unibiomed_jax.conversion.writing import write_safetensors
 
 ROOT = Path(__file__).parents[1]
 # Any tokenizer serves: the numbers are random.

@@ -6,13 +6,14 @@ half that is needed. Norms, activations and the softmax are left out: a share of
 
 from __future__ import annotations
 
-from unibiomed_jax.config import ModelConfig
+from unibiomed_jax.config.model import ModelConfig
+from unibiomed_jax.config.precision import Precision
 
 # FLOPs by the format the products are computed in: "float32" or "bfloat16".
 Work = dict[str, float]
 
 
-def encode_tile(config: ModelConfig) -> Work:
+def encode_tile(config: ModelConfig, precision: Precision) -> Work:
     """InternViT and the projector for one tile."""
     vision, width, language = config.vision, config.vision.hidden_size, config.language.hidden_size
     tokens = vision.grid**2 + 1
@@ -20,10 +21,10 @@ def encode_tile(config: ModelConfig) -> Work:
     block = 2 * tokens * width * (4 * width + 2 * vision.mlp_dim) + 4 * tokens**2 * width
     folded = width * round(1 / config.downsample_ratio) ** 2
     projector = 2 * config.tokens_per_tile * (folded * language + language**2)
-    return {config.precision.vision: patches + vision.num_layers * block + projector}
+    return {precision.vision: patches + vision.num_layers * block + projector}
 
 
-def prefill(config: ModelConfig, tokens: int, parts: int = 0) -> Work:
+def prefill(config: ModelConfig, precision: Precision, tokens: int, parts: int = 0) -> Work:
     """The language model over a prompt, with scores of the vocabulary after its last token only.
 
     With `parts`, its layers multiply float32 inputs as a sum of so many bfloat16 numbers (inference/cpu.py).
@@ -36,12 +37,12 @@ def prefill(config: ModelConfig, tokens: int, parts: int = 0) -> Work:
     linear, attention = language.num_layers * linear + head, language.num_layers * attention
     if parts:
         return {"bfloat16": parts * linear, "float32": attention}
-    return {config.precision.language: linear + attention}
+    return {precision.language: linear + attention}
 
 
-def encode_image(config: ModelConfig) -> Work:
+def encode_image(config: ModelConfig, precision: Precision) -> Work:
     """SAM2's image encoder for one image: Hiera, the pyramid, and the decoder's two convolutions of it."""
-    sam2, hiera, mixed = config.sam2, config.sam2.hiera, config.precision.sam2_encoder == "mixed"
+    sam2, hiera, mixed = config.sam2, config.sam2.hiera, precision.sam2_encoder == "mixed"
     grids = [4 * sam2.grid // 2**stage for stage in range(4)]
     fine = 2 * grids[0] ** 2 * 3 * 7 * 7 * hiera.embed_dim
     coarse = 0.0
@@ -61,10 +62,10 @@ def encode_image(config: ModelConfig) -> Work:
     fine += 2 * sam2.d_model**2 * (grids[0] ** 2 / 8 + grids[1] ** 2 / 4)
     if mixed:
         return {"float32": fine, "bfloat16": coarse}
-    return {config.precision.sam2_encoder: fine}
+    return {precision.sam2_encoder: fine}
 
 
-def decode_masks(config: ModelConfig, objects: int) -> Work:
+def decode_masks(config: ModelConfig, precision: Precision, objects: int) -> Work:
     """SAM2's mask decoder for the `[SEG]` of one image: two two-way blocks, a last look, the upscaling."""
     sam2, dim, tokens = config.sam2, config.sam2.d_model, 9
     cells, inner = sam2.grid**2, sam2.d_model // 2
@@ -74,15 +75,11 @@ def decode_masks(config: ModelConfig, objects: int) -> Work:
     last = 2 * 2 * cells * dim * inner + look + 4 * tokens * dim * inner
     upscale = 2 * cells * dim * dim + 2 * 4 * cells * (dim // 4) * (dim // 2)
     masks = 2 * 4 * 16 * cells * (dim // 8)
-    return {config.precision.sam2_decoder: objects * (2 * block + last + upscale + masks)}
+    return {precision.sam2_decoder: objects * (2 * block + last + upscale + masks)}
 
 
-def cache_bytes(config: ModelConfig, tokens: int) -> int:
+def cache_bytes(config: ModelConfig, precision: Precision, tokens: int) -> int:
     """Size of the keys and values of so many tokens."""
     language = config.language
-    size = 2 if language_is_bfloat16(config) else 4
+    size = 2 if precision.language == "bfloat16" else 4
     return 2 * language.num_layers * language.num_kv_heads * language.head_dim * tokens * size
-
-
-def language_is_bfloat16(config: ModelConfig) -> bool:
-    return config.precision.language == "bfloat16"

@@ -17,15 +17,12 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from unibiomed_jax.data import (  # noqa: E402
-    BucketConfig,
-    DatasetConfig,
-    Kind,
-    Pipeline,
-    PipelineConfig,
-    SampleConfig,
-)
-from unibiomed_jax.inference.tokenizer import Tokenizer  # noqa: E402
+from unibiomed_jax.config.model import ModelConfig  # noqa: E402
+from unibiomed_jax.data.pipeline import Pipeline, PipelineConfig  # noqa: E402
+from unibiomed_jax.data.plan import BucketConfig  # noqa: E402
+from unibiomed_jax.data.records import DatasetConfig, Kind  # noqa: E402
+from unibiomed_jax.data.transforms import SampleConfig, SampleSizes  # noqa: E402
+from unibiomed_jax.inputs.tokenizer import Tokenizer  # noqa: E402
 
 # Width and height that are cut into so many tiles, thumbnail included.
 IMAGES = {1: (512, 512), 10: (1024, 1024), 13: (600, 800)}
@@ -57,7 +54,7 @@ def write_dataset(folder: Path, size: tuple[int, int], count: int = 8) -> Datase
 
 def measure(config: PipelineConfig, tokenizer: Tokenizer, seconds: float) -> float:
     """Samples a second after the first batches, over at least `seconds`."""
-    batches = iter(Pipeline(config, tokenizer))
+    batches = iter(Pipeline(config, SampleSizes.of(ModelConfig()), tokenizer))
     for _ in range(2 * max(1, config.workers)):
         next(batches)
     start, count = time.perf_counter(), 0

@@ -31,8 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from unibiomed_jax import UniBiomed
+from unibiomed_jax.config.precision import FLOAT32
 from unibiomed_jax.inference.cpu import EXACT_PARTS, FAST_PARTS
-from unibiomed_jax.inference.precision import FLOAT32
 
 NEW_TOKENS = 24
 # (title, images, [SEG] per image, (width, height)); 1344x896 pixels make 3x2 tiles and a thumbnail.
@@ -103,7 +103,7 @@ def measure_ceilings() -> Ceilings:
 
 def stage_work(model: UniBiomed, images: int, segments: int, tiles: int, tokens: int) -> dict:
     """Of every stage: its unit of work, how many of them, FLOPs, and bytes that must be read."""
-    config, params = model.config, model.params
+    config, precision, params = model.config, model.precision, model.params
 
     def stored(*parts) -> int:
         return sum(leaf.nbytes for part in parts for leaf in jax.tree.leaves(part))
@@ -117,21 +117,19 @@ def stage_work(model: UniBiomed, images: int, segments: int, tiles: int, tokens:
     if not config.language.tie_word_embeddings:
         weights -= stored(language["embed_tokens"])
     steps = NEW_TOKENS - 1
-    cache = images * cost.cache_bytes(config, tokens + NEW_TOKENS // 2)
+    cache = images * cost.cache_bytes(config, precision, tokens + NEW_TOKENS // 2)
     vision, encoder = stored(params["vision_model"], params["mlp1"]), stored(sam2["image_encoder"])
     decoder = stored(sam2["sam_mask_decoder"])
     parts = 0
-    if config.precision.language == "float32" and any(
-        x.dtype == "bfloat16" for x in jax.tree.leaves(language)
-    ):
-        parts = EXACT_PARTS if config.precision == FLOAT32 else FAST_PARTS
+    if precision.language == "float32" and any(x.dtype == "bfloat16" for x in jax.tree.leaves(language)):
+        parts = EXACT_PARTS if precision == FLOAT32 else FAST_PARTS
     return {
-        "encode tiles": ("tile", images * tiles, times(cost.encode_tile(config), images * tiles), vision),
-        "prefill": ("token", images * tokens, times(cost.prefill(config, tokens, parts), images), weights),
+        "encode tiles": ("tile", images * tiles, times(cost.encode_tile(config, precision), images * tiles), vision),
+        "prefill": ("token", images * tokens, times(cost.prefill(config, precision, tokens, parts), images), weights),
         "decode": ("token", images * steps, {}, steps * (weights + cache)),
-        "encode image": ("image", images, times(cost.encode_image(config), images), images * encoder),
+        "encode image": ("image", images, times(cost.encode_image(config, precision), images), images * encoder),
         "decode masks": (
-            "[SEG]", images * segments, times(cost.decode_masks(config, segments), images), images * decoder,
+            "[SEG]", images * segments, times(cost.decode_masks(config, precision, segments), images), images * decoder,
         ),
     }  # fmt: skip
 
@@ -150,7 +148,7 @@ def measure(model: UniBiomed, ceilings: Ceilings, case: tuple, repeats: int) -> 
     title, images, segments, size = case
     asked = question(model, segments, NEW_TOKENS, size)
     opened = model.open(asked.image)
-    tokens, tiles = len(model.prompt_of(type(asked)(asked.prompt, opened)).ids), opened.num_tiles
+    tokens, tiles = len(model.prompt_of(type(asked)(asked.prompt, opened)).ids), len(opened.tiles)
     works = stage_work(model, images, segments, tiles, tokens)
     first = run(model, images, segments, size)
     warm = [run(model, images, segments, size) for _ in range(repeats)]
@@ -206,7 +204,7 @@ def main() -> None:
     ceilings = measure_ceilings()
     machine = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}"
     console.print(
-        f"{machine}, Python {platform.python_version()}; {describe(model.config.precision)}", highlight=False
+        f"{machine}, Python {platform.python_version()}; {describe(model.precision)}", highlight=False
     )
     console.print(
         f"parameters {stored / 1e9:.2f} GB, ready after {time.perf_counter() - begin:.0f} s; ceilings: "
@@ -215,7 +213,7 @@ def main() -> None:
         highlight=False,
     )
     report = dict(
-        machine=machine, precision=describe(model.config.precision), parameters=stored, new_tokens=NEW_TOKENS
+        machine=machine, precision=describe(model.precision), parameters=stored, new_tokens=NEW_TOKENS
     )
     report |= dict(ceilings={**ceilings.flops, "memory": ceilings.bytes}, cases=[])
     for number in args.cases:

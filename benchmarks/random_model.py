@@ -17,13 +17,13 @@ from numpy.typing import DTypeLike
 from PIL import Image
 
 from unibiomed_jax import Request, UniBiomed
-from unibiomed_jax.config import LanguageConfig, ModelConfig, Precision, VisionConfig
-from unibiomed_jax.inference.precision import BFLOAT16, FLOAT32, default_precision
-from unibiomed_jax.inference.tokenizer import Tokenizer
+from unibiomed_jax.config.model import LanguageConfig, ModelConfig, VisionConfig
+from unibiomed_jax.config.precision import BFLOAT16, FLOAT32, Precision, default_precision
+from unibiomed_jax.config.presets import SAM2_VARIANTS
+from unibiomed_jax.inputs.tokenizer import Tokenizer
 from unibiomed_jax.models.unibiomed import UniBiomedModel
-from unibiomed_jax.presets import SAM2_VARIANTS
 
-TOKENIZER = Path(__file__).parents[1] / "tests" / "data" / "qwen2_tokenizer"
+TOKENIZER = Path(__file__).parents[1] / "tests" / "files" / "qwen2_tokenizer"
 # "full" is UniBiomed-1B; "micro" only shows that a benchmark works.
 SIZES = {
     "full": ModelConfig(),
@@ -57,7 +57,7 @@ def random_array(name: str, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndar
 
 def random_parameters(config: ModelConfig) -> dict:
     """The whole parameter tree."""
-    model = nnx.eval_shape(lambda: UniBiomedModel(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: UniBiomedModel(config, FLOAT32, rngs=nnx.Rngs(0)))
 
     def fill(path, leaf):
         part, name = path[0].key, path[-1].key

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import resource
+import sys
 import time
 from pathlib import Path
 
@@ -15,19 +16,23 @@ from predict import measure_ceilings
 from random_model import SIZES, describe, random_array
 from worker import serve
 
-from unibiomed_jax import runtime, sharding
-from unibiomed_jax.config import ModelConfig, to_dict
-from unibiomed_jax.inference.precision import BFLOAT16, CPU, FLOAT32
+from unibiomed_jax import runtime
+from unibiomed_jax.config.fields import to_dict
+from unibiomed_jax.config.model import ModelConfig
+from unibiomed_jax.config.precision import BFLOAT16, CPU, FLOAT32
+from unibiomed_jax.parameters import Parameters, count, matches, partition
+from unibiomed_jax.sharding.layout import Layout
 from unibiomed_jax.training import flops
 from unibiomed_jax.training.config import LoraConfig, LossConfig, OptimConfig, TrainConfig
 from unibiomed_jax.training.experiment import load_experiment
 from unibiomed_jax.training.forward import TokenIds
 from unibiomed_jax.training.initialise import structure
 from unibiomed_jax.training.losses import IGNORE
-from unibiomed_jax.training.parameters import Parameters, count, matches, partition
-from unibiomed_jax.training.step import TrainStep, init_state, place, place_batch
+from unibiomed_jax.training.step import TrainStep, init_state
 
-TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # the experiments import from one another
+TINY = ROOT / "configs" / "unibiomed_tiny" / "1_base.py"
 # Samples of a batch, and tokens of text beside those of the tile.
 SAMPLES = {"full": 1, "tiny": 8, "micro": 2}
 TEXT_TOKENS = {"full": 44, "tiny": 64, "micro": 24}
@@ -57,8 +62,7 @@ def training_config(size: str, precision: str) -> TrainConfig:
     if precision == "auto":
         precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     policy = {"float32": FLOAT32, "bfloat16": BFLOAT16, "mixed": CPU}[precision]
-    model = dataclasses.replace(config.model, precision=policy)
-    return dataclasses.replace(config, model=model, precision=policy)
+    return dataclasses.replace(config, precision=policy)
 
 
 def random_batch(config: ModelConfig, samples: int, text: int) -> tuple[dict[str, np.ndarray], TokenIds]:
@@ -103,7 +107,7 @@ def prepare(setup: dict):
     batch, ids = random_batch(config.model, samples, TEXT_TOKENS[setup["size"]])
     np.savez(setup["batch"], **batch, image_id=ids.image, seg_id=ids.seg)
 
-    mesh, strategy = sharding.make_mesh(jax.devices()[:1]), sharding.DATA_PARALLEL
+    layout = Layout.over(jax.devices()[:1])
     graphdef, shapes = structure(config)
     trainable, frozen = partition(shapes, config.freeze.trainable, config.freeze.frozen)
     language = config.model.language
@@ -137,17 +141,17 @@ def prepare(setup: dict):
     def start(trainable: Parameters):
         return init_state(trainable, config)
 
-    layout = sharding.tree_shardings(jax.eval_shape(start, trainable), strategy, mesh)
-    state = jax.jit(start, out_shardings=layout, donate_argnums=0)(fill(trainable, "float32"))
-    frozen = place(fill(frozen, config.freeze.frozen_dtype), strategy, mesh)
-    step = TrainStep(graphdef, config, ids, mesh, strategy)
+    places = layout.tree(jax.eval_shape(start, trainable))
+    state = jax.jit(start, out_shardings=places, donate_argnums=0)(fill(trainable, "float32"))
+    frozen = layout.place(fill(frozen, config.freeze.frozen_dtype))
+    step = TrainStep(graphdef, config, ids, layout)
 
     def answer(message: dict) -> dict:
         nonlocal state
         if message.get("measure") == "matmul":
             return measure_ceilings().flops
         begin = time.perf_counter()
-        state, metrics = jax.block_until_ready(step(state, frozen, [place_batch(batch, strategy, mesh)]))
+        state, metrics = jax.block_until_ready(step(state, frozen, [layout.place_batch(batch)]))
         seconds = time.perf_counter() - begin
         return {"seconds": seconds, "loss": float(metrics["loss"]), "peak_bytes": peak_bytes()}
 

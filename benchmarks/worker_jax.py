@@ -9,7 +9,8 @@ import jax
 from random_model import describe, question, random_model, seg_steps
 from worker import serve
 
-from unibiomed_jax import Request, config
+from unibiomed_jax import Request
+from unibiomed_jax.config.fields import to_dict
 
 
 def prepare(setup: dict):
@@ -30,15 +31,15 @@ def prepare(setup: dict):
 
     facts = {
         "name": f"jax {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].device_kind}",
-        "precision": describe(model.config.precision),
-        "config": config.to_dict(model.config),
+        "precision": describe(model.precision),
+        "config": to_dict(model.config),
         "derived": {
             "tokens_per_tile": model.config.tokens_per_tile,
             "grid": model.config.sam2.grid,
             "stage_dims": model.config.sam2.hiera.stage_dims,
         },
         "image": asked.image.size,
-        "tiles": opened.num_tiles,
+        "tiles": len(opened.tiles),
         "prompt_tokens": len(prompt.ids),
         "seg_steps": {n: seg_steps(n, new_tokens) for n in setup["segments"]},
     }

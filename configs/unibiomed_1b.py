@@ -1,11 +1,11 @@
 """UniBiomed as published: InternVL2.5-1B and SAM2 Hiera-L, adapters of rank 128, on the paper's 93 datasets.
 
-`initial` is made by: python -m convert.from_torch InternVL2_5-1B runs/start --sam2 sam2_hiera_large.pt
+`initial` is made by: unibiomed convert from-torch InternVL2_5-1B runs/start --sam2 sam2_hiera_large.pt
 """
 
+from unibiomed_jax.config.precision import BFLOAT16
 from unibiomed_jax.data.pipeline import PipelineConfig
 from unibiomed_jax.data.records import DatasetConfig, Kind
-from unibiomed_jax.inference.precision import BFLOAT16
 from unibiomed_jax.training.config import CheckpointConfig, OptimConfig, TrainConfig
 
 # Where the reference looks for its data, in the layout that DatasetConfig takes by default.

@@ -1,1 +1,1 @@
-"""Checkpoints from PyTorch and back, driven by one set of tables."""
+"""The conversion tool as it is called in a checkout; `unibiomed convert` is the same."""

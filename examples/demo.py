@@ -8,21 +8,19 @@ mask with the dataset's own.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tyro
 from PIL import Image
 from rich.console import Console
 
 from unibiomed_jax import Answer, Request, UniBiomed
-from unibiomed_jax.errors import exit_code
-from unibiomed_jax.inference import report
-from unibiomed_jax.inference.prompt import clean_answer
-from unibiomed_jax.training.metrics import dice_score
+from unibiomed_jax.commands.run import main as run
+from unibiomed_jax.inference.phrases import clean_answer
+from unibiomed_jax.masks.measures import dice_score
+from unibiomed_jax.outputs import answer_folder
 
 REPOSITORY = Path(__file__).parent.parent
 CHECKPOINT = REPOSITORY / "checkpoints" / "unibiomed-tiny"
@@ -89,7 +87,7 @@ VOLUME = Example(
 
 @dataclass(frozen=True)
 class Args:
-    """Run the demo."""
+    """Ask unibiomed-tiny about real images it was not trained on: seven images and one CT volume."""
 
     # Folder for the answers, the masks and the overlays.
     out: Path = Path("demo_output")
@@ -110,8 +108,7 @@ def dice(answer: Answer, example: Example) -> str:
     return f"Dice {dice_score(found, expected):.2f}"
 
 
-def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+def main(args: Args) -> None:
     console = Console(highlight=False)
 
     with console.status("Loading the model; the first run compiles it, which takes half a minute"):
@@ -129,10 +126,10 @@ def main() -> None:
         answers += model.predict_batch(requests[-1:], max_new_tokens=64)
 
     for example, request, answer in zip((*IMAGES, VOLUME), requests, answers, strict=True):
-        description = report.describe(
-            answer, checkpoint_hash=model.checkpoint_hash, precision=model.config.precision
+        record = answer_folder.record(
+            answer, checkpoint_hash=model.checkpoint_hash, precision=model.precision
         )
-        report.write(args.out / example.name, request.image, answer, description)
+        answer_folder.write(args.out / example.name, request.image, answer, record)
         console.print(f"[bold]{example.name}[/bold]  {example.question}")
         console.print(f"    {clean_answer(answer.text)}  ({dice(answer, example)})", markup=False)
     console.print(f"Written to {args.out}: for each of them answer.json, a PNG a mask, overlay.png")
@@ -144,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    run(Args, main)

@@ -24,20 +24,20 @@ from sample_attribution import LICENCES, README, write_attribution, write_readme
 from sample_sources import MICROSCOPY, SOURCES, Source, patient_of  # noqa: E402
 from sample_volumes import Volume, read_volumes  # noqa: E402
 
-from unibiomed_jax.data.volumes import write_volume  # noqa: E402
-from unibiomed_jax.data.writer import (  # noqa: E402
+from unibiomed_jax.datasets.volumes import write_volume  # noqa: E402
+from unibiomed_jax.datasets.write import (  # noqa: E402
     SPLITS,
     CocoTable,
     assign_splits,
     fit_size,
     mask_name,
-    resize_mask,
     save_image,
     save_json,
     save_mask,
 )
 from unibiomed_jax.errors import InputError  # noqa: E402
 from unibiomed_jax.files import new_folder  # noqa: E402
+from unibiomed_jax.masks.resize import resize_mask  # noqa: E402
 
 LONG_SIDE = 256
 QUALITY = 88

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from unibiomed_jax.data.volumes import VolumeTarget, apply_window, load_labelled, percentile_window
+from unibiomed_jax.datasets.volumes import VolumeTarget
+from unibiomed_jax.inputs.volumes import apply_window, load_labelled, percentile_window
 
 SOFT_TISSUE = (-160.0, 240.0)  # HU
 SARCOMA = "soft tissue sarcoma"

@@ -12,10 +12,10 @@ from typing import Annotated
 import tyro
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from unibiomed_jax.data.mixture import find_datasets, read_mixture
 from unibiomed_jax.data.prompts import PromptConfig, variants
-from unibiomed_jax.data.readers import find_datasets, read_mixture
-from unibiomed_jax.inference import tokenizer as release
-from unibiomed_jax.inference.prompt import IMAGE, INFERENCE_TURN, STOP_TEXT
+from unibiomed_jax.inputs import tokenizer as release
+from unibiomed_jax.inputs.prompt import IMAGE, INFERENCE_TURN, STOP_TEXT
 
 SPECIALS = (
     "<|endoftext|>",
@@ -29,7 +29,7 @@ SPECIALS = (
 
 def texts(root: Path, split: str) -> list[str]:
     """Every wording of every question and answer, without image marks and special tokens."""
-    mixture = read_mixture(find_datasets(root, split, minimum=0, repeats=1))
+    mixture = read_mixture(find_datasets(root, split, balance_to=0, repeats=1))
     found = []
     for record in mixture.records:
         asked, answered = variants(record, PromptConfig())

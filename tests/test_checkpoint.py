@@ -12,9 +12,10 @@ from flax import nnx
 from micro_checkpoint import BFLOAT16, MICRO, SMALL, tied
 
 from unibiomed_jax import checkpoint
-from unibiomed_jax.checkpoint import LoraInfo, flatten, unflatten
+from unibiomed_jax.config.precision import FLOAT32
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.models.unibiomed import UniBiomedModel
+from unibiomed_jax.parameters import LoraInfo, abstract_params, flatten, unflatten
 from unibiomed_jax.training import lora
 
 
@@ -25,7 +26,7 @@ def params():
     return unflatten(
         {
             path: rng.standard_normal(leaf.shape).astype(BFLOAT16 if ".mlp." in path else np.float32)
-            for path, leaf in checkpoint.abstract_params(SMALL).items()
+            for path, leaf in abstract_params(SMALL).items()
         }
     )
 
@@ -101,7 +102,7 @@ def test_parameters_go_where_they_are_sent(saved, params):
 
 
 def test_the_tree_is_that_of_the_model_and_its_state_can_be_saved(params, tokenizer, tmp_path):
-    state = nnx.state(nnx.eval_shape(lambda: UniBiomedModel(SMALL, rngs=nnx.Rngs(0))), nnx.Param)
+    state = nnx.state(nnx.eval_shape(lambda: UniBiomedModel(SMALL, FLOAT32, rngs=nnx.Rngs(0))), nnx.Param)
     nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, params))
     digest = checkpoint.save(tmp_path / "model", SMALL, state, tokenizer)
     assert digest == checkpoint.hash_of(params) == checkpoint.hash_of(state)
@@ -109,8 +110,8 @@ def test_the_tree_is_that_of_the_model_and_its_state_can_be_saved(params, tokeni
 
 def test_the_folder_may_be_named_from_where_one_is(saved, params, monkeypatch):
     monkeypatch.chdir(saved.parent)
-    loaded = checkpoint.flatten(checkpoint.load("model").params)
-    assert all((value == loaded[path]).all() for path, value in checkpoint.flatten(params).items())
+    loaded = flatten(checkpoint.load("model").params)
+    assert all((value == loaded[path]).all() for path, value in flatten(params).items())
     manifest = checkpoint.read_manifest("model")
     assert checkpoint.read_part("model", "mlp1", manifest)
 

@@ -7,12 +7,10 @@
     release/         what only the way back to the released layout needs (optional)
 
 The parts are separate Orbax checkpoints so that saving and loading need little memory besides the result.
-This is the only module that knows Orbax.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -24,33 +22,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
 from orbax.checkpoint.experimental import v1 as ocp
 
-from unibiomed_jax.config import ModelConfig, from_dict, to_dict
+from unibiomed_jax.config.fields import from_dict, to_dict
+from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.files import new_folder, require_space
-from unibiomed_jax.inference.tokenizer import copy_tokenizer
+from unibiomed_jax.inputs.tokenizer import copy_tokenizer
+from unibiomed_jax.parameters import LoraInfo, abstract_params, flatten, merge_adapters, unflatten
 
 FORMAT = 1
-REMEDY = "convert the release again with: python -m convert.from_torch SRC DST"
+
+REMEDY = "convert the release again with: unibiomed convert from-torch SRC DST"
+
 # Threads that hash what was read; hashlib lets go of the interpreter meanwhile.
 HASHERS = 4
-
-
-@dataclass(frozen=True)
-class LoraInfo:
-    """Adapters that lie beside the kernels they update: W + (alpha / rank) A B."""
-
-    rank: int
-    alpha: float
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
 
 
 @dataclass(frozen=True)
@@ -84,48 +73,6 @@ class Checkpoint:
     lora: LoraInfo | None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Trees
-
-
-def flatten(params: Mapping | nnx.State) -> dict[str, Any]:
-    """Nested parameters as {dotted path: array}, in the order of the tree."""
-    if isinstance(params, nnx.State):
-        params = nnx.to_pure_dict(params)
-    flat = {}
-    for key, value in params.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{key}.{path}": leaf for path, leaf in flatten(value).items()}
-        else:
-            flat[str(key)] = value
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict:
-    """{dotted path: array} as nested dicts; numbers in a path become int keys, as in nnx.to_pure_dict."""
-    tree: dict = {}
-    for path, leaf in flat.items():
-        *parents, last = [int(key) if key.isdecimal() else key for key in path.split(".")]
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    return tree
-
-
-@functools.lru_cache(maxsize=4)
-def abstract_params(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Path and shape of every parameter of the model that `config` describes, without allocating any."""
-    from unibiomed_jax.models.unibiomed import UniBiomedModel
-
-    model = nnx.eval_shape(lambda: UniBiomedModel(config, rngs=nnx.Rngs(0)))
-    return flatten(nnx.state(model, nnx.Param))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Writing
-
-
 def write(
     folder: Path,
     config: ModelConfig,
@@ -152,10 +99,10 @@ def write(
                     saving.result()
                 host = {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
                 for path, leaf in host.items():
-                    leaves[f"{name}.{path}"] = hasher.submit(describe, leaf)
+                    leaves[f"{name}.{path}"] = hasher.submit(record, leaf)
                 saving = ocp.save_async(folder / "params" / name, _string_keys(unflatten(host)))
                 del tree, host, leaf
-            records = {path: record.result() for path, record in leaves.items()}
+            records = {path: future.result() for path, future in leaves.items()}
         finally:
             if saving:
                 saving.result()
@@ -180,7 +127,7 @@ def save(
     release: str | os.PathLike | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Save a model as a checkpoint folder that `load` and `convert.to_torch` read, from a single process.
+    """Save a model as a checkpoint folder that `load` and `conversion.to_torch` read, from a single process.
 
     Args:
         path: the folder to create; it appears complete or not at all.
@@ -218,14 +165,14 @@ def _string_keys(tree: Mapping) -> dict:
     return {str(k): _string_keys(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
 
 
-def describe(leaf: np.ndarray) -> dict:
+def record(leaf: np.ndarray) -> dict:
     """Shape, dtype and sha256 of a parameter, as the manifest records them."""
     digest = hashlib.sha256(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sha256": digest.hexdigest()}
 
 
 def identity(leaves: Mapping[str, dict]) -> str:
-    """One sha256 for all parameters, from what `describe` says of each."""
+    """One sha256 for all parameters, from the `record` of each."""
     lines = [
         f"{path} {leaf['dtype']} {leaf['shape']} {leaf['sha256']}" for path, leaf in sorted(leaves.items())
     ]
@@ -234,11 +181,7 @@ def identity(leaves: Mapping[str, dict]) -> str:
 
 def hash_of(params: Mapping | nnx.State) -> str:
     """The identity of weights in memory: what a checkpoint of them would have as its hash."""
-    return identity({path: describe(np.asarray(leaf)) for path, leaf in flatten(params).items()})
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Reading
+    return identity({path: record(np.asarray(leaf)) for path, leaf in flatten(params).items()})
 
 
 def is_checkpoint(path: str | os.PathLike) -> bool:
@@ -252,7 +195,10 @@ def read_config(path: str | os.PathLike) -> ModelConfig:
     Raises:
         InputError: the file is missing or damaged, or holds an unknown or ill-typed field.
     """
-    return from_dict(ModelConfig, _read_json(Path(path), "config.json"), str(Path(path) / "config.json"))
+    values = _read_json(Path(path), "config.json")
+    if isinstance(values, dict):
+        values.pop("precision", None)  # version 0.1 wrote one, which no reader obeyed
+    return from_dict(ModelConfig, values, str(Path(path) / "config.json"))
 
 
 def read_manifest(path: str | os.PathLike) -> Manifest:
@@ -297,8 +243,8 @@ def read_part(path: str | os.PathLike, name: str, manifest: Manifest) -> dict[st
     }
     found = _restore(Path(path), name, abstract)
     with ThreadPoolExecutor(HASHERS) as hashers:
-        for p, record in zip(found, hashers.map(describe, found.values()), strict=True):
-            if record != leaves[p]:
+        for p, measured in zip(found, hashers.map(record, found.values()), strict=True):
+            if measured != leaves[p]:
                 raise InputError(
                     f"{path}: {name}.{p} is damaged or was changed after it was written; {REMEDY}."
                 )
@@ -364,33 +310,6 @@ def check_shapes(
                 f"{where}: config.json describes another model than the parameters: {path} should be "
                 f"{should} but is {has}; restore the config.json that was written with them."
             )
-
-
-def merge_adapters(flat: Mapping[str, Any], scale: float) -> dict[str, Any]:
-    """Fold every <linear>.lora.{a, b} into <linear>.kernel: W + scale * A B, in float32, then W's dtype.
-
-    Args:
-        flat: {dotted path: array}; those of a stack of layers have a leading layer axis.
-        scale: alpha / rank.
-    """
-    merged = {path: leaf for path, leaf in flat.items() if ".lora." not in path}
-    for path in [path for path in flat if path.endswith(".lora.a")]:
-        linear = path.removesuffix(".lora.a")
-        kernel, a, b = merged[f"{linear}.kernel"], flat[path], flat[f"{linear}.lora.b"]
-        if a.ndim == 2:
-            merged[f"{linear}.kernel"] = _merge(kernel, a, b, scale)
-            continue
-        # Layer by layer: float32 copies of a whole stack could be as large as the rest of the model.
-        stack = np.stack if isinstance(a, np.ndarray) else jnp.stack
-        layers = zip(kernel, a, b, strict=True)
-        merged[f"{linear}.kernel"] = stack([_merge(*layer, scale) for layer in layers])
-    return merged
-
-
-def _merge(kernel, a, b, scale: float):
-    with jax.default_matmul_precision("highest"):
-        update = a.astype(np.float32) @ b.astype(np.float32)
-    return (kernel.astype(np.float32) + np.float32(scale) * update).astype(kernel.dtype)
 
 
 def dtype_of(name: str) -> np.dtype:

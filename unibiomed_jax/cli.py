@@ -1,266 +1,50 @@
-"""UniBiomed for research: ask medical images questions, and make datasets to train on."""
+"""UniBiomed for research: ask medical images questions, convert checkpoints, make datasets to train on."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import hashlib
+import importlib
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from unibiomed_jax.data.build import BuildOptions, build
-from unibiomed_jax.data.validate import ValidateOptions, validate
-from unibiomed_jax.errors import DiskFullError, InputError
-from unibiomed_jax.inference.preprocess import by_number
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
-
-console = Console()
-errors = Console(stderr=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Predict:
-    """Ask every image the same question; write text, masks and overlays."""
-
-    # An image, or a folder of images (its subfolders included, but for a volume).
-    image_or_folder: Annotated[Path, tyro.conf.Positional]
-    # The question; write <image> where the image goes: "<image>Please segment the liver."
-    prompt: str
-    # A converted checkpoint directory, or a released one.
-    checkpoint: Path
-    # Where the answers go, a folder an image.
-    out: Path
-    # The folder is one volume: its images, sorted by name and number (2 before 10), are the slices.
-    volume: bool = False
-    # Slices that the language model sees (default: the first five).
-    conditioning: tuple[int, ...] | None = None
-    # Mask images of the regions that the question refers to (a single image only).
-    region: tuple[Path, ...] = ()
-    # Empty the masks of objects that the model itself thinks are absent (score not above 0).
-    hide_absent: bool = False
-    # Longest answer, tokens.
-    max_new_tokens: int = 2048
-    # Images answered in one go; takes the memory of the next power of two.
-    batch_size: int = 1
-    # "auto": bfloat16, as the reference; on a CPU the fastest policy that keeps the answers of float32.
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    # Answer again what is already answered.
-    overwrite: bool = False
-
-
-def predict(options: Predict) -> int:
-    """Run `unibiomed predict`; the number of images that failed."""
-    from unibiomed_jax.inference import report  # JAX starts only when it is needed
-    from unibiomed_jax.inference.precision import BFLOAT16, FLOAT32
-    from unibiomed_jax.inference.predictor import INTENDED_USE, UniBiomed
-
-    sources = _sources(options)
-    _check(options, sources)
-    precision = {"auto": None, "float32": FLOAT32, "bfloat16": BFLOAT16}[options.precision]
-    with console.status(f"Loading {escape(str(options.checkpoint))}"):
-        model = UniBiomed.from_pretrained(options.checkpoint, precision=precision)
-
-    todo = {
-        name: source
-        for name, source in sources.items()
-        if options.overwrite
-        or not report.is_done(
-            options.out / name,
-            prompt=options.prompt,
-            checkpoint_hash=model.checkpoint_hash,
-            request=_settings(options, source),
-        )
-    }
-    if len(todo) < len(sources):
-        console.print(f"{len(sources) - len(todo)} of {len(sources)} already answered in {options.out}.")
-    reasons: dict[str, str | None] = {}  # why it failed, or None for what is done
-    names = list(todo)
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with bar as progress:
-        task = progress.add_task("Answering", total=len(names))
-        try:
-            for start in range(0, len(names), options.batch_size):
-                group = names[start : start + options.batch_size]
-                for name, reason in _answer(model, options, {name: todo[name] for name in group}):
-                    reasons[name] = reason
-                    progress.advance(task)
-        except DiskFullError as error:
-            reasons |= {name: str(error) for name in names if name not in reasons}
-
-    failures = {name: reason for name, reason in reasons.items() if reason is not None}
-    console.print(f"{len(names) - len(failures)} answered, {len(failures)} failed; results in {options.out}")
-    for name, reason in failures.items():
-        errors.print(f"[red]{escape(name)}[/red]: {escape(reason)}", highlight=False, soft_wrap=True)
-    console.print(INTENDED_USE, style="italic")
-    return len(failures)
-
-
-def _answer(model, options: Predict, group: dict[str, list[Path]]) -> Iterator[tuple[str, str | None]]:
-    """Answer a group of images in one call and write the results; of each, why it failed, or None.
-
-    Raises:
-        DiskFullError: the answer of the next image and of all after it cannot be written.
-    """
-    from unibiomed_jax.inference import report
-    from unibiomed_jax.inference.predictor import Request
-    from unibiomed_jax.inference.preprocess import open_mask
-
-    requests: dict[str, Request] = {}
-    for name, paths in group.items():
-        try:
-            if options.volume:
-                image = model.open_volume(paths, conditioning=options.conditioning)
-            else:
-                image = model.open(paths[0])
-            request = Request(options.prompt, image, [open_mask(path) for path in options.region])
-            model.prompt_of(request)  # a request that does not fit fails alone, not with its group
-            requests[name] = request
-        except InputError as error:
-            yield name, str(error)
-    try:
-        answers = model.predict_batch(
-            list(requests.values()), max_new_tokens=options.max_new_tokens, hide_absent=options.hide_absent
-        )
-    except (RuntimeError, MemoryError) as error:  # such as too little memory for these images
-        reason = f"not answered: {error or type(error).__name__}; try a smaller --batch-size"
-        yield from ((name, reason) for name in requests)
-        return
-    for (name, request), answer in zip(requests.items(), answers, strict=True):
-        description = report.describe(
-            answer,
-            checkpoint_hash=model.checkpoint_hash,
-            precision=model.config.precision,
-            request=_settings(options, group[name]),
-        )
-        try:
-            report.write(options.out / name, request.image, answer, description)
-        except DiskFullError:
-            raise
-        except InputError as error:
-            yield name, str(error)
-        else:
-            yield name, None
-
-
-def _check(options: Predict, sources: dict[str, list[Path]]) -> None:
-    """Refuse options that do not go together, before the model is loaded."""
-    for name in ("batch_size", "max_new_tokens"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1.")
-    if options.region and len(sources) > 1:
-        raise InputError(
-            f"--region belongs to one image, but {options.image_or_folder} holds {len(sources)}; name one."
-        )
-    if options.conditioning is not None and not options.volume:
-        raise InputError("--conditioning chooses slices of a volume; add --volume, or leave it out.")
-
-
-def _settings(options: Predict, paths: list[Path]) -> dict:
-    """What else an answer depends on: it is kept with the answer, and another one is asked for anew."""
-    digest = hashlib.sha256()
-    for path in (*paths, *options.region):
-        with contextlib.suppress(OSError):  # who cannot be read is reported when it is opened
-            digest.update(path.read_bytes())
-    return {
-        "volume": options.volume,
-        "conditioning": None if options.conditioning is None else list(options.conditioning),
-        "regions": [str(path) for path in options.region],
-        "hide_absent": options.hide_absent,
-        "max_new_tokens": options.max_new_tokens,
-        "precision": options.precision,
-        "sha256": digest.hexdigest(),
-    }
-
-
-def _sources(options: Predict) -> dict[str, list[Path]]:
-    """Name of the answer's folder -> the image, or all slices of the volume."""
-    path = options.image_or_folder
-    if not path.exists():
-        raise InputError(f"{path} does not exist; check the path.")
-    if path.is_file():
-        if options.volume:
-            raise InputError(f"{path} is a file; --volume needs a folder of slices.")
-        return {path.name: [path]}
-    answers = options.out.resolve()  # not to be asked about, should they lie inside the folder
-    found = sorted(
-        (
-            p
-            for p in (path.iterdir() if options.volume else path.rglob("*"))
-            if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and answers not in p.resolve().parents
-        ),
-        key=by_number,
-    )
-    if not found:
-        raise InputError(f"{path} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}); check the folder.")
-    if options.volume:
-        return {path.resolve().name: found}
-    return {str(p.relative_to(path)): [p] for p in found}
-
-
-def _say(sentence: str) -> None:
-    """One line, with the names in it as they are."""
-    console.print(escape(sentence), highlight=False, soft_wrap=True)
-
-
-def build_data(options: BuildOptions) -> int:
-    """Run `unibiomed data build`."""
-    with console.status(f"Writing {escape(str(options.out))}"):
-        report = build(options)
-    console.print(report.table())
-    targets = ", ".join(f"{name} ({count})" for name, count in report.targets.items())
-    _say(f"Targets: {targets}")
-    for path in report.without_masks:
-        _say(f"{path} has no mask and was left out.")
-    for path in report.empty_masks:
-        _say(f"{path} is empty at the size that is written and was left out.")
-    for path in report.not_read:
-        _say(f"{path} is nothing that this command reads and was left out.")
-    _say(f"Next: unibiomed data validate {options.out}")
-    return 0
-
-
-def validate_data(options: ValidateOptions) -> int:
-    """Run `unibiomed data validate`; 1 if there are errors. Warnings may be meant."""
-    with console.status(f"Checking {escape(str(options.path))}"):
-        report = validate(options)
-    console.print(report.table())
-    problems = report.errors + report.warnings
-    for problem in problems[: options.show]:
-        label = "[red]error[/red]" if problem.error else "[yellow]warning[/yellow]"
-        console.print(f"{label} ({problem.sort})", escape(problem.text), highlight=False, soft_wrap=True)
-    if len(problems) > options.show:
-        console.print(f"... and {len(problems) - options.show} more (--show {len(problems)} prints all).")
-    console.print(f"{len(report.errors)} errors, {len(report.warnings)} warnings")
-    return 1 if report.errors else 0
-
+from unibiomed_jax.commands.predict import PredictOptions
+from unibiomed_jax.commands.run import run
+from unibiomed_jax.conversion.options import FromTorchOptions, ToTorchOptions, VerifyOptions
+from unibiomed_jax.datasets.build import BuildOptions
+from unibiomed_jax.datasets.validate import ValidateOptions
 
 _Data = (
     Annotated[BuildOptions, tyro.conf.subcommand("build")]
     | Annotated[ValidateOptions, tyro.conf.subcommand("validate")]
 )
+_Convert = (
+    Annotated[FromTorchOptions, tyro.conf.subcommand("from-torch")]
+    | Annotated[ToTorchOptions, tyro.conf.subcommand("to-torch")]
+    | Annotated[VerifyOptions, tyro.conf.subcommand("verify")]
+)
 Command = (
-    Annotated[Predict, tyro.conf.subcommand("predict")]
+    Annotated[PredictOptions, tyro.conf.subcommand("predict")]
+    | Annotated[_Convert, tyro.conf.subcommand("convert", description="PyTorch checkpoints in and out.")]
     | Annotated[_Data, tyro.conf.subcommand("data", description="Make and check datasets to train on.")]
 )
+# Where each command is: its module below `commands`, which is loaded when it is asked for, and its function.
+PLACES = {
+    PredictOptions: ("predict", "predict"),
+    FromTorchOptions: ("convert", "from_torch"),
+    ToTorchOptions: ("convert", "to_torch"),
+    VerifyOptions: ("convert", "verify"),
+    BuildOptions: ("data", "build"),
+    ValidateOptions: ("data", "validate"),
+}
 
 
 def main() -> None:
-    """Entry point. Exit code 1: some images failed, or a dataset has errors; 2: nothing could be done."""
-    commands = {Predict: predict, BuildOptions: build_data, ValidateOptions: validate_data}
-    try:
-        options = tyro.cli(Command, prog="unibiomed", description=__doc__)
-        sys.exit(1 if commands[type(options)](options) else 0)
-    except InputError as error:
-        errors.print(f"[red]Error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+    """Entry point of `unibiomed`; exit codes are those of `commands.run`."""
+    options = tyro.cli(Command, prog="unibiomed", description=__doc__)
+    module, function = PLACES[type(options)]
+    command = getattr(importlib.import_module(f"unibiomed_jax.commands.{module}"), function)
+    sys.exit(run(lambda: command(options)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from unibiomed_jax.errors import DiskFullError, InputError
 
+# What a full disk is called.
+NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
@@ -43,7 +46,7 @@ def new_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[
             shutil.rmtree(old) if old.is_dir() else old.unlink()
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        full = getattr(error, "errno", None) in NO_SPACE
         if full or "No space left on device" in str(error):
             raise DiskFullError(f"The disk of {path} is full; free some space and run again.") from None
         raise

@@ -4,21 +4,16 @@ import copy
 import json
 import os
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from unibiomed_jax.presets import SAM2_VARIANTS
+from unibiomed_jax.config.presets import SAM2_VARIANTS
+from unibiomed_jax.parameters import LoraInfo
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-from safetensors.torch import save_file  # noqa: E402
-
-sys.path.append(str(Path(__file__).parents[1]))
-
 from micro_checkpoint import (  # noqa: E402
     MICRO,
     assert_same_tensors,
@@ -27,13 +22,14 @@ from micro_checkpoint import (  # noqa: E402
     run_command,
     write_released,
 )
+from safetensors.torch import save_file  # noqa: E402
 
-from convert import from_torch, sources, to_torch  # noqa: E402
-from convert.tables.qwen2 import EMBEDDING, HEAD  # noqa: E402
-from convert.tables.sam2 import PREFIX  # noqa: E402
 from unibiomed_jax import checkpoint  # noqa: E402
+from unibiomed_jax.conversion import from_torch, sources, to_torch  # noqa: E402
+from unibiomed_jax.conversion.tables.qwen2 import EMBEDDING, HEAD  # noqa: E402
+from unibiomed_jax.conversion.tables.sam2 import PREFIX  # noqa: E402
 from unibiomed_jax.errors import InputError  # noqa: E402
-from unibiomed_jax.inference.tokenizer import UNIBIOMED_TOKENS, Tokenizer  # noqa: E402
+from unibiomed_jax.inputs.tokenizer import UNIBIOMED_TOKENS, Tokenizer  # noqa: E402
 
 RANK, ALPHA = 8, 24
 LAYERS = [*(f"{x}_proj" for x in "qkvo"), "gate_proj", "up_proj", "down_proj"]
@@ -178,7 +174,7 @@ def test_adapters_kept_apart_are_merged_later_or_handed_to_peft(adapted, trainin
     from_torch.convert(read(training_file, keep_lora=True), converted)
     expected = expected_tensors(adapted)
     loaded = checkpoint.load(converted, merge_lora=False)
-    assert loaded.lora == checkpoint.LoraInfo(RANK, ALPHA)
+    assert loaded.lora == LoraInfo(RANK, ALPHA)
     down = loaded.params["language_model"]["layers"]["mlp"]["down_proj"]
     state = adapted.state_dict()
     layer = "base_model.model.model.layers.1.mlp.down_proj"

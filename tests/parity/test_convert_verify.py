@@ -1,19 +1,15 @@
 """`convert.verify` with PyTorch at hand: the outputs of every module, and the first that diverges."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
-sys.path.append(str(Path(__file__).parents[1]))
 
 from micro_checkpoint import MICRO, micro_tensors, run_command, write_released  # noqa: E402
 
-from convert import from_torch, oracles, sources, verify  # noqa: E402
-from convert.tables.sam2 import PREFIX  # noqa: E402
+from unibiomed_jax.conversion import from_torch, oracles, sources, verify  # noqa: E402
+from unibiomed_jax.conversion.tables.sam2 import PREFIX  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from unibiomed_jax.config import VisionConfig
+from unibiomed_jax.config.model import VisionConfig
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.models.internvit import InternVisionModel, drop_path
 from unibiomed_jax.models.layers import unstack_layers

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from unibiomed_jax.checkpoint import merge_adapters
-from unibiomed_jax.config import LanguageConfig
+from unibiomed_jax.config.model import LanguageConfig
 from unibiomed_jax.models.qwen2 import Qwen2
+from unibiomed_jax.parameters import merge, merge_adapters, split
 from unibiomed_jax.training import lora
-from unibiomed_jax.training.parameters import merge, split
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

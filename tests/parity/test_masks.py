@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from unibiomed_jax.inference.masks import resize_bilinear, upscale_masks
+from unibiomed_jax.masks.resize import resize_bilinear, upscale_masks
 
 torch = pytest.importorskip("torch")
 

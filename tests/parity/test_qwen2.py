@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from unibiomed_jax.config import LanguageConfig
+from unibiomed_jax.config.model import LanguageConfig
+from unibiomed_jax.config.presets import LANGUAGE_MODELS
 from unibiomed_jax.models.layers import unstack_layers
 from unibiomed_jax.models.qwen2 import Qwen2
-from unibiomed_jax.presets import LANGUAGE_MODELS
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unibiomed_jax.config import Precision
+from unibiomed_jax.config.precision import Precision
 from unibiomed_jax.models.sam2 import ImageFeatures
 
 torch = pytest.importorskip("torch")

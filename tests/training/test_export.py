@@ -2,23 +2,23 @@
 
 import dataclasses
 import logging
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from places import ROOT
 from small import IDS, STEP, random_batch
 
 from unibiomed_jax import checkpoint
+from unibiomed_jax.parameters import flatten, merge, merge_adapters, partition, split
 from unibiomed_jax.training import lora
 from unibiomed_jax.training.config import FreezeConfig
 from unibiomed_jax.training.export import export_model
 from unibiomed_jax.training.forward import predict
 from unibiomed_jax.training.initialise import build_model, random_parameters
-from unibiomed_jax.training.parameters import merge, partition, split
 from unibiomed_jax.training.step import init_state
 
-TOKENIZER = Path(__file__).parents[2] / "configs" / "tiny_tokenizer"
+TOKENIZER = ROOT / "configs" / "unibiomed_tiny" / "tokenizer"
 OUTSIDE = ("mlp1.*", "text_hidden_fcs.*", "vision_model.*", "sam2.*")
 
 
@@ -41,7 +41,7 @@ def test_merged_adapters_of_any_linear_layer_leave_the_answers():
     config, parameters = adapted((*lora.DECODER_LAYERS, *OUTSIDE))
     scale = config.lora.alpha / config.lora.rank
     plain = dataclasses.replace(config, lora=dataclasses.replace(config.lora, rank=0))
-    merged = checkpoint.merge_adapters(parameters, scale)
+    merged = merge_adapters(parameters, scale)
     without = {path: value for path, value in parameters.items() if ".lora." not in path}
     assert merged.keys() == without.keys()
     batch = random_batch(0)
@@ -66,7 +66,7 @@ def test_peft_gets_a_folder_only_if_it_knows_all_adapters(tmp_path, caplog, targ
         export_model(tmp_path, config, init_state(trainable, config), frozen, TOKENIZER)
     assert (tmp_path / "adapter").is_dir() == for_peft
     assert ("peft knows the decoder's adapters alone and mlp1." in caplog.text) != for_peft
-    expected = checkpoint.merge_adapters(parameters, config.lora.alpha / config.lora.rank)
-    found = checkpoint.flatten(checkpoint.load(tmp_path / "model").params)
+    expected = merge_adapters(parameters, config.lora.alpha / config.lora.rank)
+    found = flatten(checkpoint.load(tmp_path / "model").params)
     for path, value in expected.items():
         np.testing.assert_allclose(found[path], value, atol=1e-6, err_msg=path)

@@ -8,12 +8,13 @@ import pytest
 from flax import nnx
 from small import IDS, MODEL, STEP, random_batch
 
-from unibiomed_jax.config import HieraConfig, LanguageConfig, ModelConfig, Sam2Config, VisionConfig
+from unibiomed_jax.config.model import HieraConfig, LanguageConfig, ModelConfig, Sam2Config, VisionConfig
+from unibiomed_jax.config.precision import FLOAT32
 from unibiomed_jax.models.unibiomed import UniBiomedModel
+from unibiomed_jax.parameters import partition, split
 from unibiomed_jax.training import flops, lora
 from unibiomed_jax.training.config import FreezeConfig
 from unibiomed_jax.training.forward import count_targets
-from unibiomed_jax.training.parameters import partition, split
 from unibiomed_jax.training.step import gradients, init_state
 
 
@@ -64,7 +65,7 @@ def test_a_step_counts_what_xla_counts(freeze):
     config = dataclasses.replace(STEP, loss=loss, freeze=freeze)
 
     def make():
-        model = UniBiomedModel(WIDE, rngs=nnx.Rngs(0))
+        model = UniBiomedModel(WIDE, FLOAT32, rngs=nnx.Rngs(0))
         lora.attach(model, config.lora.targets, rank=16, alpha=16, dropout=0.0, rngs=nnx.Rngs(params=1))
         return model
 

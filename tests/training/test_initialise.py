@@ -1,16 +1,18 @@
 """The random start: signals keep their size at any width, and the language vector is heard."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
+import places
 import pytest
 from small import STEP
 
 from unibiomed_jax import checkpoint
-from unibiomed_jax.config import ModelConfig, Precision, require_fitting
+from unibiomed_jax.config.model import ModelConfig, require_fitting
+from unibiomed_jax.config.precision import Precision
+from unibiomed_jax.config.presets import MODELS, SAM2_VARIANTS
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.presets import MODELS, SAM2_VARIANTS
+from unibiomed_jax.parameters import flatten, matches, merge, partition
 from unibiomed_jax.training.config import FreezeConfig, LoraConfig, TrainConfig
 from unibiomed_jax.training.initialise import (
     MASK_WEIGHTS,
@@ -18,12 +20,11 @@ from unibiomed_jax.training.initialise import (
     UNTAUGHT_HEADS,
     fan_in,
     random_parameters,
-    resolve_model,
     structure,
 )
-from unibiomed_jax.training.parameters import matches, merge, partition
+from unibiomed_jax.training.start import resolve_model
 
-TINY = str(Path(__file__).parents[2] / "checkpoints" / "unibiomed-tiny")
+TINY = str(places.TINY)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_sam2_may_see_images_of_another_size_than_those_of_the_checkpoint():
         config = resolve_model(TrainConfig(initial=TINY, model=resized(model), lora=LoraConfig(rank=0)))
         assert config.model == resized(sizes) != sizes
     shapes = {path: value.shape for path, value in structure(config)[1].items()}
-    assert shapes == {path: v.shape for path, v in checkpoint.flatten(checkpoint.load(TINY).params).items()}
+    assert shapes == {path: v.shape for path, v in flatten(checkpoint.load(TINY).params).items()}
 
 
 def test_a_checkpoint_brings_its_sizes_and_others_are_refused_by_name():

@@ -1,14 +1,12 @@
 """Speed as the log reports it, with a clock, a peak and an amount of work that are known."""
 
 import importlib.util
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from places import ROOT
 from small import STEP, random_batch
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from unibiomed_jax.masks.measures import dice_score
 from unibiomed_jax.training.config import LossConfig, TrainConfig
 from unibiomed_jax.training.forward import LossCounts, LossSums
 from unibiomed_jax.training.losses import MASK_EPS
-from unibiomed_jax.training.metrics import Measured, dice_score, summarise
+from unibiomed_jax.training.validation import Measured, summarise
 
 KINDS = {"liver": "segmentation", "lung": "segmentation", "box": "region", "polyp": "disease"}
 CONFIG = TrainConfig(loss=LossConfig(mask_weight=2.0, dice_weight=0.5, num_points=10))

@@ -1,21 +1,21 @@
 """The training batch of the reference: its losses, masks and the gradient of every parameter."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from places import GOLDEN
 
-from convert.assemble import build_parts
-from convert.sources import released
+from unibiomed_jax.config.precision import FLOAT32
+from unibiomed_jax.conversion.assemble import build_parts
+from unibiomed_jax.conversion.sources import released
 from unibiomed_jax.models.unibiomed import UniBiomedModel
+from unibiomed_jax.parameters import merge, split
 from unibiomed_jax.training.config import LossConfig
 from unibiomed_jax.training.forward import TokenIds, count_targets, loss_sums, mean_losses, predict
-from unibiomed_jax.training.parameters import merge, split
 
-MICRO = Path(__file__).parents[1] / "golden" / "micro"
+MICRO = GOLDEN / "micro"
 IDS = TokenIds(image=280, seg=287)
 FIVE_COPIES = LossConfig(copies=5, token_chunk=64)
 
@@ -61,7 +61,7 @@ def result(golden):
         for part, leaves in build_parts(source.rows, source.tensors)
         for path, leaf in leaves.items()
     }
-    model = nnx.eval_shape(lambda: UniBiomedModel(source.config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: UniBiomedModel(source.config, FLOAT32, rngs=nnx.Rngs(0)))
     graphdef, _ = split(model)
     batch, points = golden_batch(golden), jnp.asarray(golden["point_coords"])
 

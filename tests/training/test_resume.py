@@ -3,20 +3,20 @@ import json
 import os
 import shutil
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from places import ROOT
 
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.inference.tokenizer import Tokenizer
-from unibiomed_jax.training.checkpoint import Checkpointer, find_damage
+from unibiomed_jax.inputs.tokenizer import Tokenizer
 from unibiomed_jax.training.config import CheckpointConfig
+from unibiomed_jax.training.snapshot import Checkpointer, find_damage
 
-TOKENIZER = Path(__file__).parents[2] / "configs" / "tiny_tokenizer"
+TOKENIZER = ROOT / "configs" / "unibiomed_tiny" / "tokenizer"
 
 
 def state(seed):

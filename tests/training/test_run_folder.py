@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.training.checkpoint import Checkpointer
 from unibiomed_jax.training.config import CheckpointConfig
+from unibiomed_jax.training.snapshot import Checkpointer
 
 HOLD = "import fcntl, sys; lock = open(sys.argv[1], 'a'); fcntl.flock(lock, fcntl.LOCK_EX); print(); input()"
 

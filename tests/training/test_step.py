@@ -7,14 +7,16 @@ import pytest
 from flax import nnx
 from small import IDS, STEP, build, random_batch
 
-from unibiomed_jax import sharding
-from unibiomed_jax.inference.precision import BFLOAT16
+from unibiomed_jax.config.precision import BFLOAT16
+from unibiomed_jax.parameters import split
+from unibiomed_jax.sharding import layout as sharding
+from unibiomed_jax.sharding.layout import Layout
 from unibiomed_jax.training import forward
 from unibiomed_jax.training import step as step_module
 from unibiomed_jax.training.config import FreezeConfig, RematConfig
 from unibiomed_jax.training.forward import LossCounts
-from unibiomed_jax.training.initialise import starting_parameters, structure
-from unibiomed_jax.training.parameters import split
+from unibiomed_jax.training.initialise import structure
+from unibiomed_jax.training.start import starting_parameters
 from unibiomed_jax.training.step import (
     TrainStep,
     empty_sums,
@@ -25,7 +27,7 @@ from unibiomed_jax.training.step import (
 )
 
 STRATEGY = sharding.DATA_PARALLEL
-MESH = sharding.make_mesh(jax.devices()[:1])
+MESH = Layout.over(jax.devices()[:1])
 CONFIG = dataclasses.replace(
     STEP,
     lora=dataclasses.replace(STEP.lora, dropout=0.0),

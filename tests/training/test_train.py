@@ -13,24 +13,24 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from micro_checkpoint import lazy, read_all
 from orbax.checkpoint.experimental import v1 as ocp
+from places import MICRO_RUN, ROOT
 from safetensors.numpy import load_file
 from small import STEP
 from small_datasets import coco_table, save_picture, save_square, write_table
 
-from convert import to_torch
-from convert.assemble import build_parts
-from convert.tables import model_rows
 from unibiomed_jax import UniBiomed, checkpoint
-from unibiomed_jax.training.checkpoint import find_damage, leaves_by_name
+from unibiomed_jax.conversion import to_torch
+from unibiomed_jax.conversion.assemble import build_parts
+from unibiomed_jax.conversion.tables import model_rows
+from unibiomed_jax.parameters import flatten
+from unibiomed_jax.training.snapshot import find_damage, leaves_by_name
 
-ROOT = Path(__file__).parents[2]
-CONFIG = Path(__file__).with_name("micro_run.py")
+CONFIG = MICRO_RUN
 KILLS = int(os.environ.get("UNIBIOMED_KILLS", "3"))
 STEPS = 8 * KILLS + 4
 
@@ -222,7 +222,7 @@ def test_the_model_is_the_average_of_the_run_with_its_adapters_merged(finished):
     leaves = contents(newest(finished))
     scale = STEP.lora.alpha / STEP.lora.rank
     adapted = 0
-    for path, value in checkpoint.flatten(checkpoint.load(finished / "model").params).items():
+    for path, value in flatten(checkpoint.load(finished / "model").params).items():
         expected = leaves.get(f"train/average/{path}", leaves.get(f"frozen/{path}")).astype(np.float32)
         adapter = f"train/average/{path.removesuffix('.kernel')}.lora"
         if f"{adapter}.a" in leaves:
@@ -303,7 +303,7 @@ def test_the_model_answers_and_goes_to_the_released_layout_and_back(finished, tm
         for part, leaves in build_parts(rows, lazy(read_all(tmp_path / "released")))
         for path, leaf in leaves.items()
     }
-    for path, value in checkpoint.flatten(checkpoint.load(finished / "model").params).items():
+    for path, value in flatten(checkpoint.load(finished / "model").params).items():
         if path in ("language_model.embed_tokens", "language_model.lm_head.kernel"):
             axis = int("lm_head" in path)  # the released vocabulary has no padding
             value, again[path] = (np.moveaxis(np.asarray(x), axis, 0)[:292] for x in (value, again[path]))

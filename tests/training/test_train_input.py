@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
+from places import MICRO_RUN, ROOT
 from small import STEP
 from small_datasets import coco_table, save_picture, save_square, write_table
 
@@ -20,13 +21,12 @@ from unibiomed_jax.data.augment import AugmentConfig
 from unibiomed_jax.data.pipeline import Batch
 from unibiomed_jax.data.plan import Shape
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.training.checkpoint import Checkpointer
 from unibiomed_jax.training.config import CheckpointConfig
 from unibiomed_jax.training.experiment import load_experiment
 from unibiomed_jax.training.log import RunLog
+from unibiomed_jax.training.snapshot import Checkpointer
 
-ROOT = Path(__file__).parents[2]
-CONFIG = Path(__file__).with_name("micro_run.py")
+CONFIG = MICRO_RUN
 
 
 @pytest.fixture(scope="module")

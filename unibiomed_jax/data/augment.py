@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Bool
 from PIL import Image
 
+from unibiomed_jax.config.fields import ABOVE_ZERO, ZERO_OR_MORE, require_limits
 from unibiomed_jax.errors import InputError
 
 # Directions in which images may be mirrored.
@@ -22,22 +24,21 @@ class AugmentConfig:
     """
 
     # Rotation in the plane, degrees either way.
-    rotation: float = 15.0
+    rotation: Annotated[float, ZERO_OR_MORE] = 15.0
     # Zoom, as a factor in or out.
-    zoom: float = 1.2
+    zoom: Annotated[float, ABOVE_ZERO] = 1.2
     # Shift, as a share of width and height.
-    shift: float = 0.08
+    shift: Annotated[float, ZERO_OR_MORE] = 0.08
     # Brightness and gamma, as exponents of e: 0.2 is about a fifth more or less.
-    light: float = 0.2
+    light: Annotated[float, ZERO_OR_MORE] = 0.2
     # Brightness of every colour channel by itself, as an exponent of e. Grey images become coloured.
-    colour: float = 0.0
+    colour: Annotated[float, ZERO_OR_MORE] = 0.0
     # Directions (of MIRRORS) in which every second sample is mirrored at random. Only where no text tells the
     # sides apart: "left kidney" would become a lie.
     mirror: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if self.zoom <= 0 or min(self.rotation, self.shift, self.light, self.colour) < 0:
-            raise InputError(f"{self} is impossible; give a zoom above 0, and no limit below.")
+        require_limits(self, "augment.")
         if not set(self.mirror) <= set(MIRRORS):
             raise InputError(
                 f"mirror = {self.mirror!r} is impossible; give a tuple of {' and '.join(MIRRORS)}."

@@ -8,16 +8,18 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 import numpy as np
 
-from unibiomed_jax.data.headers import check_files
+from unibiomed_jax.config.fields import ONE_OR_MORE, SHARE, ZERO_OR_MORE, require_limits
+from unibiomed_jax.data.files import check_files
+from unibiomed_jax.data.mixture import Mixture, read_mixture
 from unibiomed_jax.data.plan import BLANK, BatchPlan, BucketConfig, Shape, record_shapes
-from unibiomed_jax.data.readers import Mixture, read_mixture
 from unibiomed_jax.data.records import DatasetConfig
-from unibiomed_jax.data.transforms import IGNORE, Sample, SampleBuilder, SampleConfig
+from unibiomed_jax.data.transforms import IGNORE, Sample, SampleBuilder, SampleConfig, SampleSizes
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.inference.tokenizer import Tokenizer
+from unibiomed_jax.inputs.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -31,38 +33,32 @@ class PipelineConfig:
     """Everything that decides which batches come, and how they are read.
 
     Raises:
-        InputError: a number that is too small, or a share that is none.
+        InputError: a number outside its limit.
     """
 
     # The mixture.
     datasets: tuple[DatasetConfig, ...]
-    # Sizes of the arrays, and the prompts.
+    # Choices about samples, the prompts among them.
     sample: SampleConfig = field(default_factory=SampleConfig)
     # Rows of a batch, all hosts together.
-    batch_size: int = 4
+    batch_size: Annotated[int, ONE_OR_MORE] = 4
     # Shapes of batches.
     buckets: BucketConfig = field(default_factory=BucketConfig)
     # Order of samples and every random choice about them.
-    seed: int = 42
-    # Shuffled and without end, for training; otherwise every sample once, the last rows of a shape blank.
-    training: bool = True
+    seed: Annotated[int, ZERO_OR_MORE] = 42
     # Processes that read; 0 reads in threads of this process.
-    workers: int = 0
+    workers: Annotated[int, ZERO_OR_MORE] = 0
     # Threads that read, in each process.
-    threads: int = 2
+    threads: Annotated[int, ONE_OR_MORE] = 2
     # Batches read ahead, by each process.
-    prefetch: int = 2
+    prefetch: Annotated[int, ONE_OR_MORE] = 2
     # A record that cannot be read is named and counted; in training another of its shape takes its place. If
     # none can be read, and in validation, the row stays blank, which counts in no loss. The run stops when
     # more than this share of the records, or all of them, are like that.
-    max_unreadable: float = 0.01
+    max_unreadable: Annotated[float, SHARE] = 0.01
 
     def __post_init__(self):
-        for name, least in (("seed", 0), ("workers", 0), ("threads", 1), ("prefetch", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name}={getattr(self, name)} is impossible; give {least} or more.")
-        if not 0 <= self.max_unreadable <= 1:
-            raise InputError(f"max_unreadable={self.max_unreadable:g} is no share; give 0 to 1.")
+        require_limits(self)
 
 
 @dataclass(frozen=True)
@@ -87,8 +83,25 @@ class Pipeline:
     (host h of n gets the h-th n-th of the rows).
     """
 
-    def __init__(self, config: PipelineConfig, tokenizer: Tokenizer, *, host: int = 0, hosts: int = 1):
+    def __init__(
+        self,
+        config: PipelineConfig,
+        sizes: SampleSizes,
+        tokenizer: Tokenizer,
+        *,
+        training: bool = True,
+        host: int = 0,
+        hosts: int = 1,
+    ):
         """Read the tables, look at every file's name and size, and lay the plan.
+
+        Args:
+            config: which batches.
+            sizes: of their arrays.
+            tokenizer: the model's.
+            training: shuffled and without end, with random changes; otherwise every sample once, unchanged,
+                the last rows of a shape blank.
+            host, hosts: which share of the rows is read here.
 
         Raises:
             InputError: anything wrong with a dataset that shows without decoding pixels, a text that would
@@ -98,27 +111,29 @@ class Pipeline:
             raise InputError(
                 f"batch_size={config.batch_size} cannot be shared by {hosts} hosts; use a multiple."
             )
-        if not config.training:  # nothing is changed at random
+        if not training:  # nothing is changed at random
             datasets = tuple(replace(dataset, augment=None) for dataset in config.datasets)
             config = replace(config, datasets=datasets, sample=replace(config.sample, augment=None))
-        self.config = config
+        self.config, self.sizes, self.training = config, sizes, training
         self.mixture = read_mixture(config.datasets)
         check_files(self.mixture.records)
-        builder = SampleBuilder(config.sample, tokenizer, config.seed)
+        builder = SampleBuilder(config.sample, sizes, tokenizer, config.seed)
         self.shapes = record_shapes(self.mixture, builder, config.buckets)
         self.plan = BatchPlan(
             self.mixture,
             self.shapes,
             config.batch_size,
             config.seed,
-            shuffle=config.training,
-            repeat=config.training,
+            shuffle=training,
+            repeat=training,
         )
-        content = f"{self.plan.fingerprint} {config.sample} {config.seed} {tokenizer.backend.to_str()}"
+        content = (
+            f"{self.plan.fingerprint} {config.sample} {sizes} {config.seed} {tokenizer.backend.to_str()}"
+        )
         # Equal for pipelines of the same batches, as far as tables, choices and tokenizer tell: where the
         # folders lie does not count, and pixels are not looked at.
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
-        self._source = _BatchSource(config, self.mixture, self.plan, builder, host, hosts)
+        self._source = _BatchSource(config, training, self.mixture, self.plan, builder, host, hosts)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -144,7 +159,7 @@ class BatchIterator(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         """Raises InputError when more records than allowed, or all of them, turned out unreadable."""
-        if not self.pipeline.config.training and self.step >= self.pipeline.steps_per_epoch:
+        if not self.pipeline.training and self.step >= self.pipeline.steps_per_epoch:
             raise StopIteration
         if self._reader is None:
             self._reader = _start_reader(self.pipeline.config, self.pipeline._source, self.step)
@@ -201,6 +216,7 @@ class _BatchSource:
     """Random access to batches, in the form that Grain takes (and sends to its workers)."""
 
     config: PipelineConfig
+    training: bool
     mixture: Mixture
     plan: BatchPlan
     builder: SampleBuilder
@@ -209,7 +225,7 @@ class _BatchSource:
     first: int = 0
 
     def __len__(self) -> int:
-        return (_ENDLESS if self.config.training else self.plan.batches_per_epoch) - self.first
+        return (_ENDLESS if self.training else self.plan.batches_per_epoch) - self.first
 
     def __getitem__(self, index: int) -> dict:
         step = int(index) + self.first
@@ -220,12 +236,12 @@ class _BatchSource:
         for row in range(self.host * share, (self.host + 1) * share):
             number = int(rows.samples[row])
             samples.append(None if number == BLANK else self._read(number, step, row, failures))
-        arrays = collate(samples, rows.shape, self.config.sample)
+        arrays = collate(samples, rows.shape, self.builder.sizes)
         names = tuple("" if sample is None else sample.name for sample in samples)
         return {"arrays": arrays, "names": names, "step": step, "unreadable": failures}
 
     def _read(self, number: int, step: int, row: int, failures: list[tuple[str, str]]) -> Sample | None:
-        for attempt in range(_MAX_ATTEMPTS if self.config.training else 1):
+        for attempt in range(_MAX_ATTEMPTS if self.training else 1):
             record = self.mixture.records[self.mixture.order[number]]
             rng = np.random.default_rng([self.config.seed, step, row, attempt])
             try:
@@ -253,14 +269,14 @@ def _start_worker(_index: int, _count: int) -> None:
     threading.Thread(target=end, daemon=True).start()
 
 
-def collate(samples: list[Sample | None], shape: Shape, config: SampleConfig) -> dict[str, np.ndarray]:
+def collate(samples: list[Sample | None], shape: Shape, sizes: SampleSizes) -> dict[str, np.ndarray]:
     """Samples as rows of arrays of one static shape; what a sample does not fill is zero and marked invalid.
 
     Token slots hold id 0 and label -100 there. A blank row keeps its first token valid, so that attention has
     something to look at.
     """
     rows = len(samples)
-    tile, sam, mask = config.tile_size, config.sam_size, config.mask_size
+    tile, sam, mask = sizes.tile_size, sizes.sam_size, sizes.mask_size
     arrays = {
         "pixel_values": np.zeros((rows, shape.tiles, tile, tile, 3), np.uint8),
         "tile_valid": np.zeros((rows, shape.tiles), bool),

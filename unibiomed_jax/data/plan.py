@@ -4,10 +4,12 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Annotated
 
 import numpy as np
 
-from unibiomed_jax.data.readers import Mixture
+from unibiomed_jax.config.fields import SIZES, require_limits
+from unibiomed_jax.data.mixture import Mixture
 from unibiomed_jax.data.transforms import SampleBuilder
 from unibiomed_jax.errors import InputError
 
@@ -37,16 +39,14 @@ class BucketConfig:
     """
 
     # Tiles of an image. A sequence has exactly one tile a frame.
-    tiles: tuple[int, ...] = (1, 5, 10, 13)
+    tiles: Annotated[tuple[int, ...], SIZES] = (1, 5, 10, 13)
     # Tokens beside those of the tiles; longer samples get max_tokens.
-    text: tuple[int, ...] = (128, 512, 2048)
+    text: Annotated[tuple[int, ...], SIZES] = (128, 512, 2048)
     # Objects of a sample.
-    objects: tuple[int, ...] = (1, 2, 4, 8)
+    objects: Annotated[tuple[int, ...], SIZES] = (1, 2, 4, 8)
 
     def __post_init__(self):
-        for name, sizes in vars(self).items():
-            if not sizes or min(sizes) < 1:
-                raise InputError(f"buckets.{name}={sizes} is impossible; give one or more sizes from 1 on.")
+        require_limits(self, "buckets.")
 
 
 @dataclass(frozen=True)
@@ -148,15 +148,15 @@ def record_shapes(mixture: Mixture, builder: SampleBuilder, buckets: BucketConfi
     Raises:
         InputError: more tiles or objects than the largest bucket, or a text that would lose a [SEG].
     """
-    config = builder.config
+    config, sizes = builder.config, builder.sizes
     shapes = []
     for record in mixture.records:
         tiles = builder.tiles(record)
         tokens = builder.longest(record, tiles)
         slots = record.slices or _bucket(tiles, buckets.tiles, "tiles", record.name)
-        text = tokens - tiles * config.tokens_per_tile
+        text = tokens - tiles * sizes.tokens_per_tile
         fitting = [size for size in buckets.text if size >= text]
-        room = slots * config.tokens_per_tile + min(fitting) if fitting else config.max_tokens
+        room = slots * sizes.tokens_per_tile + min(fitting) if fitting else config.max_tokens
         grounded = record.frames > 0
         objects = _bucket(len(record.masks), buckets.objects, "objects", record.name) if grounded else 0
         shapes.append(Shape(record.frames, objects, slots, min(room, config.max_tokens)))

@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 
 from unibiomed_jax.data.records import Kind, Record
-from unibiomed_jax.inference.prompt import IMAGE
-from unibiomed_jax.inference.tokenizer import PHRASE_END, PHRASE_START, SEG
+from unibiomed_jax.inputs.prompt import IMAGE
+from unibiomed_jax.inputs.tokenizer import PHRASE_END, PHRASE_START, SEG
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import tyro
 
+from unibiomed_jax.config.fields import ONE_OR_MORE, ZERO_OR_MORE, require_limits
 from unibiomed_jax.data.augment import AugmentConfig
-from unibiomed_jax.errors import InputError
 
 
 class Kind(StrEnum):
@@ -32,9 +32,9 @@ class Kind(StrEnum):
 
 # Kinds whose answers carry no [SEG] and whose samples have neither a SAM image nor a mask.
 TEXT_ONLY = (Kind.REGION, Kind.CAPTION)
-# The list of a dataset is repeated floor(minimum / n) times while it is shorter (0: never), and always
+# The list of a dataset is repeated floor(balance_to / n) times while it is shorter (0: never), and always
 # `repeats` times.
-_MINIMUM = {Kind.SEGMENTATION: 5000, Kind.DISEASE: 5000, Kind.REGION: 3000, Kind.CAPTION: 5000}
+_BALANCE_TO = {Kind.SEGMENTATION: 5000, Kind.DISEASE: 5000, Kind.REGION: 3000, Kind.CAPTION: 5000}
 _REPEATS = {Kind.SEQUENCE: 10, Kind.VQA: 2, Kind.REPORT: 2}
 _ANNOTATIONS = {
     Kind.SEQUENCE: "meta_{split}.json",
@@ -50,7 +50,7 @@ class DatasetConfig:
     """One dataset of a mixture. `{split}` in a path is replaced by the split.
 
     Raises:
-        InputError: a negative `minimum`, or `repeats` or `slices` below 1.
+        InputError: a negative `balance_to`, or `repeats` or `slices` below 1.
     """
 
     # Task, which decides reader, questions and answers.
@@ -67,29 +67,21 @@ class DatasetConfig:
     # for the kinds whose tables hold paths from the root.
     images: str | None = None
     masks: str | None = None
-    # Repeat the list floor(minimum / n) times when it has fewer than `minimum` records; 0 leaves it as it is.
+    # Repeat the list floor(balance_to / n) times when it has fewer records than that; 0 leaves it as it is.
     # By default the reference's balancing: 5000, for region understanding 3000, none where `repeats` is
     # fixed.
-    minimum: int | None = None
+    balance_to: Annotated[int | None, ZERO_OR_MORE] = None
     # Repeat the list so many times; by default the reference's: sequences 10, grounded VQA and reports 2,
     # others 1.
-    repeats: int | None = None
+    repeats: Annotated[int | None, ONE_OR_MORE] = None
     # Slices drawn from a volume at every visit.
-    slices: int = 10
+    slices: Annotated[int, ONE_OR_MORE] = 10
     # Random changes of its own instead of sample.augment, in training. (On the command line its fields are
     # options: a subcommand for every dataset would be too much.)
     augment: Annotated[AugmentConfig | None, tyro.conf.AvoidSubcommands] = None
 
     def __post_init__(self):
-        for name, value, least in (
-            ("minimum", self.minimum, 0),
-            ("repeats", self.repeats, 1),
-            ("slices", self.slices, 1),
-        ):
-            if value is not None and value < least:
-                raise InputError(
-                    f"{name}={value} of the dataset {self.title} is impossible; give {least} or more."
-                )
+        require_limits(self, of=f" of the dataset {self.title}")
 
     @property
     def title(self) -> str:
@@ -110,8 +102,8 @@ class DatasetConfig:
     def repetitions(self, records: int) -> int:
         """How many times the list of `records` records stands in the mixture."""
         repeats = _REPEATS.get(self.kind, 1) if self.repeats is None else self.repeats
-        minimum = _MINIMUM.get(self.kind, 0) if self.minimum is None else self.minimum
-        return repeats * max(1, minimum // records) if 0 < records < minimum else repeats
+        wanted = _BALANCE_TO.get(self.kind, 0) if self.balance_to is None else self.balance_to
+        return repeats * max(1, wanted // records) if 0 < records < wanted else repeats
 
     def _part(self, given: str | None, default: str) -> str:
         return (default if given is None else given).replace("{split}", self.split)

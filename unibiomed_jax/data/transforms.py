@@ -8,47 +8,49 @@ from jaxtyping import Bool, Int32, UInt8
 from PIL import Image
 from scipy import ndimage
 
-from unibiomed_jax.config import ModelConfig
+from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.data.augment import AugmentConfig, augment
-from unibiomed_jax.data.headers import image_size, require_mask_size, require_table_size
+from unibiomed_jax.data.files import image_size, require_mask_size, require_table_size
 from unibiomed_jax.data.prompts import Conversation, PromptConfig, draw, variants
 from unibiomed_jax.data.records import TEXT_ONLY, Kind, Record
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.inference.preprocess import frame_bytes, open_frames, sam_bytes, tile_bytes, tile_grid
-from unibiomed_jax.inference.prompt import INFERENCE_TURN, STOP_TEXT, TRAINING_TURN, build_prompt
-from unibiomed_jax.inference.tokenizer import (
+from unibiomed_jax.inputs.images import open_frames
+from unibiomed_jax.inputs.prompt import (
+    INFERENCE_TURN,
+    STOP_TEXT,
+    TRAINING_TURN,
+    build_prompt,
+    expand,
+    visual_tokens,
+)
+from unibiomed_jax.inputs.tiles import frame_tiles, image_tiles, sam_image, tile_grid
+from unibiomed_jax.inputs.tokenizer import (
     IMAGE_CONTEXT,
     PHRASE_END,
     PHRASE_START,
     UNIBIOMED_TOKENS,
     Tokenizer,
 )
+from unibiomed_jax.masks.resize import resize_nearest
 
 # Labels of tokens that are not learned.
 IGNORE = -100
+
 # After the answer of these the reference writes a newline, which is not learned.
 _NEWLINE_AT_END = (Kind.VQA, Kind.REPORT, Kind.SEQUENCE)
+
 _BOX_COLOUR = (0, 255, 0)
+
 # A region whose bounding box has this many pixels or fewer is boxed only if no other is left.
 _SMALL_BOX = 400
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Sizes of the arrays; `from_model` takes them from the model."""
+    """Choices about samples; their sizes follow from the model (`SampleSizes`)."""
 
-    # Side of a tile, pixels, and the visual tokens it becomes.
-    tile_size: int = 448
-    tokens_per_tile: int = 256
-    # Limits of the number of tiles an image is cut into, and the whole image as a last one.
-    min_tiles: int = 1
-    max_tiles: int = 12
-    use_thumbnail: bool = True
-    # The same limit for region understanding and captions, which the weights saw as a single tile.
+    # Limit of the number of tiles for region understanding and captions, which the weights saw as a single one.
     text_only_max_tiles: int = 1
-    # Sides of SAM2's image and of its masks, pixels.
-    sam_size: int = 1024
-    mask_size: int = 256
     # Longest sample, tokens.
     max_tokens: int = 8192
     # Random changes of images and masks; none as in the reference.
@@ -56,9 +58,25 @@ class SampleConfig:
     # Questions and answers.
     prompts: PromptConfig = field(default_factory=PromptConfig)
 
+
+@dataclass(frozen=True)
+class SampleSizes:
+    """Sizes of a sample's arrays."""
+
+    # Side of a tile, pixels, and the visual tokens it becomes.
+    tile_size: int
+    tokens_per_tile: int
+    # Limits of the number of tiles an image is cut into, and the whole image as a last one.
+    min_tiles: int
+    max_tiles: int
+    use_thumbnail: bool
+    # Sides of SAM2's image and of its masks, pixels.
+    sam_size: int
+    mask_size: int
+
     @classmethod
-    def from_model(cls, model: ModelConfig, **choices) -> "SampleConfig":
-        """The sizes of a model; `choices` are further fields."""
+    def of(cls, model: ModelConfig) -> "SampleSizes":
+        """The sizes that a model reads."""
         return cls(
             tile_size=model.vision.image_size,
             tokens_per_tile=model.tokens_per_tile,
@@ -67,7 +85,6 @@ class SampleConfig:
             use_thumbnail=model.use_thumbnail,
             sam_size=model.sam2.image_size,
             mask_size=model.sam2.image_size // 4,
-            **choices,
         )
 
 
@@ -86,8 +103,9 @@ class Sample:
 class SampleBuilder:
     """Turns records into samples; the only randomness comes from the generator of each call."""
 
-    def __init__(self, config: SampleConfig, tokenizer: Tokenizer, seed: int):
+    def __init__(self, config: SampleConfig, sizes: SampleSizes, tokenizer: Tokenizer, seed: int):
         self.config = config
+        self.sizes = sizes
         self.tokenizer = tokenizer
         self.seed = seed
         phrase_marks = (PHRASE_START, PHRASE_END) if config.prompts.phrase_marks == "text" else ()
@@ -106,7 +124,7 @@ class SampleBuilder:
             InputError: a file that cannot be read, an image of another size than the table says, a mask of
                 another size than its image, or a text that does not fit; the message names the record.
         """
-        config = self.config
+        config, sizes = self.config, self.sizes
         chosen = _draw_slices(record, rng) if record.kind is Kind.SEQUENCE else [0]
         frames = open_frames([record.images[index] for index in chosen])[0]
         size = frames[0].size
@@ -117,24 +135,22 @@ class SampleBuilder:
         if (changes := record.augment or config.augment) is not None:
             frames, masks = augment(frames, masks, changes, rng)
         if record.kind is Kind.SEQUENCE:
-            tiles = frame_bytes(frames, config.tile_size)
+            tiles = frame_tiles(frames, tile_size=sizes.tile_size)
         else:
             image = frames[0]
             if record.kind is Kind.REGION:
                 image = Image.fromarray(draw_box(np.asarray(image), masks[0, 0], rng))
-            limit = self._max_tiles(record)
-            least = min(config.min_tiles, limit)
-            tiles = tile_bytes(image, config.tile_size, least, limit, config.use_thumbnail)
+            tiles, _ = image_tiles(image, **self._tiling(record), use_thumbnail=sizes.use_thumbnail)
         ids, labels = self.encode(record, draw(record, rng, self.seed, config.prompts), len(tiles))
         grounded = record.kind not in TEXT_ONLY
-        sam = [sam_bytes(frame, config.sam_size) for frame in frames] if grounded else []
+        sam = [sam_image(frame, sizes.sam_size) for frame in frames] if grounded else []
         return Sample(
             record.name,
             tiles,
             ids,
             labels,
-            np.stack(sam) if sam else np.zeros((0, config.sam_size, config.sam_size, 3), np.uint8),
-            resize_nearest(masks, config.mask_size) if grounded else self._no_masks(),
+            np.stack(sam) if sam else np.zeros((0, sizes.sam_size, sizes.sam_size, 3), np.uint8),
+            resize_nearest(masks, sizes.mask_size) if grounded else self._no_masks(),
         )
 
     def encode(
@@ -177,15 +193,9 @@ class SampleBuilder:
         """Tiles that the record will have, thumbnail included."""
         if record.kind is Kind.SEQUENCE:
             return record.slices
-        limit = self._max_tiles(record)
-        columns, rows = tile_grid(
-            *image_size(record),
-            min_tiles=min(self.config.min_tiles, limit),
-            max_tiles=limit,
-            tile_size=self.config.tile_size,
-        )
+        columns, rows = tile_grid(*image_size(record), **self._tiling(record))
         count = columns * rows
-        return count + (count > 1 and self.config.use_thumbnail)
+        return count + (count > 1 and self.sizes.use_thumbnail)
 
     def longest(self, record: Record, tiles: int) -> int:
         """Tokens of the longest sample that any draw of question, answer and wording can give.
@@ -226,15 +236,10 @@ class SampleBuilder:
 
     def _instruction(self, kind: Kind, question: str, tiles: int) -> list[int]:
         turn = TRAINING_TURN if self.config.prompts.turn == "training" else INFERENCE_TURN
-        # One image token stands for all of a tile while the text is tokenised: it never merges with its
-        # neighbours.
-        shape = {"frames": tiles} if kind is Kind.SEQUENCE else {"tiles": 1}
-        repeats = self.config.tokens_per_tile * (1 if kind is Kind.SEQUENCE else tiles)
-        text = build_prompt(question.strip(), **shape, tokens_per_tile=1, turn=turn)
-        ids: list[int] = []
-        for token in self._encode(kind, text):
-            ids += [token] * (repeats if token == self.tokenizer.image_context_id else 1)
-        return ids
+        frames = tiles if kind is Kind.SEQUENCE else 0
+        text = build_prompt(question.strip(), image=not frames, frames=frames, turn=turn)
+        counts = visual_tokens(0 if frames else tiles, frames, self.sizes.tokens_per_tile)
+        return expand(self._encode(kind, text), self.tokenizer.image_context_id, counts)
 
     def _answer(self, kind: Kind, answer: str) -> list[int]:
         ids = self._encode(kind, answer.strip() + STOP_TEXT)
@@ -255,11 +260,15 @@ class SampleBuilder:
             self._plain_tokenizers[plain] = self.tokenizer.with_plain_text(*plain)
         return self._plain_tokenizers[plain].encode(text)
 
-    def _max_tiles(self, record: Record) -> int:
-        return self.config.text_only_max_tiles if record.kind in TEXT_ONLY else self.config.max_tiles
+    def _tiling(self, record: Record) -> dict[str, int]:
+        """The arguments of `tile_grid` for this record's task."""
+        sizes = self.sizes
+        limit = self.config.text_only_max_tiles if record.kind in TEXT_ONLY else sizes.max_tiles
+        least = min(sizes.min_tiles, limit)
+        return {"tile_size": sizes.tile_size, "min_tiles": least, "max_tiles": limit}
 
     def _no_masks(self) -> np.ndarray:
-        return np.zeros((0, 0, self.config.mask_size, self.config.mask_size), np.uint8)
+        return np.zeros((0, 0, self.sizes.mask_size, self.sizes.mask_size), np.uint8)
 
 
 def load_mask(path: str, size: tuple[int, int], name: str) -> Bool[np.ndarray, "height width"]:
@@ -278,17 +287,6 @@ def load_mask(path: str, size: tuple[int, int], name: str) -> Bool[np.ndarray, "
     mask = (mask[..., 0] if mask.ndim == 3 else mask) > 0
     require_mask_size(name, path, mask.shape[::-1], size)
     return mask
-
-
-def resize_nearest(
-    masks: Bool[np.ndarray, "*batch height width"], side: int
-) -> UInt8[np.ndarray, "*batch side side"]:
-    """0/1 bytes as torch's interpolate(mode="nearest"): row i reads row floor(i * float32(height / side))."""
-    rows, columns = (
-        (np.arange(side, dtype=np.float32) * np.float32(length / side)).astype(np.int64)
-        for length in masks.shape[-2:]
-    )
-    return masks[..., rows[:, None], columns].astype(np.uint8)
 
 
 def draw_box(

@@ -26,6 +26,11 @@ def frame_bucket(count: int) -> int:
     return -(-count // step) * step
 
 
+def tile_bucket(count: int) -> int:
+    """Tiles of an image in a call of fixed shape: none, one, or a multiple of four and the thumbnail."""
+    return count if count < 2 else 1 + -(-(count - 1) // 4) * 4
+
+
 def tile_chunks() -> tuple[int, ...]:
     """How many tiles go through the vision model at a time: a CPU gains nothing from more than one."""
     return (1,) if jax.default_backend() == "cpu" else (8, 4, 2, 1)

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float32
 
+from unibiomed_jax.models.attention import row_major
 from unibiomed_jax.models.layers import Linear
-from unibiomed_jax.models.ops import row_major
 from unibiomed_jax.models.qwen2 import Qwen2
 
 # Up to this many rows, reading the weights is what a product costs.

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from unibiomed_jax.models.mask_decoder import MaskDecoding
+from unibiomed_jax.models.sam2 import FrameMasks, FramePlan
 from unibiomed_jax.models.unibiomed import UniBiomedModel
 
 
@@ -34,12 +34,12 @@ class Decoding(NamedTuple):
     forced: Int[Array, "batch new"]
 
 
-def start(
+def prefill(
     model: UniBiomedModel,
     ids: Int[Array, "batch length"],
     source: Int[Array, "batch length"],
     lengths: Int[Array, "batch"],
-    visual: Float[Array, "rows embed"],
+    visual: Float[Array, "batch rows embed"],
     forced: Int[Array, "batch new"],
 ) -> Decoding:
     """Read the prompts (right-padded; `lengths` says where they end) and say the first token."""
@@ -59,18 +59,31 @@ def start(
     )
 
 
+class StopText(NamedTuple):
+    """The stop string as ids, as far as a device can tell: a token whose text ends as the string begins, then
+    the rest of it. Another cut of the string into tokens is left to the host.
+    """
+
+    # Whether the text of a token ends with the first character of the stop string.
+    begins: Bool[Array, "vocab"]
+    # The ids of the other characters.
+    rest: Int[Array, "rest"]
+
+
 def advance(
     model: UniBiomedModel,
     state: Decoding,
     done: Bool[Array, "batch"],
     limit: Int[Array, ""],
+    stop: StopText | None = None,
     *,
     end_id: int,
-    pause_id: int,
+    pause_id: int = -1,
 ) -> Decoding:
     """Say up to `limit` more tokens, without a host round trip between them.
 
-    Stops early when every row is done or has said `end_id`, and when a row that is not done says `pause_id`.
+    Stops early when every row is done, has said `end_id` or the stop text, and when a row that is not done
+    says `pause_id`.
     """
     language_model = model.language_model
     new = state.ids.shape[1]
@@ -83,7 +96,7 @@ def advance(
     def say(loop):
         state, done, _ = loop
         spoken = jax.lax.dynamic_index_in_dim(state.ids, state.step - 1, axis=1, keepdims=True)
-        embeds = language_model.embed(spoken).astype(model.config.precision.language)
+        embeds = language_model.embed(spoken).astype(model.precision.language)
         hidden, cache = language_model.decode_step(embeds, state.lengths + state.step - 1, state.cache)
         forced = jax.lax.dynamic_index_in_dim(state.forced, state.step, axis=1, keepdims=False)
         token = _choose(language_model.logits(hidden), forced)
@@ -94,59 +107,99 @@ def advance(
             step=state.step + 1,
         )
         paused = jnp.any((token == pause_id) & ~done)
-        return state, done | (token == end_id), paused
+        return state, done | _ended(state, end_id, stop)[:, 0], paused
 
     done = done | jnp.any((state.ids == end_id) & (jnp.arange(new) < state.step), axis=1)
     return jax.lax.while_loop(going, say, (state, done, jnp.asarray(False)))[0]
 
 
 class Grounding(NamedTuple):
-    """What the whole model says about a batch of images."""
+    """What the whole model says about a batch of images, volumes or words."""
 
     # Tokens said; column t of a row is valid when t < count.
     ids: Int[Array, "batch new"]
-    # Tokens of a row up to its end token, that included.
+    # Tokens of a row up to its end, that included.
     count: Int[Array, " batch"]
     # State at each of the first `objects` [SEG] of a row, and whether there is one.
     hidden: Float[Array, "batch objects embed"]
     valid: Bool[Array, "batch objects"]
-    # The mask of each of them.
-    masks: MaskDecoding
+    # The mask of each of them in every frame; none of words alone.
+    masks: FrameMasks | None
 
 
 def ground(
     model: UniBiomedModel,
-    tiles: Float[Array, "tiles side side 3"],
+    tiles: UInt8[Array, "batch tiles side side 3"],
     ids: Int[Array, "batch length"],
     source: Int[Array, "batch length"],
     lengths: Int[Array, " batch"],
-    images: Float[Array, "batch size size 3"],
+    frames: UInt8[Array, "batch frames size size 3"],
     forced: Int[Array, "batch new"],
+    stop: StopText | None = None,
+    plan: FramePlan | None = None,
     *,
     objects: int,
     end_id: int,
     seg_id: int,
 ) -> Grounding:
-    """Pixels and tokens to words, [SEG] states and masks: all of the model as one function to jit and shard.
+    """Pixels and tokens to words, [SEG] states and masks: all of the model as one function.
 
-    The predictor runs the same stages one by one, because only the host can see the stop text and because
-    most answers need fewer tokens and masks than a fixed shape has room for. `source` indexes the rows of all
-    tiles, (tiles * tokens); see `start` for the other arguments.
+    This is what is divided over devices and exported: fixed shapes, one call, no host in between. The staged
+    way (`UniBiomed.predict_batch`) says the same with less work where answers are short and masks few.
+
+    Args:
+        tiles: what the language model sees of each image or frame; none for words alone.
+        source: which row of an image's tiles, one after the other, takes the place of a token; -1: none.
+        frames: what SAM2 sees of each image: one frame, or those of a volume; none for words alone.
+        stop: ends a row at the stop text; the words after it, where a device cannot tell, are cut afterwards.
+        plan: of volumes, with a leading batch axis: in which order frames are segmented.
+        objects: masks of an answer that have room.
+
+    See `prefill` for the other arguments.
     """
-    new = forced.shape[1]
-    visual = model.encode_tiles(tiles)
-    state = start(model, ids, source, lengths, visual.reshape(-1, visual.shape[-1]), forced)
-    nobody = jnp.zeros(len(ids), bool)
-    state = advance(model, state, nobody, jnp.asarray(new), end_id=end_id, pause_id=-1)
+    batch, new = forced.shape
+    visual = jnp.zeros((batch, 1, model.config.language.hidden_size))
+    if tiles.shape[1]:
+        visual = model.visual_rows(tiles)
+    state = prefill(model, ids, source, lengths, visual, forced)
+    nobody = jnp.zeros(batch, bool)
+    state = advance(model, state, nobody, jnp.asarray(new), stop, end_id=end_id)
 
     steps = jnp.arange(new)
-    ended = (state.ids == end_id) & (steps < state.step)
+    ended = _ended(state, end_id, stop, every_step=True) & (steps < state.step)
     count = jnp.where(ended.any(1), jnp.argmax(ended, axis=1) + 1, state.step)
     is_seg = (state.ids == seg_id) & (steps < count[:, None] - 1)
     places = jax.vmap(lambda row: jnp.nonzero(row, size=objects, fill_value=0)[0])(is_seg)
     hidden = jnp.take_along_axis(state.hidden, places[..., None], axis=1)
     valid = jnp.arange(objects) < is_seg.sum(1, keepdims=True)
-    return Grounding(state.ids, count, hidden, valid, model.segment(model.encode_image(images), hidden))
+
+    masks = None
+    if plan is not None:
+        masks = jax.lax.map(lambda inputs: model.segment_frames(*inputs), (frames, hidden, plan))
+    elif frames.shape[1]:
+        decoded = model.segment(model.encode_image(frames[:, 0]), hidden)
+        found = FrameMasks(decoded.masks, decoded.ious, decoded.object_scores)
+        masks = jax.tree.map(lambda values: values[:, None], found)
+    return Grounding(state.ids, count, hidden, valid, masks)
+
+
+def _ended(
+    state: Decoding, end_id: int, stop: StopText | None, *, every_step: bool = False
+) -> Bool[Array, "batch steps"]:
+    """Whether a row ends with its newest token; `every_step`: with each of its tokens."""
+    size = 0 if stop is None else len(stop.rest)
+    ids = jnp.pad(state.ids, ((0, 0), (size, 0)), constant_values=-1)
+    if not every_step:
+        ids = jax.lax.dynamic_slice_in_dim(ids, state.step - 1, size + 1, axis=1)
+    steps = ids.shape[1] - size
+    ended = ids[:, size:] == end_id
+    if stop is None:
+        return ended
+    first = ids[:, :steps]
+    spelled = (first >= 0) & stop.begins[jnp.maximum(first, 0)]
+    for place in range(size):
+        spelled &= ids[:, 1 + place : 1 + place + steps] == stop.rest[place]
+    return ended | spelled
 
 
 def _choose(logits: Float[Array, "batch vocab"], forced: Int[Array, "batch"]) -> Int[Array, "batch"]:

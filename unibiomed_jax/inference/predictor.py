@@ -3,153 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Float32, Int
-from PIL import Image
+from jaxtyping import Float32
 
 from unibiomed_jax import checkpoint, runtime
-from unibiomed_jax.config import ModelConfig, Precision
+from unibiomed_jax.config.model import ModelConfig
+from unibiomed_jax.config.precision import FLOAT32, Precision, default_precision
+from unibiomed_jax.conversion.from_torch import read_released
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.inference import generate
-from unibiomed_jax.inference.buckets import frame_bucket, in_chunks, power_of_two, tile_chunks, token_bucket
+from unibiomed_jax.inference.answer import Answer, OpenedImage, Prompt, Request, Segment
+from unibiomed_jax.inference.buckets import (
+    frame_bucket,
+    in_chunks,
+    power_of_two,
+    tile_bucket,
+    tile_chunks,
+    token_bucket,
+)
 from unibiomed_jax.inference.cpu import split_linears, stored_in_bfloat16
-from unibiomed_jax.inference.masks import upscale_masks
-from unibiomed_jax.inference.precision import FLOAT32, cast_parameters, default_precision
-from unibiomed_jax.inference.preprocess import (
-    ImageRecord,
-    ImageSource,
-    box_masks,
-    frame_tiles,
-    open_frames,
-    open_image,
-    region_cells,
-    sam_bytes,
-    sam_image,
-    tile_grid,
-    vit_tiles,
-)
-from unibiomed_jax.inference.prompt import STOP_TEXT, Phrase, build_prompt, find_stop, parse_answer
-from unibiomed_jax.inference.tokenizer import Tokenizer
+from unibiomed_jax.inference.generate import Decoding
+from unibiomed_jax.inference.phrases import Phrase, parse_answer
+from unibiomed_jax.inference.stages import Stages
+from unibiomed_jax.inference.stopping import find_stop
+from unibiomed_jax.inputs.images import ImageRecord, ImageSource, open_frames, open_image
+from unibiomed_jax.inputs.prompt import build_prompt, expand, visual_tokens
+from unibiomed_jax.inputs.regions import box_masks, region_cells
+from unibiomed_jax.inputs.tiles import frame_tiles, image_tiles, sam_image
+from unibiomed_jax.inputs.tokenizer import Tokenizer
+from unibiomed_jax.masks.resize import upscale_masks
 from unibiomed_jax.models.layers import unstack_layers
-from unibiomed_jax.models.sam2 import ImageFeatures, plan_frames
+from unibiomed_jax.models.sam2 import FramePlan, plan_frames
 from unibiomed_jax.models.unibiomed import UniBiomedModel
-
-INTENDED_USE = (
-    "For research use only; not a medical device. Text and masks may be wrong or incomplete: "
-    "a qualified expert must review them before anybody relies on them."
-)
+from unibiomed_jax.parameters import stored_for
+from unibiomed_jax.sharding.layout import Layout
 
 # Tokens between two looks of the host at the text. The loop also stops by itself where the text may end.
 TOKENS_PER_LOOK = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Segment:
-    """What one `[SEG]` of an answer points at."""
-
-    # The words it stands for: the <p>...</p> before it, or the sentence around it.
-    phrase: str
-    # True inside; (height, width) of the image, or (frames, height, width) of a volume.
-    mask: Bool[np.ndarray, "*frames height width"]
-    # The logits of the mask at the same size: mask = logits > 0.
-    logits: Float32[np.ndarray, "*frames height width"]
-    # IoU with the truth as the model itself predicts it, 0 to 1; one a frame for a volume.
-    iou: float | list[float]
-    # Logit of "the object is in the image"; reported, never used to hide a mask unless asked.
-    object_score: float | list[float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What the model says to one request."""
-
-    # The question, as it was asked.
-    prompt: str
-    # The answer as generated: special tokens and the stop text `<|end|>` are kept.
-    text: str
-    # One entry a `[SEG]`; a `[SEG]` that is the very last token has no state and so no entry.
-    segments: tuple[Segment, ...]
-    # How each image was read.
-    records: tuple[ImageRecord, ...]
-    # The whole conversation so far; pass the answer as `history` of the next request on the same image.
-    transcript: str
-    # Seconds by stage, of the whole batch this request was part of.
-    seconds: Mapping[str, float]
-    # To be shown with every answer.
-    notice: str = INTENDED_USE
-    # `OpenedImage.identity` of the image it is about.
-    image: str | None = None
-
-
-class OpenedImage:
-    """An image, or the frames of a volume: read once, and encoded once for any number of questions."""
-
-    def __init__(
-        self,
-        frames: Sequence[Image.Image],
-        records: Sequence[ImageRecord],
-        tiles: Float32[np.ndarray, "tiles side side 3"],
-        conditioning: Sequence[int] | None = None,
-    ):
-        self.frames = tuple(frames)
-        self.records = tuple(records)
-        # sha256 of all sizes and pixels, by which the same image opened again is known.
-        self.identity = _identity(self.frames)
-        # Frames that the language model sees and that are segmented from its words; None for a single image.
-        self.conditioning = None if conditioning is None else tuple(conditioning)
-        self.num_tiles = len(tiles)
-        # Input of the vision model, until it is encoded at the first question.
-        self.tiles: np.ndarray | None = tiles
-        # Rows for the language model, (tiles * tokens, embed).
-        self.visual: np.ndarray | None = None
-        # SAM2's features of a single image; made at the first `[SEG]`.
-        self.features: ImageFeatures | None = None
-
-    @property
-    def is_volume(self) -> bool:
-        return self.conditioning is not None
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(width, height) in pixels."""
-        return self.frames[0].size
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One question about one image, one volume, or nothing but words."""
-
-    prompt: str
-    # The image, or what `UniBiomed.open` or `open_volume` made of it; None for words alone.
-    image: ImageSource | OpenedImage | None = None
-    # Regions that the question refers to, as masks of the image's size ...
-    regions: Sequence[np.ndarray] = ()
-    # ... or as boxes (x0, y0, x1, y1) in pixels.
-    boxes: Sequence[Sequence[float]] = ()
-    # The answer to the previous question about the same image, opened again or not; of another it is refused.
-    history: Answer | None = None
-    # Tokens to say at given steps whatever the model prefers: {step: id}.
-    forced: Mapping[int, int] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """A request as the model reads it."""
-
-    text: str
-    ids: list[int]
-    # For every <IMG_CONTEXT> in turn, the row of the image's visual tokens that takes its place.
-    rows: Int[np.ndarray, " places"]
 
 
 class UniBiomed:
@@ -169,24 +66,27 @@ class UniBiomed:
     ):
         """`params` is the parameter tree of `UniBiomedModel(config)`."""
         runtime.prepare()
-        precision = precision or default_precision()
-        self.config = dataclasses.replace(config, precision=precision)
+        self.config = config
+        self.precision = precision or default_precision()
         self.tokenizer = tokenizer
         self.checkpoint_hash = checkpoint_hash
-        model = nnx.eval_shape(lambda: UniBiomedModel(self.config, rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: UniBiomedModel(config, self.precision, rngs=nnx.Rngs(0)))
         graphdef, state = nnx.split(model)
         on_cpu = jax.default_backend() == "cpu"
-        splits = on_cpu and precision.language == "float32" and stored_in_bfloat16(params["language_model"])
-        stored = dataclasses.replace(precision, language="bfloat16") if splits else precision
-        nnx.replace_by_pure_dict(state, cast_parameters(params, self.config, stored))
+        in_parts = (
+            on_cpu and self.precision.language == "float32" and stored_in_bfloat16(params["language_model"])
+        )
+        stored = dataclasses.replace(self.precision, language="bfloat16") if in_parts else self.precision
+        nnx.replace_by_pure_dict(state, stored_for(params, config, stored))
         model = nnx.merge(graphdef, state)
         if on_cpu:
             # A scan would copy every layer's weights out of the stack for every token.
             model.language_model.layers = unstack_layers(model.language_model.layers)
-        if splits:
-            split_linears(model.language_model, exact=precision == FLOAT32)
+        if in_parts:
+            split_linears(model.language_model, exact=self.precision == FLOAT32)
         self.graphdef, self.params = nnx.split(model)
-        self._compile()
+        layout = Layout.over(jax.devices()[:1], model=config)
+        self.stages = Stages(self.graphdef, tokenizer, config.language.vocab_size, layout)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, precision: Precision | None = None) -> UniBiomed:
@@ -196,12 +96,7 @@ class UniBiomed:
             InputError: the directory or a file of it is missing, damaged or of another model.
         """
         path = Path(path)
-        if checkpoint.is_checkpoint(path):
-            loaded = checkpoint.load(path)
-        else:
-            from convert.from_torch import read_released  # conversion builds on this library, not it on that
-
-            loaded = read_released(path)
+        loaded = checkpoint.load(path) if checkpoint.is_checkpoint(path) else read_released(path)
         return cls(
             loaded.config,
             loaded.params,
@@ -214,18 +109,14 @@ class UniBiomed:
 
     def open(self, image: ImageSource) -> OpenedImage:
         """Read an image, for several questions about it."""
-        config = self.config
+        config, side = self.config, self.config.vision.image_size
         frame, record = open_image(image)
-        tiles = vit_tiles(
+        tiles, (columns, rows) = image_tiles(
             frame,
-            tile_size=config.vision.image_size,
+            tile_size=side,
             min_tiles=config.min_tiles,
             max_tiles=config.max_tiles,
             use_thumbnail=config.use_thumbnail,
-        )
-        side = config.vision.image_size
-        columns, rows = tile_grid(
-            *frame.size, min_tiles=config.min_tiles, max_tiles=config.max_tiles, tile_size=side
         )
         cut = f"stretched and cut into {columns}x{rows} tiles of {side}x{side} pixels for the words"
         whole = ", with the whole as one more" if len(tiles) > columns * rows else ""
@@ -243,8 +134,8 @@ class UniBiomed:
         images, records = open_frames(frames)
         plan = plan_frames(len(images), self.config.sam2, conditioning)
         chosen = plan.index[(plan.direction == 0) & plan.valid].tolist()
-        tiles = frame_tiles([images[i] for i in chosen], tile_size=self.config.vision.image_size)
         side = self.config.vision.image_size
+        tiles = frame_tiles([images[i] for i in chosen], tile_size=side)
         shown = (f"stretched to {side}x{side} pixels for the words",)
         records = [
             self._record_steps(record, *(shown if index in chosen else ()))
@@ -291,12 +182,7 @@ class UniBiomed:
             return []
         seconds: dict[str, float] = defaultdict(float)
         with _timed(seconds, "read images"):
-            requests = [
-                request
-                if request.image is None or isinstance(request.image, OpenedImage)
-                else dataclasses.replace(request, image=self.open(request.image))
-                for request in requests
-            ]
+            requests = self._opened(requests)
             prompts = [self.prompt_of(request) for request in requests]
         with _timed(seconds, "encode tiles"):
             self._encode_visual(list({id(r.image): r.image for r in requests if r.image}.values()))
@@ -304,68 +190,93 @@ class UniBiomed:
 
         answers = []
         for request, prompt, ids, states in zip(requests, prompts, said, hidden, strict=True):
-            text = self.tokenizer.decode(ids)
-            positions = [t for t, token in enumerate(ids[:-1]) if token == self.tokenizer.seg_id]
+            positions = self._seg_positions(ids)
             segments: tuple[Segment, ...] = ()
             if request.image is not None and positions:
-                phrases = parse_answer(text, request.prompt)
+                phrases = parse_answer(self.tokenizer.decode(ids), request.prompt)
                 segments = self._segment(request.image, states[positions], phrases, hide_absent, seconds)
-            answers.append(
-                Answer(
-                    prompt=request.prompt,
-                    text=text.strip(),
-                    segments=segments,
-                    records=() if request.image is None else request.image.records,
-                    transcript=prompt.text + text,
-                    seconds=seconds,
-                    image=None if request.image is None else request.image.identity,
-                )
-            )
+            answers.append(self._answer(request, prompt, ids, segments, seconds))
         return answers
 
-    # ------------------------------------------------------------------------------------------- stages
+    def ground(
+        self,
+        requests: Sequence[Request],
+        *,
+        max_new_tokens: int = 256,
+        objects: int = 4,
+        hide_absent: bool = False,
+    ) -> list[Answer]:
+        """Answer as `predict_batch` does, by one compiled call from pixels to masks (see `generate.ground`).
 
-    def _compile(self) -> None:
-        """One compiled function a stage; the parameters are an argument, so that nothing is baked in."""
-        graphdef = self.graphdef
+        It is what is divided over devices and exported. Every shape is fixed beforehand: all requests are
+        about images, or all about volumes of one length, or all about words alone; nothing that was encoded
+        for an earlier question is used.
 
-        def stage(function, **jit_options):
-            def run(params, *arguments):
-                return function(nnx.merge(graphdef, params), *arguments)
+        Args:
+            requests: the questions.
+            max_new_tokens: longest answer in tokens, shortened where the model's context ends.
+            objects: masks that an answer has room for.
+            hide_absent: as in `predict_batch`.
 
-            compiled = jax.jit(run, **jit_options)
+        Raises:
+            InputError: a request that cannot be answered, requests of several kinds, or an answer with more
+                masks than `objects`.
+        """
+        if not requests:
+            return []
+        if objects < 1:
+            raise InputError(f"objects is {objects}; an answer needs room for at least one mask.")
+        seconds: dict[str, float] = defaultdict(float)
+        with _timed(seconds, "read images"):
+            requests = self._opened(requests)
+            prompts = [self.prompt_of(request) for request in requests]
+            frames, plan = self._frames(requests)
+            arrays, new = self._prompt_arrays(requests, prompts, max_new_tokens)
+            ids, source, lengths, forced = arrays
+            shown = [0 if request.image is None else len(request.image.tiles) for request in requests]
+            side = self.config.vision.image_size
+            tiles = np.zeros((len(ids), tile_bucket(max(shown)), side, side, 3), np.uint8)
+            for row, request in enumerate(requests):
+                if request.image is not None:
+                    tiles[row, : shown[row]] = request.image.tiles
+                    source[row, source[row] >= 0] = prompts[row].rows
+        with _timed(seconds, "ground"):
+            stop = self.stages.stop_text()
+            inputs = (tiles, ids, source, lengths, frames, forced, stop, plan)
+            result = jax.device_get(self.stages.ground(self.params, *inputs, objects=objects))
 
-            def call(*arguments):
-                # float32 means float32 on every backend; bfloat16 products are not touched by this.
-                with jax.default_matmul_precision("highest"):
-                    return compiled(self.params, *arguments)
+        answers = []
+        for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
+            said = result.ids[row, : min(new, int(result.count[row]))].tolist()
+            end = find_stop(self.tokenizer, said)
+            said = said if end is None else said[:end]
+            count = len(self._seg_positions(said))
+            segments: tuple[Segment, ...] = ()
+            if request.image is not None and count > objects:
+                raise InputError(
+                    f"The answer to {request.prompt!r} has {count} masks but objects={objects} leaves room for "
+                    f"fewer; raise it to {count}."
+                )
+            if request.image is not None and count:
+                phrases = parse_answer(self.tokenizer.decode(said), request.prompt)
+                masks, ious, scores = (
+                    values[row][: len(request.image.frames), :count].swapaxes(0, 1) for values in result.masks
+                )
+                found = (masks, ious.max(-1), scores)
+                with _timed(seconds, "resize masks"):
+                    segments = self._segments(request.image, *found, phrases, hide_absent)
+            answers.append(self._answer(request, prompt, said, segments, seconds))
+        return answers
 
-            call.compiled = compiled
-            return call
+    # ------------------------------------------------------------------------------------------ prompts
 
-        ids = self.tokenizer
-        pause_id = ids.encode(STOP_TEXT)[-1]
-        self.stages = {
-            "encode_tiles": stage(UniBiomedModel.encode_tiles),
-            "start": stage(generate.start),
-            "advance": stage(
-                functools.partial(generate.advance, end_id=ids.eos_id, pause_id=pause_id), donate_argnums=1
-            ),
-            "encode_image": stage(UniBiomedModel.encode_image),
-            "segment": stage(UniBiomedModel.segment),
-            "segment_frames": stage(UniBiomedModel.segment_frames),
-        }
-
-    def _encode_visual(self, images: Sequence[OpenedImage]) -> None:
-        """Fill in the rows for the language model; tiles of all images share a few compiled shapes."""
-        images = [image for image in images if image.visual is None]
-        if not images:
-            return
-        tiles = np.concatenate([image.tiles for image in images])
-        rows = in_chunks(self.stages["encode_tiles"], tiles, tile_chunks())
-        bounds = np.cumsum([image.num_tiles for image in images])[:-1]
-        for image, part in zip(images, np.split(rows, bounds), strict=True):
-            image.visual, image.tiles = part.reshape(-1, part.shape[-1]), None
+    def _opened(self, requests: Sequence[Request]) -> list[Request]:
+        return [
+            request
+            if request.image is None or isinstance(request.image, OpenedImage)
+            else dataclasses.replace(request, image=self.open(request.image))
+            for request in requests
+        ]
 
     def prompt_of(self, request: Request) -> Prompt:
         """Write a request on an opened image out as the model reads it.
@@ -373,7 +284,7 @@ class UniBiomed:
         Raises:
             InputError: the prompt, the image, the regions and the history do not fit together.
         """
-        config, image = self.config, request.image
+        config, image, history = self.config, request.image, request.history
         is_volume = image is not None and image.is_volume
         cells = None
         if len(request.regions) or len(request.boxes):
@@ -381,32 +292,112 @@ class UniBiomed:
                 raise InputError("Regions and boxes need a single image; give the image they are drawn on.")
             boxes = box_masks(request.boxes, image.size) if len(request.boxes) else ()
             cells = region_cells([*request.regions, *boxes], image.size, config.token_grid)
-        if image and request.history and request.history.image not in (None, image.identity):
+        if image and history and history.image not in (None, image.identity):
             raise InputError(
                 "The history is about another image than the one given; give that image again, or leave out "
                 "the history."
             )
-        tiles = 0 if image is None else image.num_tiles
+        tiles = 0 if image is None else len(image.tiles)
         text = build_prompt(
             request.prompt,
-            tiles=0 if is_volume else tiles,
+            image=tiles > 0 and not is_volume,
             frames=tiles if is_volume else 0,
-            tokens_per_tile=config.tokens_per_tile,
-            region_cells=() if cells is None else [int(cell.sum()) for cell in cells],
-            past_text="" if request.history is None else request.history.transcript,
+            regions=0 if cells is None else len(cells),
+            past_text="" if history is None else history.transcript,
         )
+        counts = visual_tokens(
+            0 if is_volume else tiles,
+            tiles if is_volume else 0,
+            config.tokens_per_tile,
+            () if cells is None else [int(cell.sum()) for cell in cells],
+        )
+        if history is not None and history.visual_tokens not in (None, counts):
+            raise InputError(
+                "The history is about other regions than those given; give the regions of its first question "
+                "again."
+            )
         rows = np.arange(tiles * config.tokens_per_tile)
         if cells is not None:  # a region's tokens repeat those of the last tile that lie in it
             last_tile = rows[-config.tokens_per_tile :]
             rows = np.concatenate([rows, *(last_tile[cell.reshape(-1)] for cell in cells)])
-        ids = self.tokenizer.encode(text)
+        ids = expand(self.tokenizer.encode(text), self.tokenizer.image_context_id, counts)
         context = config.language.max_position_embeddings
         if len(ids) >= context:
             raise InputError(
                 f"The prompt has {len(ids)} tokens but the model's context holds {context}; shorten the "
                 "text, or lower max_tiles in the checkpoint's config.json."
             )
-        return Prompt(text, ids, rows)
+        return Prompt(text, ids, counts, rows)
+
+    def _prompt_arrays(
+        self, requests: Sequence[Request], prompts: Sequence[Prompt], max_new_tokens: int
+    ) -> tuple[tuple[np.ndarray, ...], int]:
+        """Ids, sources, lengths and forced tokens of a batch, and the tokens that a row may say.
+
+        A source counts the visual tokens of its row; rows beyond the batch are one token long.
+        """
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}; at least one token must be generated.")
+        batch = len(prompts)
+        lengths = np.array([len(prompt.ids) for prompt in prompts], np.int32)
+        new = int(min(max_new_tokens, self.config.language.max_position_embeddings - lengths.max()))
+        rows, length = power_of_two(batch), token_bucket(int(lengths.max()))
+        lengths = np.pad(lengths, (0, rows - batch), constant_values=1)
+        ids = np.full((rows, length), self.tokenizer.pad_id, np.int32)
+        source = np.full((rows, length), -1, np.int32)
+        forced = np.full((rows, token_bucket(new)), -1, np.int32)
+        for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
+            ids[row, : lengths[row]] = prompt.ids
+            if request.image is not None:
+                places = np.flatnonzero(ids[row] == self.tokenizer.image_context_id)
+                source[row, places] = np.arange(len(places))
+            for step, token in request.forced.items():
+                if step < new:
+                    forced[row, step] = token
+        return (ids, source, lengths, forced), new
+
+    def _frames(self, requests: Sequence[Request]) -> tuple[np.ndarray, FramePlan | None]:
+        """What SAM2 sees of a batch of one kind, and of volumes the order in which it does."""
+        images = [request.image for request in requests]
+        kinds = {(image is None, image is not None and image.is_volume) for image in images}
+        if len(kinds) > 1:
+            raise InputError(
+                "One call grounds images, or volumes, or words alone; ask about each kind by itself."
+            )
+        size, rows = self.config.sam2.image_size, power_of_two(len(images))
+        if images[0] is None:
+            return np.zeros((rows, 0, size, size, 3), np.uint8), None
+        slots = 1
+        if images[0].is_volume:
+            if len({len(image.frames) for image in images}) > 1:
+                raise InputError("Volumes that are grounded in one call need equally many slices.")
+            slots = frame_bucket(len(images[0].frames))
+        frames = np.zeros((rows, slots, size, size, 3), np.uint8)
+        for row, image in enumerate(images):
+            for number, frame in enumerate(image.frames):
+                frames[row, number] = sam_image(frame, size)
+        if not images[0].is_volume:
+            return frames, None
+        plans = [self._plan(image, slots) for image in images]
+        plans += plans[:1] * (rows - len(plans))
+        return frames, FramePlan(*(np.stack(parts) for parts in zip(*plans, strict=True)))
+
+    def _plan(self, volume: OpenedImage, slots: int) -> FramePlan:
+        frames = len(volume.frames)
+        return plan_frames(frames, self.config.sam2, volume.conditioning, padded_to=slots)
+
+    # ------------------------------------------------------------------------------------------- stages
+
+    def _encode_visual(self, images: Sequence[OpenedImage]) -> None:
+        """Fill in the rows for the language model; tiles of all images share a few compiled shapes."""
+        images = [image for image in images if image.visual is None]
+        if not images:
+            return
+        tiles = np.concatenate([image.tiles for image in images])
+        rows = in_chunks(lambda part: self.stages.encode_tiles(self.params, part), tiles, tile_chunks())
+        bounds = np.cumsum([len(image.tiles) for image in images])[:-1]
+        for image, part in zip(images, np.split(rows, bounds), strict=True):
+            image.visual = part.reshape(-1, part.shape[-1])
 
     def _generate(
         self,
@@ -416,40 +407,18 @@ class UniBiomed:
         seconds: dict[str, float],
     ) -> tuple[list[list[int]], list[np.ndarray]]:
         """Token ids and hidden states of every answer, cut where the reference stops."""
-        batch = len(prompts)
-        lengths = np.array([len(prompt.ids) for prompt in prompts], np.int32)
-        context = self.config.language.max_position_embeddings
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {max_new_tokens}; at least one token must be generated.")
-        new = int(min(max_new_tokens, context - lengths.max()))
-        length = token_bucket(int(lengths.max()))
-        rows = power_of_two(batch)  # those beyond the batch are one token long and done at once
-        lengths = np.pad(lengths, (0, rows - batch), constant_values=1)
-        ids = np.full((rows, length), self.tokenizer.pad_id, np.int32)
-        source = np.full((rows, length), -1, np.int32)
-        visual = np.zeros((rows * length, self.config.language.hidden_size), np.float32)
-        for i, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
-            ids[i, : lengths[i]] = prompt.ids
+        (ids, source, lengths, forced), new = self._prompt_arrays(requests, prompts, max_new_tokens)
+        visual = np.zeros((*ids.shape, self.config.language.hidden_size), np.float32)
+        for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
             if request.image is not None:
-                places = np.flatnonzero(ids[i] == self.tokenizer.image_context_id)
-                source[i, places] = i * length + np.arange(len(places))
-                visual[i * length + np.arange(len(places))] = request.image.visual[prompt.rows]
-        slots = token_bucket(new)
-        forced = np.full((rows, slots), -1, np.int32)
-        for i, request in enumerate(requests):
-            for step, token in request.forced.items():
-                if step < new:
-                    forced[i, step] = token
-
+                visual[row, : len(prompt.rows)] = request.image.visual[prompt.rows]
         with _timed(seconds, "prefill"):
-            state = self.stages["start"](ids, source, lengths, visual, forced)
+            state = self.stages.prefill(self.params, ids, source, lengths, visual, forced)
             jax.block_until_ready(state.step)
         with _timed(seconds, "decode"):
-            return self._decode(state, batch, new)
+            return self._decode(state, len(prompts), new)
 
-    def _decode(
-        self, state: generate.Decoding, batch: int, new: int
-    ) -> tuple[list[list[int]], list[np.ndarray]]:
+    def _decode(self, state: Decoding, batch: int, new: int) -> tuple[list[list[int]], list[np.ndarray]]:
         """Token ids and hidden states of the first `batch` rows."""
         ends: list[int | None] = [None] * batch
         looked = 0
@@ -464,7 +433,7 @@ class UniBiomed:
                 break
             done = np.array([*(end is not None for end in ends), *[True] * (len(state.lengths) - batch)])
             limit = np.int32(min(TOKENS_PER_LOOK, new - step))
-            state = self.stages["advance"](state, done, limit)
+            state = self.stages.advance(self.params, state, done, limit)
         hidden = np.asarray(state.hidden)
         counts = [step if end is None else end for end in ends]
         return [said[i, :n].tolist() for i, n in enumerate(counts)], [hidden[i] for i in range(batch)]
@@ -478,19 +447,15 @@ class UniBiomed:
         seconds: dict[str, float],
     ) -> tuple[Segment, ...]:
         """All `[SEG]` of one answer in one call; the number of objects is padded to a bucket."""
-        count = len(hidden)
-        slots = power_of_two(count)
-        padded = np.concatenate([hidden, np.repeat(hidden[:1], slots - count, axis=0)])
-        size = self.config.sam2.image_size
+        count, size = len(hidden), self.config.sam2.image_size
+        padded = np.concatenate([hidden, np.repeat(hidden[:1], power_of_two(count) - count, axis=0)])
         if image.is_volume:
             with _timed(seconds, "segment volume"):
                 frames = np.zeros((frame_bucket(len(image.frames)), size, size, 3), np.uint8)
                 for i, frame in enumerate(image.frames):
-                    frames[i] = sam_bytes(frame, size)
-                plan = plan_frames(
-                    len(image.frames), self.config.sam2, image.conditioning, padded_to=len(frames)
-                )
-                decoded = self.stages["segment_frames"](frames, padded, plan)
+                    frames[i] = sam_image(frame, size)
+                plan = self._plan(image, len(frames))
+                decoded = self.stages.segment_frames(self.params, frames, padded, plan)
                 masks, ious, scores = (
                     np.asarray(x)[: len(image.frames)].swapaxes(0, 1)
                     for x in (decoded.masks, decoded.ious.max(-1), decoded.object_scores)
@@ -499,41 +464,72 @@ class UniBiomed:
             if image.features is None:
                 with _timed(seconds, "encode image"):
                     pixels = sam_image(image.frames[0], size)[None]
-                    image.features = jax.block_until_ready(self.stages["encode_image"](pixels))
+                    image.features = jax.block_until_ready(self.stages.encode_image(self.params, pixels))
             with _timed(seconds, "decode masks"):
-                decoded = self.stages["segment"](image.features, padded[None])
+                decoded = self.stages.segment(self.params, image.features, padded[None])
                 masks = np.asarray(decoded.masks)[0][:, None]
                 ious = np.asarray(decoded.ious)[0].max(-1)[:, None]
                 scores = np.asarray(decoded.object_scores)[0][:, None]
+        with _timed(seconds, "resize masks"):
+            return self._segments(image, masks[:count], ious, scores, phrases, hide_absent)
+
+    # ------------------------------------------------------------------------------------------ answers
+
+    def _seg_positions(self, ids: Sequence[int]) -> list[int]:
+        """Where an answer says [SEG] and has a state for it: not as its very last token."""
+        return [step for step, token in enumerate(ids[:-1]) if token == self.tokenizer.seg_id]
+
+    def _segments(
+        self,
+        image: OpenedImage,
+        masks: Float32[np.ndarray, "objects frames M M"],
+        ious: Float32[np.ndarray, "objects frames"],
+        scores: Float32[np.ndarray, "objects frames"],
+        phrases: Sequence[Phrase],
+        hide_absent: bool,
+    ) -> tuple[Segment, ...]:
+        """Masks at the size of the image, with their phrases."""
         width, height = image.size
         segments = []
-        with _timed(seconds, "resize masks"):
-            for i in range(count):
-                logits = upscale_masks(masks[i], (height, width), size)
-                if hide_absent:
-                    logits = np.where(scores[i][:, None, None] > 0, logits, -np.abs(logits))
-                drop = (lambda x: x) if image.is_volume else (lambda x: x[0])
-                segments.append(
-                    Segment(
-                        phrase=phrases[i].text,
-                        mask=drop(logits > 0),
-                        logits=drop(logits),
-                        iou=drop(ious[i].tolist()),
-                        object_score=drop(scores[i].tolist()),
-                    )
+        for i, low in enumerate(masks):
+            logits = upscale_masks(low, (height, width), self.config.sam2.image_size)
+            if hide_absent:
+                logits = np.where(scores[i][:, None, None] > 0, logits, -np.abs(logits))
+            drop = (lambda x: x) if image.is_volume else (lambda x: x[0])
+            segments.append(
+                Segment(
+                    phrase=phrases[i].text,
+                    mask=drop(logits > 0),
+                    logits=drop(logits),
+                    iou=drop(ious[i].tolist()),
+                    object_score=drop(scores[i].tolist()),
                 )
+            )
         return tuple(segments)
 
-
-def _identity(frames: Sequence[Image.Image]) -> str:
-    digest = hashlib.sha256(repr([frame.size for frame in frames]).encode())
-    for frame in frames:
-        digest.update(np.asarray(frame))
-    return digest.hexdigest()
+    def _answer(
+        self,
+        request: Request,
+        prompt: Prompt,
+        ids: list[int],
+        segments: tuple[Segment, ...],
+        seconds: dict[str, float],
+    ) -> Answer:
+        text = self.tokenizer.decode(ids)
+        return Answer(
+            prompt=request.prompt,
+            text=text.strip(),
+            segments=segments,
+            records=() if request.image is None else request.image.records,
+            transcript=prompt.text + text,
+            seconds=seconds,
+            image=None if request.image is None else request.image.identity,
+            visual_tokens=prompt.visual_tokens,
+        )
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], stage: str):
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     begin = time.perf_counter()
     yield
     seconds[stage] += time.perf_counter() - begin

@@ -8,7 +8,8 @@ from einops import rearrange, reduce, repeat
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from unibiomed_jax.config import HieraConfig, HieraRun
+from unibiomed_jax.config.model import HieraConfig, HieraRun
+from unibiomed_jax.models.attention import attention
 from unibiomed_jax.models.layers import (
     LINEAR_INIT,
     Conv2d,
@@ -18,7 +19,8 @@ from unibiomed_jax.models.layers import (
     stack_layers,
     unstack_layers,
 )
-from unibiomed_jax.models.ops import attention, gelu, resize_bicubic
+from unibiomed_jax.models.ops import gelu, resize_bicubic
+from unibiomed_jax.sharding.target import target
 
 PATCH_STRIDE = 4
 
@@ -178,10 +180,10 @@ def run_blocks(
 def bands(windows: int, window: int) -> int:
     """In how many bands to run the windows, one after the other: on a CPU a band should stay in its cache.
 
-    Where several devices share the windows there is one: each device would have to fetch the others' windows.
+    Elsewhere, and where several devices share the windows, there is one: each device would have to fetch the
+    others' windows.
     """
-    alone = jax.default_backend() == "cpu" and jax.device_count() == 1
-    count = windows * window**2 // CELLS_IN_CACHE if alone else 1
+    count = windows * window**2 // CELLS_IN_CACHE if target() == ("cpu", 1) else 1
     while count > 1 and windows % count:
         count -= 1
     return max(count, 1)

@@ -8,10 +8,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from unibiomed_jax.config import VisionConfig
+from unibiomed_jax.config.model import VisionConfig
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.models.attention import attention
 from unibiomed_jax.models.layers import LINEAR_INIT, LayerNorm, Linear, matmul, scan_layers, stack_layers
-from unibiomed_jax.models.ops import attention, gelu
+from unibiomed_jax.models.ops import gelu
 
 
 class PatchEmbed(nnx.Module):

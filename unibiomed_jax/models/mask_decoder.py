@@ -14,9 +14,10 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from unibiomed_jax.config import Sam2Config
+from unibiomed_jax.config.model import Sam2Config
+from unibiomed_jax.models.attention import attention
 from unibiomed_jax.models.layers import LINEAR_INIT, MLP, Conv2d, LayerNorm, Linear, matmul, stack_layers
-from unibiomed_jax.models.ops import attention, gelu
+from unibiomed_jax.models.ops import gelu
 
 NUM_MASK_TOKENS = 4
 

@@ -15,9 +15,10 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from unibiomed_jax.config import Sam2Config
+from unibiomed_jax.config.model import Sam2Config
+from unibiomed_jax.models.attention import MASKED, attention, running_softmax
 from unibiomed_jax.models.layers import LINEAR_INIT, Conv2d, LayerNorm, Linear, scan_layers, stack_layers
-from unibiomed_jax.models.ops import MASKED, apply_axial_rope, attention, gelu, sine_position
+from unibiomed_jax.models.ops import apply_axial_rope, gelu, sine_position
 
 
 class Memory(NamedTuple):
@@ -172,27 +173,6 @@ class RopeAttention(nnx.Module):
 
         frames, pointers = jnp.moveaxis(memory.frames, 1, 0), memory.pointers.astype(x.dtype)
         return self.out_proj(self.v_proj(jax.lax.map(read_object, (q, frames, pointers))))
-
-
-def running_softmax(
-    state: tuple[Float[Array, "queries 1"], Float[Array, "queries 1"], Float[Array, "queries channels"]],
-    q: Float[Array, "queries dim"],
-    keys: Float[Array, "keys dim"],
-    values: Float[Array, "keys channels"],
-    valid: Bool[Array, "keys"] | None = None,
-) -> tuple[Float[Array, "queries 1"], Float[Array, "queries 1"], Float[Array, "queries channels"]]:
-    """Attend to some more keys (Milakov and Gimelshein 2018, arXiv 1805.02867), in float32.
-
-    The state holds the largest score so far, and the sums of the weights and of the weighted values.
-    """
-    maximum, total, mixed = state
-    scores = jnp.matmul(q, keys.T, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    if valid is not None:
-        scores = jnp.where(valid, scores, MASKED)
-    new_maximum = jnp.maximum(maximum, scores.max(-1, keepdims=True))
-    shrink, weights = jnp.exp(maximum - new_maximum), jnp.exp(scores - new_maximum)
-    added = jnp.matmul(weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    return new_maximum, total * shrink + weights.sum(-1, keepdims=True), mixed * shrink + added
 
 
 class MemoryAttentionLayer(nnx.Module):

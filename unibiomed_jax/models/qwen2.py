@@ -12,9 +12,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from unibiomed_jax.config import LanguageConfig
+from unibiomed_jax.config.model import LanguageConfig
+from unibiomed_jax.models.attention import attention, decode_attention
 from unibiomed_jax.models.layers import LINEAR_INIT, Linear, RMSNorm, matmul, scan_layers, stack_layers
-from unibiomed_jax.models.ops import apply_rope, attention, decode_attention, rope_table
+from unibiomed_jax.models.ops import apply_rope, rope_table
 
 # Keys or values of all layers.
 Slots = Float[Array, "layers batch kv_heads slots head_dim"]
@@ -129,13 +130,17 @@ class Qwen2(nnx.Module):
         """Rows of the embedding table, in the table's dtype."""
         return self.embed_tokens[...][ids]
 
+    def head(self) -> Float[Array, "width padded_vocab"]:
+        """The matrix that turns hidden states into scores, in its stored dtype; columns of padding included."""
+        return self.embed_tokens[...].T if self.lm_head is None else self.lm_head.kernel[...]
+
     def logits(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
         """Scores of the true vocabulary in float32, rounded to the dtype of `hidden` on the way.
 
         The rounding decides ties between tokens in bfloat16, where the reference rounds too.
         """
         if self.lm_head is None:
-            scores = matmul(hidden, self.embed_tokens[...].T.astype(hidden.dtype)).astype(hidden.dtype)
+            scores = matmul(hidden, self.head().astype(hidden.dtype)).astype(hidden.dtype)
         else:
             scores = self.lm_head(hidden)
         return scores[..., : self.config.vocab_size].astype(jnp.float32)

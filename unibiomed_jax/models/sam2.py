@@ -16,13 +16,14 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from unibiomed_jax.config import Precision, Sam2Config
+from unibiomed_jax.config.model import Sam2Config
+from unibiomed_jax.config.precision import Precision
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.models.hiera import ImageEncoder
 from unibiomed_jax.models.layers import LINEAR_INIT, MLP, Conv2d
 from unibiomed_jax.models.mask_decoder import MaskDecoder, MaskDecoding
 from unibiomed_jax.models.memory import Memory, MemoryAttention, MemoryEncoder
-from unibiomed_jax.models.ops import normalize_pixels, resize_bilinear
+from unibiomed_jax.models.ops import normalize, resize_bilinear
 from unibiomed_jax.models.prompt_encoder import PromptEncoder
 
 # A time at which no frame is: its distance to any frame is beyond every window of the memory.
@@ -134,9 +135,12 @@ class Sam2(nnx.Module):
         self.mask_downsample = Conv2d(1, 1, 4, stride=4, rngs=rngs)
 
     def encode_image(
-        self, pixels: Float[Array, "images size size 3"], *, remat: str = "none"
+        self,
+        pixels: UInt8[Array, "images size size 3"] | Float[Array, "images size size 3"],
+        *,
+        remat: str = "none",
     ) -> ImageFeatures:
-        """Encode normalised images, once for all questions about them.
+        """Encode images, RGB bytes or already normalised, once for all questions about them.
 
         Raises:
             InputError: the images are not of the configured size.
@@ -148,7 +152,7 @@ class Sam2(nnx.Module):
                 f"SAM2 reads images of {size}x{size} pixels, not {height}x{width}: resize them first."
             )
         dtype = "bfloat16" if self.precision.sam2_encoder == "bfloat16" else "float32"
-        level0, level1, level2 = self.image_encoder(pixels.astype(dtype), remat=remat)
+        level0, level1, level2 = self.image_encoder(normalize(pixels).astype(dtype), remat=remat)
         decoder = self.sam_mask_decoder
         return ImageFeatures(decoder.conv_s0(level0), decoder.conv_s1(level1), level2)
 
@@ -199,15 +203,15 @@ class Sam2(nnx.Module):
     ) -> FrameMasks:
         """Segment a volume or video: prompted frames each for itself, then the others by tracking.
 
-        `frames` are RGB bytes at SAM2's size (normalised here, a frame at a time) or already normalised. They
-        are encoded inside the loop, so that memory does not grow with their number. Nothing recompiles while
+        `frames` are RGB bytes at SAM2's size, or already normalised. They are encoded inside the loop, so that
+        memory does not grow with their number. Nothing recompiles while
         the shapes stay: pad the frames with zeros and plan with `padded_to`; padding answers zeros.
         """
         prompted, objects = self.config.max_conditioning_frames, len(language)
 
         def segment(state, step, index, direction):
             frame = jax.lax.dynamic_index_in_dim(frames, index)
-            features = self.encode_image(normalize_pixels(frame) if frame.dtype == jnp.uint8 else frame)
+            features = self.encode_image(frame)
             decoding = jax.lax.cond(
                 step < prompted,
                 lambda: self.decode(features, language[None]),

@@ -11,18 +11,31 @@ Source: UniBiomed (Wu et al. 2025, arXiv 2504.21336): InternVL2.5-1B and SAM2 Hi
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
-from unibiomed_jax.config import ModelConfig
+from unibiomed_jax.config.model import NO_REMAT, ModelConfig, RematConfig
+from unibiomed_jax.config.precision import Precision
 from unibiomed_jax.models.internvit import InternVisionModel
 from unibiomed_jax.models.layers import Linear
 from unibiomed_jax.models.mask_decoder import MaskDecoding
+from unibiomed_jax.models.ops import normalize
 from unibiomed_jax.models.projector import Projector, pixel_shuffle
 from unibiomed_jax.models.qwen2 import Qwen2
-from unibiomed_jax.models.sam2 import FrameMasks, FramePlan, ImageFeatures, Sam2
+from unibiomed_jax.models.sam2 import FrameMasks, FramePlan, ImageFeatures, Sam2, plan_frames
+
+
+class Forward(NamedTuple):
+    """What the whole model computes of complete conversations; M is the side of SAM2's masks."""
+
+    # The language model's state at every token, after its last norm.
+    hidden: Float[Array, "batch tokens embed"]
+    # Mask logits of every object in every frame.
+    masks: Float[Array, "batch objects frames M M"]
 
 
 class TextHiddenFcs(nnx.Module):
@@ -37,48 +50,105 @@ class TextHiddenFcs(nnx.Module):
 
 
 class UniBiomedModel(nnx.Module):
-    """All five parts; attribute names follow the released checkpoint."""
+    """All five parts; attribute names follow the released checkpoint. Images come in as RGB bytes."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: ModelConfig, precision: Precision, *, rngs: nnx.Rngs):
+        self.config, self.precision = config, precision
         self.vision_model = InternVisionModel(config.vision, rngs=rngs)
         folded = config.vision.hidden_size * round(1 / config.downsample_ratio) ** 2
         self.mlp1 = Projector(folded, config.language.hidden_size, rngs=rngs)
         self.language_model = Qwen2(config.language, rngs=rngs)
         self.text_hidden_fcs = TextHiddenFcs(config.language.hidden_size, config.sam2.d_model, rngs=rngs)
-        self.sam2 = Sam2(config.sam2, config.precision, rngs=rngs)
+        self.sam2 = Sam2(config.sam2, precision, rngs=rngs)
+
+    def __call__(
+        self,
+        tiles: UInt8[Array, "batch tiles side side 3"],
+        ids: Int[Array, "batch tokens"],
+        source: Int[Array, "batch tokens"],
+        frames: UInt8[Array, "batch frames size size 3"],
+        places: Int[Array, "batch objects"],
+        *,
+        follow: bool = False,
+        remat: RematConfig = NO_REMAT,
+        dropout_key: Array | None = None,
+    ) -> Forward:
+        """Complete conversations to states and masks, as training needs them.
+
+        Args:
+            tiles: what the language model sees of each image, or of each frame.
+            ids: question and answer.
+            source: for every token the visual row that takes its place, or -1 (see `visual_source`).
+            frames: what SAM2 sees: one image, or the frames of a sequence; none for words alone.
+            places: the token, a [SEG], that each object is read from.
+            follow: segment the frames after SAM2's prompted ones by following the objects, as inference does.
+            remat: what the backward pass computes again.
+            dropout_key: switches on the dropout of adapters and the stochastic depth of the vision model.
+        """
+        lora_key = path_key = None
+        if dropout_key is not None:
+            lora_key, path_key = jax.random.split(dropout_key)
+        visual = self.visual_rows(tiles, remat=remat.vision, drop_path_key=path_key)
+        embeds = self.embed_prompt(ids, visual, source)
+        hidden = self.language_model(embeds, remat=remat.language, lora_dropout_key=lora_key)
+        states = jnp.take_along_axis(hidden, places[..., None], axis=1)
+
+        batch, count = frames.shape[:2]
+        objects, side = places.shape[1], 4 * self.config.sam2.grid
+        if objects * count == 0:
+            masks = jnp.zeros((batch, count, objects, side, side), jnp.float32)
+        elif follow and count > self.config.sam2.max_conditioning_frames:
+            plan = plan_frames(count, self.config.sam2)
+            masks = jax.vmap(lambda *inputs: self.segment_frames(*inputs, plan).masks)(frames, states)
+        else:
+            features = self.encode_image(frames.reshape(-1, *frames.shape[2:]), remat=remat.sam2_encoder)
+            masks = self.segment(features, jnp.repeat(states, count, axis=0)).masks
+        return Forward(hidden, masks.reshape(batch, count, objects, side, side).swapaxes(1, 2))
+
+    # ---------------------------------------------------------------------------------- images to the words
 
     def encode_tiles(
         self,
-        pixels: Float[Array, "tiles side side 3"],
+        pixels: UInt8[Array, "tiles side side 3"],
         *,
         remat: str = "none",
         drop_path_key: Array | None = None,
     ) -> Float[Array, "tiles tokens embed"]:
-        """Normalised tiles to rows of the language model's input; the class token is dropped.
+        """Tiles to rows of the language model's input; the class token is dropped.
 
         `remat` and `drop_path_key` are for training, see `InternVisionModel`.
         """
         config = self.config
-        pixels = pixels.astype(config.precision.vision)
+        pixels = normalize(pixels).astype(self.precision.vision)
         hidden = self.vision_model(pixels, remat=remat, drop_path_key=drop_path_key)
         grid = hidden[:, 1:].reshape(-1, config.vision.grid, config.vision.grid, config.vision.hidden_size)
         return self.mlp1(pixel_shuffle(grid, config.downsample_ratio, config.ps_version))
 
+    def visual_rows(
+        self, tiles: UInt8[Array, "batch tiles side side 3"], **options
+    ) -> Float[Array, "batch rows embed"]:
+        """The rows of all tiles of an image, one after the other; see `encode_tiles` for the options."""
+        rows = self.encode_tiles(tiles.reshape(-1, *tiles.shape[2:]), **options)
+        return rows.reshape(len(tiles), -1, rows.shape[-1])
+
     def embed_prompt(
         self,
         ids: Int[Array, "batch length"],
-        visual: Float[Array, "rows embed"],
+        visual: Float[Array, "batch rows embed"],
         source: Int[Array, "batch length"],
     ) -> Float[Array, "batch length embed"]:
-        """Embed token ids; where `source` is not -1 the row is `visual[source]` (<IMG_CONTEXT> tokens)."""
-        text = self.language_model.embed(ids).astype(self.config.precision.language)
-        rows = visual[jnp.maximum(source, 0)].astype(text.dtype)
+        """Embed token ids; where `source` is not -1 the visual row of that number takes the token's place."""
+        text = self.language_model.embed(ids).astype(self.precision.language)
+        rows = jnp.take_along_axis(visual, jnp.maximum(source, 0)[..., None], axis=1).astype(text.dtype)
         return jnp.where(source[..., None] >= 0, rows, text)
 
-    def encode_image(self, pixels: Float[Array, "images side side 3"]) -> ImageFeatures:
+    # ----------------------------------------------------------------------------------- words to the masks
+
+    def encode_image(
+        self, pixels: UInt8[Array, "images size size 3"], *, remat: str = "none"
+    ) -> ImageFeatures:
         """SAM2's features of whole images; they serve every [SEG] said about the image."""
-        return self.sam2.encode_image(pixels)
+        return self.sam2.encode_image(pixels, remat=remat)
 
     def prompt_vectors(self, hidden: Float[Array, "... embed"]) -> Float[Array, "... d_model"]:
         """Language-model states at [SEG] to SAM2 prompts; two small layers, float32 under any policy."""
@@ -90,9 +160,15 @@ class UniBiomedModel(nnx.Module):
 
     def segment_frames(
         self,
-        frames: UInt8[Array, "frames side side 3"],
+        frames: UInt8[Array, "frames size size 3"],
         hidden: Float[Array, "objects embed"],
         plan: FramePlan,
     ) -> FrameMasks:
         """Segment the frames of a volume: some from the [SEG] states, the others by following the objects."""
         return self.sam2.segment_frames(frames, self.prompt_vectors(hidden), plan)
+
+
+def visual_source(ids: Int[Array, "batch tokens"], image_id: int) -> Int[Array, "batch tokens"]:
+    """Which visual row takes the place of every token: the k-th image token of a row reads row k; -1: none."""
+    is_image = ids == image_id
+    return jnp.where(is_image, jnp.cumsum(is_image, axis=1) - 1, -1)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated
 
-from unibiomed_jax.config import Dtype, ModelConfig, Precision
+from unibiomed_jax.config.fields import ABOVE_ZERO, BELOW_ONE, ONE_OR_MORE, SEED, SHARE, ZERO_OR_MORE
+from unibiomed_jax.config.model import ModelConfig, RematConfig
+from unibiomed_jax.config.precision import Dtype, Precision
 from unibiomed_jax.data.pipeline import PipelineConfig
 from unibiomed_jax.data.records import DatasetConfig
 from unibiomed_jax.training.lora import DECODER_LAYERS
@@ -16,11 +18,11 @@ class LoraConfig:
     """Low-rank adapters."""
 
     # Rank of the update; 0 attaches no adapter. (Full fine-tuning: rank 0, and freeze.trainable "*".)
-    rank: int = 128
+    rank: Annotated[int, ZERO_OR_MORE] = 128
     # The update is scaled by alpha / rank.
-    alpha: float = 256.0
+    alpha: Annotated[float, ABOVE_ZERO] = 256.0
     # Dropout on the adapter's input; in the language model alone.
-    dropout: float = 0.05
+    dropout: Annotated[float, BELOW_ONE] = 0.05
     # Linear layers that get one, as patterns over their paths.
     targets: tuple[str, ...] = DECODER_LAYERS
 
@@ -30,26 +32,26 @@ class LossConfig:
     """Losses: token cross-entropy + mask_weight * mask cross-entropy + dice_weight * dice."""
 
     # Weight of the sigmoid cross-entropy of mask points.
-    mask_weight: float = 2.0
+    mask_weight: Annotated[float, ZERO_OR_MORE] = 2.0
     # Weight of the dice distance.
-    dice_weight: float = 0.5
+    dice_weight: Annotated[float, ZERO_OR_MORE] = 0.5
     # Points at which a mask is compared.
-    num_points: int = 12_544
+    num_points: Annotated[int, ONE_OR_MORE] = 12_544
     # Candidates drawn per point that is chosen for its uncertainty.
-    oversample: float = 3.0
+    oversample: Annotated[float, ONE_OR_MORE] = 3.0
     # Share of the points chosen where the prediction is least sure.
-    importance: float = 0.75
+    importance: Annotated[float, SHARE] = 0.75
     # Rows a frame, filled by repeating its objects, or by a random choice of more (the reference: 5); none:
     # every object once, which is equal in expectation for one object and a fifth of the work.
-    copies: int | None = None
+    copies: Annotated[int | None, ONE_OR_MORE] = None
     # Segment the frames of a sequence after SAM2's conditioning frames by following the object, as inference
     # does, which trains the memory. The reference prompts every frame and leaves the memory as it was.
     track: bool = False
     # Update from which on masks are learned; before it, only words. A mask decoder from random parameters
     # that starts while [SEG] says nothing yet learns to drown it, and stays deaf.
-    masks_from: int = 0
+    masks_from: Annotated[int, ZERO_OR_MORE] = 0
     # Positions a row whose logits exist at one time.
-    token_chunk: int = 256
+    token_chunk: Annotated[int, ONE_OR_MORE] = 256
 
 
 @dataclass(frozen=True)
@@ -57,26 +59,26 @@ class OptimConfig:
     """AdamW with linear warm-up and cosine decay. Steps are updates of the parameters."""
 
     # Highest learning rate.
-    lr: float = 4e-5
+    lr: Annotated[float, ABOVE_ZERO] = 4e-5
     # Updates in the whole run.
-    steps: int = 10_000
+    steps: Annotated[int, ONE_OR_MORE] = 10_000
     # Share of the run in which the learning rate rises.
-    warmup: float = 0.05
+    warmup: Annotated[float, BELOW_ONE] = 0.05
     # The learning rate starts at this times the highest.
-    warmup_start: float = 1e-5
+    warmup_start: Annotated[float, SHARE] = 1e-5
     # Decay rates of the two moments.
-    beta1: float = 0.9
-    beta2: float = 0.999
+    beta1: Annotated[float, BELOW_ONE] = 0.9
+    beta2: Annotated[float, BELOW_ONE] = 0.999
     # Added to the root of the second moment.
-    eps: float = 1e-8
+    eps: Annotated[float, ABOVE_ZERO] = 1e-8
     # Decoupled weight decay, on every trainable tensor as in the reference: norms, biases and embeddings too.
-    weight_decay: float = 0.05
+    weight_decay: Annotated[float, ZERO_OR_MORE] = 0.05
     # Largest global norm of the gradient.
-    clip: float = 1.0
+    clip: Annotated[float, ABOVE_ZERO] = 1.0
     # Batches whose gradients are summed into one update.
-    accumulate: int = 4
+    accumulate: Annotated[int, ONE_OR_MORE] = 4
     # Decay of the running average of the trainable parameters; none keeps no average.
-    ema: float | None = None
+    ema: Annotated[float | None, BELOW_ONE] = None
 
 
 @dataclass(frozen=True)
@@ -112,32 +114,16 @@ REFERENCE_FREEZE = FreezeConfig(
 )
 
 
-# Nothing, everything, or everything but products with weights.
-Remat = Literal["none", "full", "dots"]
-
-
-@dataclass(frozen=True)
-class RematConfig:
-    """What the backward pass computes again instead of keeping, by part."""
-
-    # InternViT (matters only where it trains).
-    vision: Remat = "none"
-    # The language model.
-    language: Remat = "full"
-    # SAM2's image encoder (matters only where it trains).
-    sam2_encoder: Remat = "none"
-
-
 @dataclass(frozen=True)
 class CheckpointConfig:
     """Checkpoints to resume from."""
 
     # Updates between two checkpoints.
-    every: int = 500
+    every: Annotated[int, ONE_OR_MORE] = 500
     # Newest checkpoints that stay.
-    keep_last: int = 3
+    keep_last: Annotated[int, ONE_OR_MORE] = 3
     # Best checkpoints that stay beside them, by `best`; a new best one is saved at once.
-    keep_best: int = 1
+    keep_best: Annotated[int, ZERO_OR_MORE] = 1
     # Validation measure that says which is best (higher is better).
     best: str = "dice"
     # Store the frozen parameters too, so that a run resumes without the checkpoint it started from.
@@ -149,14 +135,14 @@ class LogConfig:
     """What a run writes about itself."""
 
     # Updates between two lines of the log.
-    every: int = 10
+    every: Annotated[int, ONE_OR_MORE] = 10
     # Updates between two validations; 0 never validates.
-    validate_every: int = 500
+    validate_every: Annotated[int, ZERO_OR_MORE] = 500
     # Batches a validation reads at most, the same ones every time: first one of every shape, then shapes in
     # proportion, each with its datasets mixed.
-    validate_batches: int = 50
+    validate_batches: Annotated[int, ONE_OR_MORE] = 50
     # Pictures of predicted masks a validation keeps.
-    overlays: int = 4
+    overlays: Annotated[int, ZERO_OR_MORE] = 4
     # Write TensorBoard files beside the JSON lines (needs the `tensorboard` extra).
     tensorboard: bool = True
 
@@ -189,14 +175,20 @@ class TrainConfig:
     # How parameters and batches are spread over the devices: "data_parallel" or "fsdp".
     strategy: str = "data_parallel"
     # Random parameters, dropout and sampling points (the data has its own seed).
-    seed: int = 42
+    seed: Annotated[int, SEED] = 42
     # Updates in a row that may fail with a loss that is not finite before the run stops.
-    max_bad_steps: int = 5
+    max_bad_steps: Annotated[int, ONE_OR_MORE] = 5
+    # Number format in which the finished model is stored.
+    export_dtype: Dtype = "float32"
+
+
+@dataclass(frozen=True)
+class Acts:
+    """What `train.py` does with an experiment beside, or instead of, training it."""
+
     # Compile the step of the heaviest batch and print the memory it needs, without training.
     dry_run: bool = False
     # Record a trace of updates 10 to 14 for TensorBoard or Perfetto.
     profile: bool = False
-    # Number format in which the finished model is stored.
-    export_dtype: Dtype = "float32"
     # Write the model of a checkpoint ("last", "best" or a step) and stop.
     export: str | None = None

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import functools
 import io
 import itertools
-import math
 import re
 import runpy
 import sys
@@ -16,68 +14,22 @@ import traceback
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import tyro
 
-from unibiomed_jax.config import require_type, unknown_field
+from unibiomed_jax.config.fields import require_limits, require_type, unknown_field
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.training.config import TrainConfig
-from unibiomed_jax.training.metrics import SCORES
+from unibiomed_jax.training.config import Acts, TrainConfig
+from unibiomed_jax.training.validation import SCORES
 
-# What numbers may be: in words, as a test (which NaN fails), and of which fields.
-RANGES = (
-    (
-        "1 or more",
-        lambda value: 1 <= value < math.inf,
-        (
-            "optim.steps",
-            "optim.accumulate",
-            "loss.num_points",
-            "loss.oversample",
-            "loss.copies",
-            "loss.token_chunk",
-            "checkpoint.every",
-            "checkpoint.keep_last",
-            "log.every",
-            "log.validate_batches",
-            "max_bad_steps",
-        ),
-    ),
-    (
-        "0 or more",
-        lambda value: 0 <= value < math.inf,
-        (
-            "optim.weight_decay",
-            "loss.mask_weight",
-            "loss.dice_weight",
-            "loss.masks_from",
-            "lora.rank",
-            "checkpoint.keep_best",
-            "log.validate_every",
-            "log.overlays",
-        ),
-    ),
-    (
-        "a number above 0",
-        lambda value: 0 < value < math.inf,
-        ("optim.lr", "optim.eps", "optim.clip", "lora.alpha"),
-    ),
-    ("0 to 1", lambda value: 0 <= value <= 1, ("optim.warmup_start", "loss.importance")),
-    (
-        "0 to less than 1",
-        lambda value: 0 <= value < 1,
-        (
-            "optim.warmup",
-            "optim.beta1",
-            "optim.beta2",
-            "optim.ema",
-            "lora.dropout",
-            "model.vision.drop_path_rate",
-        ),
-    ),
-    ("0 to 4294967295", lambda value: 0 <= value < 2**32, ("seed",)),
-)
+
+@dataclasses.dataclass(frozen=True)
+class _CommandLine:
+    """An experiment and what to do with it; both without a name of their own before their fields."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    acts: Annotated[Acts, tyro.conf.arg(name="")]
 
 
 def load_experiment(path: str, arguments: Sequence[str] = ()) -> TrainConfig:
@@ -87,10 +39,19 @@ def load_experiment(path: str, arguments: Sequence[str] = ()) -> TrainConfig:
         InputError: no such file, a mistake in it, an unknown field (names the nearest), or a value that its
             field cannot have.
     """
+    return load_command(path, arguments)[0]
+
+
+def load_command(path: str, arguments: Sequence[str] = ()) -> tuple[TrainConfig, Acts]:
+    """As `load_experiment`, and what else the arguments ask for.
+
+    Raises:
+        InputError: as `load_experiment`.
+    """
     if any(argument in ("-h", "--help") for argument in arguments):
         return show_help(path, arguments)
-    config = read_experiment(path)
-    known = field_names(config)
+    given = _CommandLine(read_experiment(path), Acts())
+    known = [*field_names(given.config), *field_names(given.acts)]
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
         if argument.startswith("--") and name not in known and _positive(name) not in known:
@@ -99,14 +60,14 @@ def load_experiment(path: str, arguments: Sequence[str] = ()) -> TrainConfig:
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            config = tyro.cli(TrainConfig, default=config, args=arguments)
+            given = tyro.cli(_CommandLine, default=given, args=arguments)
     except SystemExit:
         # A box with a title, the reason, and below a line where to find help.
         lines = [line.strip(" │╭╰─╮╯") for line in messages.getvalue().splitlines()]
         reason = " ".join(itertools.takewhile(bool, lines[1:]))
         raise InputError(f"The options {' '.join(arguments)} cannot be used: {reason.rstrip('.')}.") from None
-    require_possible(config)
-    return config
+    require_possible(given.config)
+    return given.config, given.acts
 
 
 def show_help(path: str, arguments: Sequence[str]) -> NoReturn:
@@ -115,7 +76,8 @@ def show_help(path: str, arguments: Sequence[str]) -> NoReturn:
         config, about = read_experiment(path), None
     except InputError as error:
         config, about = TrainConfig(), f"These are not the defaults of {path}, which cannot be used: {error}"
-    tyro.cli(TrainConfig, default=config, args=arguments, prog=f"train.py {path}", description=about)
+    given = _CommandLine(config, Acts())
+    tyro.cli(_CommandLine, default=given, args=arguments, prog=f"train.py {path}", description=about)
 
 
 def read_experiment(path: str) -> TrainConfig:
@@ -125,7 +87,9 @@ def read_experiment(path: str) -> TrainConfig:
         InputError: no such file, whatever goes wrong in it, or a value that is not of its field's type.
     """
     if not Path(path).is_file():
-        raise InputError(f"{path} is not a file; give a configuration such as configs/tiny.py.")
+        raise InputError(
+            f"{path} is not a file; give a configuration such as configs/unibiomed_tiny/1_base.py."
+        )
     try:
         config = runpy.run_path(path).get("config")
     except InputError:
@@ -133,7 +97,9 @@ def read_experiment(path: str) -> TrainConfig:
     except Exception as error:
         raise _mistake(path, error) from error
     if not isinstance(config, TrainConfig):
-        raise InputError(f"{path} defines no `config = TrainConfig(...)`; see configs/tiny.py.")
+        raise InputError(
+            f"{path} defines no `config = TrainConfig(...)`; see configs/unibiomed_tiny/1_base.py."
+        )
     require_type(TrainConfig, config, f"{path}: config")
     return config
 
@@ -171,16 +137,7 @@ def require_possible(config: TrainConfig) -> None:
     Raises:
         InputError: a value that its field cannot have.
     """
-    for words, possible, names in RANGES:
-        for name in names:
-            value = functools.reduce(getattr, name.split("."), config)
-            if value is not None and not possible(value):
-                raise InputError(f"--{name}={value} is impossible; give {words}.")
-    if not config.data.training:
-        raise InputError(
-            "--data.training=False would end the training after one epoch; leave it out, and list in "
-            "`validation` what is only measured."
-        )
+    require_limits(config, "--")
     if config.checkpoint.best not in SCORES:
         raise InputError(
             f"--checkpoint.best={config.checkpoint.best} is no measure of a validation in which higher is "
@@ -215,6 +172,6 @@ def main_arguments() -> tuple[str, list[str]]:
     """
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         raise InputError(
-            "Usage: python train.py configs/tiny.py [--field=value ...]; --help after the file lists all."
+            "Usage: python train.py configs/unibiomed_tiny/1_base.py [--field=value ...]; --help after the file lists all."
         )
     return sys.argv[1], sys.argv[2:]

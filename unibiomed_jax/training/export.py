@@ -8,17 +8,15 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from unibiomed_jax import checkpoint
-from unibiomed_jax.training import lora
+from unibiomed_jax.conversion.peft import DECODER, save_peft_adapter
+from unibiomed_jax.errors import InputError
+from unibiomed_jax.parameters import Parameters, merge_adapters, unflatten
 from unibiomed_jax.training.config import TrainConfig
-from unibiomed_jax.training.parameters import Parameters
-from unibiomed_jax.training.step import TrainState
+from unibiomed_jax.training.snapshot import Checkpointer
+from unibiomed_jax.training.start import Start, belongs_to, starting_state
+from unibiomed_jax.training.step import TrainState, trained_parameters
 
 logger = logging.getLogger(__name__)
-
-
-def trained_parameters(state: TrainState) -> Parameters:
-    """What the run is for: the running average where there is one."""
-    return state.trainable if state.average is None else state.average
 
 
 def export_model(
@@ -31,7 +29,7 @@ def export_model(
     """
     settings = config.lora
     parameters = trained_parameters(state) | frozen
-    elsewhere = [path for path in parameters if ".lora." in path and not path.startswith(lora.DECODER)]
+    elsewhere = [path for path in parameters if ".lora." in path and not path.startswith(DECODER)]
     if elsewhere:
         logger.warning(
             "%s is not written, since peft knows the decoder's adapters alone and %s has one, too; "
@@ -40,7 +38,7 @@ def export_model(
             elsewhere[0].partition(".lora.")[0],
         )
     elif settings.rank:
-        lora.save_peft_adapter(
+        save_peft_adapter(
             folder / "adapter",
             parameters,
             rank=settings.rank,
@@ -53,12 +51,45 @@ def export_model(
         for path, value in parameters.items()
     }
     if settings.rank:
-        parameters = checkpoint.merge_adapters(parameters, settings.alpha / settings.rank)
+        parameters = merge_adapters(parameters, settings.alpha / settings.rank)
     checkpoint.save(
         folder / "model",
         config.model,
-        checkpoint.unflatten(parameters),
+        unflatten(parameters),
         tokenizer,
         release=Path(config.initial) / "release" if config.initial else None,
         overwrite=True,
     )
+
+
+def export_checkpoint(start: Start, named: str) -> int:
+    """Write the model of a checkpoint of a run; it needs no data.
+
+    Args:
+        named: "last", "best" or an update.
+
+    Returns:
+        The update it was saved at.
+
+    Raises:
+        InputError: there is no such checkpoint, or it belongs to another model.
+    """
+    config = start.config
+    checkpointer = Checkpointer(start.checkpoint_folder, config.checkpoint)
+    step = _step_of(checkpointer, named)
+    restored, state, frozen = starting_state(start, checkpointer, belongs_to(config), step)
+    export_model(Path(config.folder), config, state, frozen, start.tokenizer_folder)
+    return restored.step
+
+
+def _step_of(checkpointer: Checkpointer, named: str) -> int | None:
+    """The update of the checkpoint of that name; None is the newest undamaged one."""
+    steps = checkpointer.steps()
+    if named == "last" and steps:
+        return None
+    known = {"best": checkpointer.best()} | {str(step): step for step in steps}
+    if known.get(named) is None:
+        raise InputError(
+            f"There is no checkpoint {named!r} in {checkpointer.folder}; it holds {steps or 'none'}."
+        )
+    return known[named]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from unibiomed_jax.config import HieraConfig, LanguageConfig, ModelConfig, Sam2Config, VisionConfig
+from unibiomed_jax.config.model import HieraConfig, LanguageConfig, ModelConfig, Sam2Config, VisionConfig
 from unibiomed_jax.training.losses import IGNORE
 
 # Dense bfloat16 peak, operations a second, by a part of the device's name. From the vendors' data sheets.

@@ -1,4 +1,4 @@
-"""The training forward: a batch of arrays to answers, masks and the sums of the losses."""
+"""What a batch of arrays asks of the model, and the sums of the losses of its answer."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from unibiomed_jax.models.ops import normalize_pixels
-from unibiomed_jax.models.sam2 import plan_frames
-from unibiomed_jax.models.unibiomed import UniBiomedModel
-from unibiomed_jax.training.config import LossConfig, RematConfig
+from unibiomed_jax.config.model import NO_REMAT, RematConfig
+from unibiomed_jax.models.unibiomed import UniBiomedModel, visual_source
+from unibiomed_jax.training.config import LossConfig
 from unibiomed_jax.training.losses import (
     IGNORE,
     MASK_EPS,
@@ -31,9 +30,7 @@ from unibiomed_jax.training.losses import (
 #   sam_pixels (B, F, S, S, 3)               bytes, or normalised floats
 #   masks (B, O, F, M, M)                    0 or 1
 #   object_valid (B, O), frame_valid (B, F)  bool
-Batch = dict[str, Array]
-
-NO_REMAT = RematConfig(vision="none", language="none", sam2_encoder="none")
+Arrays = dict[str, Array]
 
 
 class TokenIds(NamedTuple):
@@ -71,87 +68,49 @@ class LossCounts(NamedTuple):
     masks: Int[Array, ""]
 
 
-def predict(
+def answer_batch(
     model: UniBiomedModel,
-    batch: Batch,
+    batch: Arrays,
     ids: TokenIds,
     *,
     token_chunk: int = 256,
-    track: bool = False,
+    follow: bool = False,
     remat: RematConfig = NO_REMAT,
     dropout_key: Array | None = None,
 ) -> Prediction:
-    """Run the whole model on a batch.
+    """Run the whole model on a batch with the true answers as input; object slot k takes the k-th [SEG].
 
-    `track` follows objects through sequences (see LossConfig). `dropout_key` switches on the dropout of the
-    adapters and the stochastic depth of the vision model, at the rates of their configurations.
+    See `UniBiomedModel.__call__` for the options.
     """
-    lora_key = path_key = None
-    if dropout_key is not None:
-        lora_key, path_key = jax.random.split(dropout_key)
-    embeds = embed_batch(model, batch, ids, remat.vision, path_key)
-    hidden = model.language_model(embeds, remat=remat.language, lora_dropout_key=lora_key)
-    language = model.language_model
-    head = language.embed_tokens[...].T if language.lm_head is None else language.lm_head.kernel[...]
-    answers = token_cross_entropy(
-        hidden, head, batch["labels"], vocab_size=model.config.language.vocab_size, chunk=token_chunk
+    tokens, objects = batch["input_ids"], batch["object_valid"].shape[1]
+    forward = model(
+        batch["pixel_values"],
+        tokens,
+        visual_source(tokens, ids.image),
+        batch["sam_pixels"],
+        jnp.argsort(tokens != ids.seg, axis=1, stable=True)[:, :objects],
+        follow=follow,
+        remat=remat,
+        dropout_key=dropout_key,
     )
-    masks = predict_masks(model, batch, hidden, ids, track, remat.sam2_encoder)
-    return Prediction(answers, masks, masks_to_learn(batch, ids))
+    answers = token_cross_entropy(
+        forward.hidden,
+        model.language_model.head(),
+        batch["labels"],
+        vocab_size=model.config.language.vocab_size,
+        chunk=token_chunk,
+    )
+    return Prediction(answers, forward.masks, masks_to_learn(batch, ids))
 
 
-def embed_batch(
-    model: UniBiomedModel, batch: Batch, ids: TokenIds, remat: str, drop_path_key: Array | None
-) -> Float[Array, "batch tokens embed"]:
-    """Token embeddings, with the visual tokens of a row's tiles in order in place of its image tokens."""
-    tiles = normalised(batch["pixel_values"])
-    visual = model.encode_tiles(tiles.reshape(-1, *tiles.shape[2:]), remat=remat, drop_path_key=drop_path_key)
-    visual = visual.reshape(tiles.shape[0], -1, visual.shape[-1])
-    text = model.language_model.embed(batch["input_ids"]).astype(model.config.precision.language)
-    is_image = batch["input_ids"] == ids.image
-    index = jnp.maximum(jnp.cumsum(is_image, axis=1) - 1, 0)
-    rows = jnp.take_along_axis(visual, index[..., None], axis=1).astype(text.dtype)
-    return jnp.where(is_image[..., None], rows, text)
-
-
-def predict_masks(
-    model: UniBiomedModel,
-    batch: Batch,
-    hidden: Float[Array, "batch tokens embed"],
-    ids: TokenIds,
-    track: bool,
-    remat: str,
-) -> Float[Array, "batch objects frames M M"]:
-    """Masks of the first [SEG] tokens of every row in every frame; object slot k takes the k-th [SEG]."""
-    size, objects, frames = batch["sam_pixels"].shape[0], *batch["masks"].shape[1:3]
-    if objects * frames == 0:
-        return jnp.zeros(batch["masks"].shape, jnp.float32)
-    order = jnp.argsort(batch["input_ids"] != ids.seg, axis=1, stable=True)[:, :objects]
-    states = jnp.take_along_axis(hidden, order[..., None], axis=1)
-    language = model.prompt_vectors(states)
-    pixels = normalised(batch["sam_pixels"])
-    if track and frames > model.config.sam2.max_conditioning_frames:
-        plan = plan_frames(frames, model.config.sam2)
-        follow = jax.vmap(lambda pixels, language: model.sam2.segment_frames(pixels, language, plan).masks)
-        return follow(pixels, language).swapaxes(1, 2)
-    features = model.sam2.encode_image(pixels.reshape(-1, *pixels.shape[2:]), remat=remat)
-    masks = model.sam2.decode(features, jnp.repeat(language, frames, axis=0)).masks
-    return masks.reshape(size, frames, *masks.shape[1:]).swapaxes(1, 2)
-
-
-def normalised(pixels: Array) -> Array:
-    """Bytes become normalised floats; floats are taken as normalised."""
-    return normalize_pixels(pixels) if pixels.dtype == jnp.uint8 else pixels
-
-
-def masks_to_learn(batch: Batch, ids: TokenIds) -> Bool[Array, "batch objects frames"]:
+def masks_to_learn(batch: Arrays, ids: TokenIds) -> Bool[Array, "batch objects frames"]:
     """Object slots that have both a true mask and a [SEG], in the frames that exist."""
     slots = jnp.arange(batch["object_valid"].shape[1])
     said = slots < (batch["input_ids"] == ids.seg).sum(1, keepdims=True)
     return (batch["object_valid"] & said)[:, :, None] & batch["frame_valid"][:, None, :]
 
 
-def count_targets(batch: Batch, ids: TokenIds, config: LossConfig) -> LossCounts:
+def count_targets(batch: Arrays, ids: TokenIds, config: LossConfig) -> LossCounts:
     """How many tokens and mask rows the losses of a batch sum over."""
     tokens = (next_token_labels(batch["labels"]) != IGNORE).sum()
     valid = masks_to_learn(batch, ids)
@@ -162,7 +121,7 @@ def count_targets(batch: Batch, ids: TokenIds, config: LossConfig) -> LossCounts
 
 def loss_sums(
     prediction: Prediction,
-    batch: Batch,
+    batch: Arrays,
     config: LossConfig,
     key: Array,
     points: Float[Array, "masks points 2"] | None = None,

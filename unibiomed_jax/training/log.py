@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.inference.overlay import overlay
+from unibiomed_jax.masks.overlay import overlay
 
 
 class RunLog:

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from unibiomed_jax.data.transforms import IGNORE
 from unibiomed_jax.models.layers import matmul
 
-# Label of a token that is not learned.
-IGNORE = -100
 # Added to every denominator of the mask losses by the reference: its own epsilon and float32's.
 MASK_EPS = 1e-4 + float(np.finfo(np.float32).eps)
 

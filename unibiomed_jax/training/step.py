@@ -8,26 +8,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from unibiomed_jax import sharding
+from unibiomed_jax.parameters import Parameters, merge
+from unibiomed_jax.sharding.layout import Layout
 from unibiomed_jax.training.config import TrainConfig
 from unibiomed_jax.training.forward import (
-    Batch,
+    Arrays,
     LossCounts,
     LossSums,
     TokenIds,
+    answer_batch,
     count_targets,
     loss_sums,
     mean_losses,
-    predict,
 )
 from unibiomed_jax.training.optimizer import adamw, learning_rate
-from unibiomed_jax.training.parameters import Parameters, merge
 
 Metrics = dict[str, Array]
 
@@ -51,6 +49,11 @@ class TrainState:
     key: Array
 
 
+def trained_parameters(state: TrainState) -> Parameters:
+    """What the run is for: the running average where there is one."""
+    return state.trainable if state.average is None else state.average
+
+
 def init_state(trainable: Parameters, config: TrainConfig) -> TrainState:
     """The state before the first update."""
     trainable = {path: value.astype(jnp.float32) for path, value in trainable.items()}
@@ -71,7 +74,7 @@ def gradients(
     ids: TokenIds,
     state: TrainState,
     frozen: Parameters,
-    batch: Batch,
+    batch: Arrays,
     counts: LossCounts,
     index: Int[Array, ""] | int,
 ) -> tuple[Parameters, LossSums]:
@@ -84,12 +87,12 @@ def gradients(
     dropout_key, points_key = jax.random.split(jax.random.fold_in(key, index))
 
     def share(trainable):
-        prediction = predict(
+        prediction = answer_batch(
             merge(graphdef, trainable, frozen),
             batch,
             ids,
             token_chunk=config.loss.token_chunk,
-            track=config.loss.track,
+            follow=config.loss.track,
             remat=config.remat,
             dropout_key=dropout_key,
         )
@@ -153,11 +156,9 @@ class TrainStep:
         graphdef: nnx.GraphDef,
         config: TrainConfig,
         ids: TokenIds,
-        mesh: Mesh,
-        strategy: sharding.Strategy,
+        layout: Layout,
     ):
-        def pin(tree):
-            return jax.lax.with_sharding_constraint(tree, sharding.tree_shardings(tree, strategy, mesh))
+        pin = layout.pin
 
         def whole(state, frozen, batch):
             counts = count_targets(batch, ids, config.loss)
@@ -173,14 +174,17 @@ class TrainStep:
             state, metrics = update(config, state, *total, counts)
             return pin(state), metrics
 
-        self.whole = jax.jit(whole, donate_argnums=0)
-        self.accumulate = jax.jit(accumulate, donate_argnums=0)
-        self.finish = jax.jit(finish, donate_argnums=0)
-        self.count = jax.jit(lambda batch: count_targets(batch, ids, config.loss))
-        self.nothing = jax.jit(lambda trainable: pin((jax.tree.map(jnp.zeros_like, trainable), empty_sums())))
+        def nothing(trainable):
+            return pin((jax.tree.map(jnp.zeros_like, trainable), empty_sums()))
+
+        self.whole = layout.jit(whole, donate_argnums=0)
+        self.accumulate = layout.jit(accumulate, donate_argnums=0)
+        self.finish = layout.jit(finish, donate_argnums=0)
+        self.count = layout.jit(lambda batch: count_targets(batch, ids, config.loss))
+        self.nothing = layout.jit(nothing)
 
     def __call__(
-        self, state: TrainState, frozen: Parameters, batches: Sequence[Batch]
+        self, state: TrainState, frozen: Parameters, batches: Sequence[Arrays]
     ) -> tuple[TrainState, Metrics]:
         if len(batches) == 1:
             return self.whole(state, frozen, batches[0])
@@ -195,14 +199,3 @@ def empty_sums() -> LossSums:
     """The neutral element of adding sums."""
     zero = jnp.zeros(())
     return LossSums(zero, jnp.zeros((), jnp.int32), zero, zero)
-
-
-def place(tree: Any, strategy: sharding.Strategy, mesh: Mesh) -> Any:
-    """Put parameters or a state on the devices as the strategy says."""
-    return jax.device_put(tree, sharding.tree_shardings(tree, strategy, mesh))
-
-
-def place_batch(batch: dict[str, np.ndarray], strategy: sharding.Strategy, mesh: Mesh) -> Batch:
-    """This host's share of a batch as global arrays, split over the devices along the first axis."""
-    layout = sharding.batch_sharding(strategy, mesh)
-    return {name: jax.make_array_from_process_local_data(layout, value) for name, value in batch.items()}

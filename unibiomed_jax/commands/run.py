@@ -1,0 +1,51 @@
+"""How a program ends: the one place where errors become a sentence and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from unibiomed_jax.errors import InputError
+from unibiomed_jax.files import NO_SPACE
+
+# Exit codes. (The command-line parser ends with IMPOSSIBLE, too.)
+DONE, FAILED_IN_PART, IMPOSSIBLE, INTERRUPTED = 0, 1, 2, 130
+
+
+def run(program: Callable[[], int | None]) -> int:
+    """Run a program; what its user must put right becomes one line on stderr.
+
+    Returns:
+        The exit code: what the program returned (None: DONE), IMPOSSIBLE, or INTERRUPTED.
+    """
+    try:
+        return program() or DONE
+    except InputError as error:
+        _say(str(error))
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            _say("The disk is full; free some space and run the same command again.")
+        elif error.filename is not None:
+            _say(
+                f"{error.filename} cannot be used ({error.strerror}); put that right, or choose another place."
+            )
+        else:
+            raise
+    except KeyboardInterrupt:
+        _say("Interrupted.")
+        return INTERRUPTED
+    return IMPOSSIBLE
+
+
+def main(options: type, command: Callable[[Any], int | None], arguments: Sequence[str] | None = None) -> None:
+    """Run a command as a program of its own: its options from the command line, its end as an exit code."""
+    sys.exit(run(lambda: command(tyro.cli(options, args=arguments))))
+
+
+def _say(sentence: str) -> None:
+    stderr = Console(stderr=True)
+    stderr.print(f"Error: {sentence}", style="red", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Every choice as frozen dataclasses, and how they are read."""

@@ -1,0 +1,1 @@
+"""Checkpoints from PyTorch and back, driven by one set of tables."""

@@ -1,0 +1,108 @@
+"""From PyTorch checkpoints to the folder that inference and training read.
+
+A source is one of
+  a released UniBiomed folder (safetensors, config.json, tokenizer);
+  a training .pth, with --base the weights it was trained from (and --sam2, if those are InternVL2.5);
+  an InternVL2.5 folder, with --sam2 sam2_hiera_large.pt: the weights that training starts from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from unibiomed_jax import checkpoint
+from unibiomed_jax.conversion import sources
+from unibiomed_jax.conversion.assemble import build_parts
+from unibiomed_jax.conversion.options import FromTorchOptions
+from unibiomed_jax.conversion.reading import DTYPE_NAMES, require_torch_file
+from unibiomed_jax.conversion.sources import Source
+from unibiomed_jax.conversion.tokenizer_files import add_unibiomed_tokens, check_tokenizer
+from unibiomed_jax.errors import InputError
+from unibiomed_jax.files import new_folder, require_space
+from unibiomed_jax.inputs.tokenizer import copy_tokenizer
+
+
+def open_source(options: FromTorchOptions) -> Source:
+    """Read names, shapes and configuration of what is to be converted, and judge them.
+
+    Raises:
+        InputError: it is incomplete, damaged, of an unknown kind, or options do not fit it.
+    """
+    if options.src.suffix in (".pth", ".pt"):
+        require_torch_file(options.src)
+        if options.base is None:
+            raise InputError(
+                f"{options.src} holds only what training changed; add what it was trained from with --base."
+            )
+        return sources.trained(
+            options.src,
+            options.base,
+            options.sam2,
+            rank=options.lora_rank,
+            alpha=options.lora_alpha,
+            keep_lora=options.keep_lora,
+        )
+    if options.base is not None or options.keep_lora:
+        raise InputError(
+            f"--base and --keep-lora go with a training .pth, which {options.src} is not; leave them out."
+        )
+    if options.sam2 is not None:
+        return sources.starting_weights(options.src, options.sam2, options.seed)
+    return sources.released(options.src)
+
+
+def convert(source: Source, dst: Path, *, overwrite: bool = False) -> str:
+    """Write a source as a checkpoint folder; it appears complete or not at all.
+
+    Returns:
+        The sha256 that identifies the weights.
+
+    Raises:
+        InputError: `dst` exists or cannot be written, or the disk is too small.
+    """
+    require_space(dst, size(source))
+    with new_folder(dst, overwrite=overwrite) as folder:
+        copy_tokenizer(source.folder, folder / "tokenizer")
+        if source.first_new_token is not None:
+            add_unibiomed_tokens(folder / "tokenizer", source.first_new_token)
+        check_tokenizer(folder / "tokenizer", source.config.language.vocab_size)
+        _write_release(source, folder / "release")
+        # Closed here, with the threads that build, and not by the garbage collector at its own moment.
+        with contextlib.closing(build_parts(source.rows, source.tensors)) as parts:
+            return checkpoint.write(folder, source.config, parts, lora=source.lora)
+
+
+def _write_release(source: Source, folder: Path) -> None:
+    """What the way back needs besides the weights: number formats, config.json, the release's own code."""
+    folder.mkdir()
+    layout = {
+        "stores_tied_head": source.stores_tied_head,
+        "dtypes": {name: DTYPE_NAMES[tensor.dtype] for name, tensor in source.tensors.items()},
+    }
+    (folder / "layout.json").write_text(json.dumps(layout, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(source.release_config, indent=2) + "\n")
+    for path in [*source.folder.glob("*.py"), source.folder / "generation_config.json"]:
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
+
+
+def size(source: Source) -> int:
+    """Bytes of all tensors."""
+    return sum(int(np.prod(t.shape)) * t.dtype.itemsize for t in source.tensors.values())
+
+
+def read_released(folder: Path) -> checkpoint.Checkpoint:
+    """A released folder in memory, as `checkpoint.load` would return it once converted.
+
+    Raises:
+        InputError: the folder is incomplete, damaged or of an unsupported kind.
+    """
+    source = sources.released(Path(folder))
+    check_tokenizer(source.folder, source.config.language.vocab_size)
+    params = {part: unflatten(leaves) for part, leaves in build_parts(source.rows, source.tensors)}
+    return checkpoint.Checkpoint(source.config, params, Path(folder), checkpoint.hash_of(params), None)

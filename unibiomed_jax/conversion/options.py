@@ -1,0 +1,58 @@
+"""What the conversion can be asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True)
+class FromTorchOptions:
+    """Convert a PyTorch checkpoint into the folder that inference and training read."""
+
+    # The checkpoint: a released folder, a training .pth, or an InternVL2.5 folder.
+    src: Annotated[Path, tyro.conf.Positional]
+    # The folder to create.
+    dst: Annotated[Path, tyro.conf.Positional]
+    # The weights a training .pth was trained from: a released or an InternVL2.5 folder.
+    base: Path | None = None
+    # The SAM 2.0 file that goes with an InternVL2.5 folder.
+    sam2: Path | None = None
+    # Leave the adapters of a training .pth apart instead of merging them.
+    keep_lora: bool = False
+    # Rank and alpha of the adapters; alpha is not stored in the file.
+    lora_rank: int = 128
+    lora_alpha: float = 256.0
+    # Seed of the weights that InternVL2.5 and SAM2 lack (five embeddings, text_hidden_fcs).
+    seed: int = 0
+    # Replace DST if it exists.
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class ToTorchOptions:
+    """Write a converted checkpoint in the released layout."""
+
+    # The converted checkpoint.
+    src: Annotated[Path, tyro.conf.Positional]
+    # The folder to create.
+    dst: Annotated[Path, tyro.conf.Positional]
+    # Write adapters that are kept apart as a PEFT adapter in DST/adapter instead of merging them.
+    adapter: bool = False
+    # Replace DST if it exists.
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Compare two checkpoints, released or converted, module by module."""
+
+    # A released or a converted folder.
+    a: Annotated[Path, tyro.conf.Positional]
+    # Another one.
+    b: Annotated[Path, tyro.conf.Positional]
+    # Compare only the numbers, not what the modules compute.
+    weights_only: bool = False

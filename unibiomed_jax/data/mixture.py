@@ -1,0 +1,142 @@
+"""Several datasets as one list of samples."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from unibiomed_jax.data.records import DatasetConfig, Kind, Record
+from unibiomed_jax.data.tables import read_dataset
+from unibiomed_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several datasets as one list of samples, repeats included."""
+
+    # Every record once, dataset after dataset.
+    records: tuple[Record, ...]
+    # Sample i of the mixture is records[order[i]]; repeats stand here.
+    order: np.ndarray
+    # Title, records and samples (repeats counted) of every dataset, for logs.
+    sizes: tuple[tuple[str, int, int], ...]
+    # Of all that the records say; it does not change when a dataset's folder moves.
+    fingerprint: str
+
+
+# Table names by which `find_datasets` knows a task.
+_TASK_TABLES = (
+    ("{split}.json", (Kind.SEGMENTATION,)),
+    ("meta_{split}.json", (Kind.SEQUENCE,)),
+    ("{split}_disease.json", (Kind.DISEASE,)),
+    ("{split}_region.json", (Kind.REGION,)),
+    ("{split}_parse.json", (Kind.VQA, Kind.REPORT)),
+    ("{split}_captions.json", (Kind.CAPTION,)),
+)
+
+_BESIDE_IMAGES = (Kind.SEGMENTATION, Kind.DISEASE, Kind.REGION)
+
+
+def find_datasets(root: str | os.PathLike, split: str = "train", **choices) -> tuple[DatasetConfig, ...]:
+    """The datasets of a folder and its sub-folders, links followed, recognised by the names of their tables.
+
+    `{split}.json` segmentation, `meta_{split}.json` sequences, `{split}_disease.json`, `{split}_region.json`,
+    `{split}_parse.json` (grounded questions and reports), `{split}_captions.json`. Where there is no folder
+    `{split}`, image paths are relative to the dataset's folder.
+
+    Args:
+        root: searched with all folders below it, each once: under its own path, else that of a link to it.
+        split: which tables.
+        choices: further fields of every DatasetConfig (balance_to, repeats, slices).
+
+    Raises:
+        InputError: no such folder, or no table in it.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        wrong = (
+            "is a file; give the folder it lies in" if root.is_file() else "does not exist; check the path"
+        )
+        raise InputError(f"The dataset folder {root} {wrong}.")
+    found = []
+    for folder in sorted(_folders(root)):
+        for pattern, kinds in _TASK_TABLES:
+            name = pattern.format(split=split)
+            for kind in kinds if (folder / name).is_file() else ():
+                flat = kind in _BESIDE_IMAGES and not (folder / split).is_dir()
+                place = "" if flat else None
+                found.append(
+                    DatasetConfig(
+                        kind,
+                        str(folder),
+                        name=(root.resolve().name / folder.relative_to(root) / kind).as_posix(),
+                        split=split,
+                        annotations=name,
+                        images=place,
+                        masks=place,
+                        **choices,
+                    )
+                )
+    if not found:
+        raise InputError(
+            f"{root} holds no table for the split {split!r} (such as {split}.json); see "
+            "docs/train_on_your_data.md, or write one with `unibiomed data build`."
+        )
+    return tuple(found)
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    """A folder and all below it, each once even where links meet or form a loop."""
+    starts, seen = [root], set()
+    for start in starts:  # grows by the links, whose turn comes after that of all folders without one
+        for path, inner, _ in os.walk(start):  # does not follow links
+            real = os.path.realpath(path)
+            if real in seen:
+                inner.clear()
+                continue
+            seen.add(real)
+            yield Path(path)
+            inner.sort()
+            starts += [link for name in inner if os.path.islink(link := os.path.join(path, name))]
+
+
+def read_mixture(datasets: Sequence[DatasetConfig]) -> Mixture:
+    """Read every dataset and lay them end to end, each list repeated as its configuration says.
+
+    Raises:
+        InputError: no datasets, two of one title, or any error of `read_dataset`.
+    """
+    if not datasets:
+        raise InputError("The mixture has no datasets; name at least one.")
+    records: list[Record] = []
+    order: list[np.ndarray] = []
+    sizes = []
+    titles = set()
+    digest = hashlib.sha256()
+    for config in datasets:
+        title = f"{config.title} ({config.split})"
+        if title in titles:
+            raise InputError(
+                f"Two datasets of the mixture are called {title}; give one of them another name."
+            )
+        titles.add(title)
+        found = read_dataset(config)
+        span = np.arange(len(records), len(records) + len(found))
+        order.append(np.tile(span, config.repetitions(len(found))))
+        sizes.append((title, len(found), len(order[-1])))
+        records += found
+        for record in found:
+            digest.update(repr(_without_place(record, config.root)).encode())
+    return Mixture(tuple(records), np.concatenate(order), tuple(sizes), digest.hexdigest())
+
+
+def _without_place(record: Record, root: str) -> Record:
+    """The record with paths relative to its dataset's folder, and without what decides no batch."""
+    prefix = os.path.join(Path(root), "")
+    images, *masks = (
+        tuple(file.removeprefix(prefix) for file in files) for files in (record.images, *record.masks)
+    )
+    return replace(record, images=images, masks=tuple(masks), size=(0, 0), patient="")

@@ -1,0 +1,338 @@
+"""JSON tables on disk to records, one reader per table format. No pixel is read here."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Container, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from unibiomed_jax.data.records import DatasetConfig, Kind, Record
+from unibiomed_jax.errors import InputError
+from unibiomed_jax.inputs.images import by_number
+
+# In an abnormality, what says that there is nothing to outline: the mask is then all zero, whatever its file
+# holds.
+NO_FINDINGS = "no findings"
+
+
+def read_dataset(config: DatasetConfig, problems: list[str] | None = None) -> list[Record]:
+    """All records of one dataset in the order of its table.
+
+    Args:
+        config: which.
+        problems: collects what is wrong with single entries, which are then left out.
+
+    Raises:
+        InputError: table missing, not JSON, or of another schema; names file, field and remedy. Or no record
+            in it.
+    """
+    root = Path(config.root)
+    if not root.is_dir():
+        raise InputError(f"The dataset folder {root} does not exist; check the path of {config.title}.")
+    path = config.annotation_path
+    table = _read_table(path)
+    reader = {
+        Kind.SEQUENCE: _read_volumes,
+        Kind.VQA: _read_findings,
+        Kind.REPORT: _read_findings,
+        Kind.CAPTION: _read_captions,
+    }.get(config.kind, _read_targets)
+    records = []
+    names = _Names(config)
+    for read in reader(config, path, table):
+        try:
+            record = read()
+        except InputError as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
+        else:
+            records.append(replace(record, name=names.unique(record.name)))
+    if not records and not problems:
+        raise InputError(
+            f"{path} holds no samples for {config.kind}; add annotations or leave the dataset out."
+        )
+    return records
+
+
+def _read_targets(config: DatasetConfig, path: Path, table) -> Iterator[Callable[[], Record]]:
+    """COCO-like table: one record per annotation, grouped by image in the order of `images`.
+
+    Images and annotations are paired by file name, not by id; images without annotations give no record.
+    """
+    images = _read_images(_get(table, "images", list, path), path)
+    grouped: dict[str, list[tuple[int, dict]]] = {name: [] for name in images}
+    for number, annotation in enumerate(_get(table, "annotations", list, path)):
+        name = _get(annotation, "file_name", str, path, f"annotations[{number}]")
+        if name not in grouped:
+            raise InputError(
+                f"{path}: annotations[{number}] belongs to the image {name}, which `images` does not list; "
+                "add it there."
+            )
+        grouped[name].append((number, annotation))
+
+    def read(file_name: str, number: int, annotation: dict) -> Record:
+        where = f"annotations[{number}]"
+        mask_file = _get(annotation, "mask_file", str, path, where)
+        size, patient = images[file_name]
+        return Record(
+            name=mask_file,
+            kind=config.kind,
+            images=(str(config.image_folder / file_name),),
+            masks=((str(config.mask_folder / mask_file),),),
+            texts=_sentences(annotation, path, where),
+            size=size,
+            augment=config.augment,
+            patient=patient,
+        )
+
+    for file_name, annotations in grouped.items():
+        for number, annotation in annotations:
+            yield partial(read, file_name, number, annotation)
+
+
+def _read_findings(config: DatasetConfig, path: Path, table) -> Iterator[Callable[[], Record]]:
+    """RadGenome's table, an object of samples; lists in abnormality and mask_file are several objects."""
+    if not isinstance(table, dict):
+        raise InputError(f"{path} must be a JSON object whose values are samples, not a {_type_name(table)}.")
+
+    def read(key: str, entry) -> Record:
+        where = f"[{key!r}]"
+        image_file = _get(entry, "image_file", str, path, where)
+        findings = _strings(entry, "abnormality", path, where)
+        files = _mask_files(entry, [NO_FINDINGS in finding for finding in findings], path, where)
+        if len(findings) != len(files):
+            raise InputError(
+                f"{path}: {where} has {len(findings)} abnormalities but {len(files)} mask files; give one "
+                "mask for each."
+            )
+        masks = tuple(
+            ("" if NO_FINDINGS in finding else str(config.mask_folder / file),)
+            for finding, file in zip(findings, files, strict=True)
+        )
+        report = config.kind is Kind.REPORT
+        return Record(
+            name=f"{image_file}[{key}]",
+            kind=config.kind,
+            images=(str(config.image_folder / image_file),),
+            masks=masks,
+            texts=findings,
+            anatomy="" if report else _text(entry, "anatomy", path, where),
+            report=_get(entry, "report", str, path, where) if report else "",
+            size=_size(entry, path, where),
+            augment=config.augment,
+            patient=_patient(entry),
+        )
+
+    for key, entry in table.items():
+        yield partial(read, key, entry)
+
+
+def _read_volumes(config: DatasetConfig, path: Path, table) -> Iterator[Callable[[], Record]]:
+    """Volumes with expressions: one record per volume and expression, with the slices that have a mask of it.
+
+    A mask belongs to the slice whose name without ending, followed by an underscore, begins the mask's name;
+    to the longest such name. A mask of no slice, or a second one of a slice, raises InputError.
+    """
+
+    def read(volume: str, entry: dict, slices: dict[str, str], key: str, expression) -> Record:
+        where = f"volumes[{volume!r}].expressions[{key!r}]"
+        text = _text(expression, "exp", path, where)
+        masks: dict[str, str] = {}
+        for file in _strings(expression, "mask_file", path, where):
+            stem = owner(Path(file).name, slices)
+            if stem is None:
+                raise InputError(
+                    f"{path}: {where} has the mask {file}, which is not named after one of the slices "
+                    "(<slice>_<target>.png); rename it or take it out."
+                )
+            if stem in masks:
+                raise InputError(
+                    f"{path}: {where} has two masks for the slice {slices[stem]} ({masks[stem]}, {file}); "
+                    "merge them into one file."
+                )
+            masks[stem] = file
+        if not masks:
+            raise InputError(f"{path}: {where} has no masks; add them or remove the expression.")
+        drawn = [stem for stem in slices if stem in masks]
+        return Record(
+            name=f"{volume}/{text}",
+            kind=config.kind,
+            images=tuple(str(config.image_folder / volume / slices[stem]) for stem in drawn),
+            masks=(tuple(str(config.mask_folder / masks[stem]) for stem in drawn),),
+            texts=(text,),
+            size=_size(entry, path, f"volumes[{volume!r}]"),
+            slices=config.slices,
+            augment=config.augment,
+            patient=_patient(entry),
+        )
+
+    for volume, entry in _get(table, "volumes", dict, path).items():
+        where = f"volumes[{volume!r}]"
+        names = sorted(_strings(entry, "slices", path, where), key=by_number)
+        slices = {Path(name).stem: name for name in names}
+        if len(slices) < len(names):
+            raise InputError(f"{path}: two slices of {where} have one name without its ending; rename one.")
+        expressions = _get(entry, "expressions", dict, path, where)
+        for key in sorted(expressions):
+            yield partial(read, volume, entry, slices, key, expressions[key])
+
+
+def owner(mask: str, stems: Container[str]) -> str | None:
+    """Which of the images' stems a mask's file name begins with, up to an underscore; the longest one."""
+    parts = mask.split("_")
+    starts = ("_".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
+    return next((start for start in starts if start in stems), None)
+
+
+def _read_captions(config: DatasetConfig, path: Path, table) -> Iterator[Callable[[], Record]]:
+    """Image-text pairs, one record per annotation; `question`, where present, replaces the task's own."""
+    annotations = _get(table, "annotations", list, path)
+    images = _read_images(_get(table, "images", list, path) if "images" in table else [], path)
+
+    def read(number: int, annotation) -> Record:
+        where = f"annotations[{number}]"
+        file_name = _get(annotation, "file_name", str, path, where)
+        size, patient = images.get(file_name, ((0, 0), ""))
+        return Record(
+            name=file_name,
+            kind=config.kind,
+            images=(str(config.image_folder / file_name),),
+            texts=(_text(annotation, "caption", path, where),),
+            question=_text(annotation, "question", path, where) if "question" in annotation else "",
+            size=size,
+            augment=config.augment,
+            patient=patient,
+        )
+
+    for number, annotation in enumerate(annotations):
+        yield partial(read, number, annotation)
+
+
+def _read_images(images: list, path: Path) -> dict[str, tuple[tuple[int, int], str]]:
+    """Size and patient of every listed image, by its file name; one may be listed twice if both agree."""
+    known: dict[str, tuple[tuple[int, int], str]] = {}
+    for number, image in enumerate(images):
+        where = f"images[{number}]"
+        name = _get(image, "file_name", str, path, where)
+        entry = (_size(image, path, where), _patient(image))
+        if known.setdefault(name, entry) != entry:
+            raise InputError(
+                f"{path}: {where} is a second {name} of another size or patient; give every image a name of "
+                "its own."
+            )
+    return known
+
+
+class _Names:
+    """Names that say where a record comes from; a repeated one gets a number."""
+
+    def __init__(self, config: DatasetConfig):
+        self.prefix = f"{config.title}:{config.split}"
+        self.seen: dict[str, int] = {}
+
+    def unique(self, name: str) -> str:
+        self.seen[name] = self.seen.get(name, 0) + 1
+        count = self.seen[name]
+        return f"{self.prefix}/{name}" + (f"#{count}" if count > 1 else "")
+
+
+def _read_table(path: Path):
+    if not path.is_file():
+        raise InputError(
+            f"{path} does not exist; a dataset needs this table (`unibiomed data build` writes it)."
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unlike_keys)
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}); write it again.") from error
+
+
+def _unlike_keys(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object; of two entries with one key the first would be lost without a word."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key!r} occurs twice in it")
+    return table
+
+
+def _get(entry, key: str, expected: type, path: Path, where: str = "the table"):
+    if not isinstance(entry, dict):
+        raise InputError(
+            f"{path}: {where} must be an object with the field {key!r}, not a {_type_name(entry)}."
+        )
+    if key not in entry:
+        raise InputError(
+            f"{path}: {where} lacks the field {key!r}; see docs/train_on_your_data.md for the schema."
+        )
+    if not isinstance(entry[key], expected):
+        raise InputError(
+            f"{path}: {key!r} of {where} must be a {_JSON_NAMES[expected]}, not a {_type_name(entry[key])}."
+        )
+    return entry[key]
+
+
+def _text(entry, key: str, path: Path, where: str) -> str:
+    text = _get(entry, key, str, path, where)
+    if not text.strip().strip("."):
+        raise InputError(
+            f"{path}: {key!r} of {where} is empty; write what the image shows, or remove the entry."
+        )
+    return text
+
+
+def _strings(entry, key: str, path: Path, where: str) -> tuple[str, ...]:
+    if isinstance(entry, dict) and isinstance(entry.get(key), list):
+        entry = {f"{key}[{number}]": value for number, value in enumerate(entry[key])}
+        return tuple(_text(entry, name, path, where) for name in entry)
+    return (_text(entry, key, path, where),)
+
+
+def _mask_files(entry: dict, healthy: list[bool], path: Path, where: str) -> tuple[str, ...]:
+    """The mask file of every finding; where there is no finding none is needed."""
+    files = entry.get("mask_file")
+    if all(healthy) and not files:
+        return ("",) * len(healthy)
+    if not isinstance(files, list) or len(files) != len(healthy):
+        return _strings(entry, "mask_file", path, where)
+    named = {f"mask_file[{number}]": file for number, file in enumerate(files)}
+    return tuple(
+        "" if none and not named[name] else _text(named, name, path, where)
+        for name, none in zip(named, healthy, strict=True)
+    )
+
+
+def _sentences(annotation, path: Path, where: str) -> tuple[str, ...]:
+    sentences = _get(annotation, "sentences", list, path, where)
+    if not sentences:
+        raise InputError(f"{path}: 'sentences' of {where} is empty; give at least one name of the target.")
+    return tuple(
+        _text(sentence, "raw", path, f"{where}.sentences[{number}]")
+        for number, sentence in enumerate(sentences)
+    )
+
+
+def _size(entry: dict, path: Path, where: str) -> tuple[int, int]:
+    """(width, height), or (0, 0) where the entry does not say."""
+    for key in ("width", "height"):
+        value = entry.get(key) or 0
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 <= value < math.inf or value != int(value):
+            raise InputError(f"{path}: {key!r} of {where} is {value!r}; give a whole number of pixels.")
+    width, height = (int(entry.get(key) or 0) for key in ("width", "height"))
+    return (width, height) if width and height else (0, 0)
+
+
+def _patient(entry: dict) -> str:
+    patient = entry.get("patient")
+    return "" if patient is None else str(patient)
+
+
+_JSON_NAMES = {dict: "object", list: "list", str: "string", int: "number", float: "number", bool: "boolean"}
+
+
+def _type_name(value) -> str:
+    return _JSON_NAMES.get(type(value), "null")

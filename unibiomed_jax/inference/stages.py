@@ -1,0 +1,51 @@
+"""The model's compiled functions: one a stage, and one for all of them together."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from unibiomed_jax.inference import generate
+from unibiomed_jax.inference.stopping import stop_text
+from unibiomed_jax.inputs.prompt import STOP_TEXT
+from unibiomed_jax.inputs.tokenizer import Tokenizer
+from unibiomed_jax.models.unibiomed import UniBiomedModel
+from unibiomed_jax.sharding.layout import Layout
+
+
+class Stages:
+    """Functions of parameters and arrays, compiled once for every shape they meet.
+
+    The parameters are an argument, so that nothing is baked in. All but `ground` work on a part of an answer.
+    """
+
+    def __init__(self, graphdef: nnx.GraphDef, tokenizer: Tokenizer, vocab_size: int, layout: Layout):
+        """`layout` says what is compiled for."""
+        self._graphdef, self._layout = graphdef, layout
+        end_id, pause_id = tokenizer.eos_id, tokenizer.encode(STOP_TEXT)[-1]
+        advance = functools.partial(generate.advance, end_id=end_id, pause_id=pause_id)
+        self.encode_tiles = self._compiled(UniBiomedModel.encode_tiles)
+        self.prefill = self._compiled(generate.prefill)
+        self.advance = self._compiled(advance, donate_argnums=1)
+        self.encode_image = self._compiled(UniBiomedModel.encode_image)
+        self.segment = self._compiled(UniBiomedModel.segment)
+        self.segment_frames = self._compiled(UniBiomedModel.segment_frames)
+        ground = functools.partial(generate.ground, end_id=end_id, seg_id=tokenizer.seg_id)
+        self.ground = self._compiled(ground, static_argnames="objects")
+        self.stop_text = functools.cache(lambda: stop_text(tokenizer, vocab_size))
+
+    def programs(self) -> int:
+        """How many programs have been compiled so far."""
+        return sum(stage._cache_size() for stage in vars(self).values() if hasattr(stage, "_cache_size"))
+
+    def _compiled(self, function: Callable, **jit_options) -> Any:
+        def run(params, *arguments, **options):
+            # float32 means float32 on every backend; bfloat16 products are not touched by this.
+            with jax.default_matmul_precision("highest"):
+                return function(nnx.merge(self._graphdef, params), *arguments, **options)
+
+        return self._layout.jit(run, **jit_options)

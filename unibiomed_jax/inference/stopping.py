@@ -1,0 +1,48 @@
+"""Where the reference stops generating: when the text ends with the stop string, which the host can see."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from unibiomed_jax.inference.generate import StopText
+from unibiomed_jax.inputs.prompt import STOP_TEXT
+from unibiomed_jax.inputs.tokenizer import Tokenizer
+
+
+def find_stop(tokenizer: Tokenizer, ids: Sequence[int], start: int = 0) -> int | None:
+    """How many of the generated ids the reference would have generated, or None if it would go on.
+
+    It stops after the id that is eos_id, or that makes the whole decoded text, without carriage returns and
+    newlines, end with `<|end|>`. Only a tail is decoded: bytes before it cannot change what the text ends
+    with, since `<|end|>` is ASCII.
+
+    Args:
+        tokenizer: the model's.
+        ids: generated so far.
+        start: ids[:start] are known not to stop, so that a loop of blocks looks at each id once.
+    """
+    for end in range(start + 1, len(ids) + 1):
+        if ids[end - 1] == tokenizer.eos_id:
+            return end
+        width = len(STOP_TEXT)
+        while True:
+            tail = tokenizer.decode(ids[max(0, end - width) : end]).replace("\r", "").replace("\n", "")
+            if len(tail) >= len(STOP_TEXT) or width >= end:
+                break
+            width *= 2
+        if tail.endswith(STOP_TEXT):
+            return end
+    return None
+
+
+def stop_text(tokenizer: Tokenizer, vocab_size: int) -> StopText:
+    """What of `find_stop` can be told from ids alone: the usual cut of `<|end|>` into tokens.
+
+    The first token may have other text before its "<", as in ".<".
+    """
+    first, *rest = tokenizer.encode(STOP_TEXT)
+    names = (tokenizer.backend.id_to_token(token) or "" for token in range(vocab_size))
+    alike = np.fromiter((name.endswith(STOP_TEXT[0]) for name in names), bool, vocab_size)
+    # Of a tokenizer that does not cut "<" off nothing is known.
+    begins = alike & (tokenizer.decode([first]) == STOP_TEXT[0])
+    return StopText(begins, np.array(rest, np.int32))

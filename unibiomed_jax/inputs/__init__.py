@@ -1,0 +1,1 @@
+"""What people bring: images, volumes, regions, words."""

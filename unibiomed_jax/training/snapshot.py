@@ -1,0 +1,348 @@
+"""Checkpoints that a run resumes from, to the bit.
+
+    <folder>/00000500/
+        state/           an Orbax checkpoint of the train state (and of the frozen parameters, at choice)
+        config.json      the run's configuration
+        position.json    where the data pipeline stood
+        tokenizer/       the tokenizer's files
+        about.json       step, measures, shapes of the state, and what it belongs to
+        manifest.json    size and sha256 of every file above; written last
+
+A checkpoint is written beside its place and moved there when it is complete, so that a folder with that name
+is either whole or was damaged later, which the manifest shows. Older ones go only after that.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint.experimental import v1 as ocp
+
+from unibiomed_jax.errors import InputError
+from unibiomed_jax.files import NO_SPACE
+from unibiomed_jax.inputs.tokenizer import copy_tokenizer
+from unibiomed_jax.training.config import CheckpointConfig
+
+logger = logging.getLogger(__name__)
+
+PARTIAL = ".partial"
+# What file systems without locks answer to one.
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a run goes on from."""
+
+    # The tree that was asked for, laid out as asked.
+    state: Any
+    # State of the data iterator.
+    position: dict
+    # Update at which it was saved.
+    step: int
+
+
+class Checkpointer:
+    """Saves in the background and keeps the newest and the best.
+
+    One save runs at a time; the next one waits for it. An error of the background (a full disk, say) is
+    raised by the next call of `save`, `wait` or `check`. As a context, it lets the save that runs finish when
+    the block ends, whatever ends it.
+    """
+
+    def __init__(self, folder: str | os.PathLike, config: CheckpointConfig):
+        """Open a folder of checkpoints, and create it where there is none.
+
+        Raises:
+            InputError: it cannot be created.
+        """
+        self.folder = Path(folder).absolute()
+        self.config = config
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"{self.folder} cannot be created ({error}); choose another --folder."
+            ) from error
+        self._primary = jax.process_index() == 0
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        # Steps of the checkpoints that were found damaged and passed over.
+        self._damaged: set[int] = set()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if self._thread is not None:
+            self._thread.join()
+        if error is None:
+            self.wait()
+
+    def claim(self) -> None:
+        """Make the run's folder this process's own to train in, and clear what a killed run left unfinished.
+
+        The lock ends with the process, whatever ends it. A file system without locks goes without.
+
+        Raises:
+            InputError: another process trains in the folder.
+        """
+        if not self._primary:
+            return
+        run = self.folder.parent
+        self._lock = (run / "lock").open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"Another process trains in {run}; wait until it ends, stop it, or choose another --folder."
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        for leftover in self.folder.glob(f"*{PARTIAL}"):
+            shutil.rmtree(leftover)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        position: dict,
+        config: dict,
+        tokenizer: str | os.PathLike | None = None,
+        measures: Mapping[str, float] | None = None,
+        belongs_to: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Start to save `state` (any tree of arrays); returns when it may be changed again.
+
+        Args:
+            step: names the checkpoint.
+            position: state of the data iterator, as JSON values.
+            config: the run's configuration, as JSON values.
+            tokenizer: folder with the tokenizer's files.
+            measures: validation results of this very state; say which checkpoint is best.
+            belongs_to: what else must be the same where it is restored, by name, as JSON values.
+
+        Raises:
+            InputError: this save or the one before could not be written.
+        """
+        self.wait()
+        partial = self.folder / f"{step:08d}{PARTIAL}"
+        try:
+            if self._primary:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                _write_json(partial / "config.json", config)
+                _write_json(partial / "position.json", position)
+                if tokenizer is not None:
+                    copy_tokenizer(Path(tokenizer), partial / "tokenizer")
+                about = {
+                    "step": step,
+                    "measures": dict(measures or {}),
+                    "leaves": shapes(state),
+                    "belongs_to": dict(belongs_to or {}),
+                }
+                _write_json(partial / "about.json", about)
+            response = ocp.save_async(partial / "state", nested(state))
+        except Exception as error:
+            raise self._explain(error) from error
+        self._thread = threading.Thread(target=self._finish, args=(step, partial, response))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the save that runs, if any.
+
+        Raises:
+            InputError: it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise what went wrong in the background, without waiting."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise self._explain(error) from error
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+
+    def measures(self, step: int) -> dict[str, float]:
+        """Validation results of a checkpoint; none if it is damaged."""
+        try:
+            return _read_json(self.path(step) / "about.json")["measures"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return {}
+
+    def best(self) -> int | None:
+        """The step with the highest `config.best`, if any was measured."""
+        return next(iter(self._ranked(self.steps())), None)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"{step:08d}"
+
+    def restore(
+        self, abstract: Any, step: int | None = None, belongs_to: Mapping[str, Any] | None = None
+    ) -> Restored | None:
+        """Load the newest undamaged checkpoint, or that of a step; None if there is none.
+
+        Args:
+            abstract: the state's tree with shape, dtype and sharding in place of arrays; the mesh may be
+                another than the one that saved.
+            step: which; None is the newest undamaged one.
+            belongs_to: as given to `save`.
+
+        Raises:
+            InputError: the checkpoint is of another model or optimiser, or damaged (all of them, if no step
+                is asked for).
+        """
+        steps = self.steps() if step is None else [step]
+        for candidate in reversed(steps):
+            damage = find_damage(self.path(candidate))
+            if not damage:
+                return self._load(candidate, abstract, dict(belongs_to or {}))
+            if step is not None:
+                others = ", ".join(str(other) for other in self.steps() if other != step) or "none"
+                raise InputError(
+                    f"{self.path(step)} is damaged: {damage}; take another one (there are {others})."
+                )
+            logger.warning("Checkpoint %s is damaged: %s.", self.path(candidate), damage)
+            self._damaged.add(candidate)
+        if steps:
+            raise InputError(
+                f"There is no undamaged checkpoint in {self.folder} ({', '.join(map(str, steps))} tried); "
+                "delete them to start from the beginning."
+            )
+        return None
+
+    def _load(self, step: int, abstract: Any, belongs_to: dict) -> Restored:
+        path = self.path(step)
+        about, leaves = _read_json(path / "about.json"), shapes(abstract)
+        belongs_to = json.loads(json.dumps(belongs_to))  # tuples become lists, as they did there
+        for stored, wanted in ((about["leaves"], leaves), (about["belongs_to"], belongs_to)):
+            for name in [*wanted, *stored]:
+                there, here = stored.get(name, "missing"), wanted.get(name, "missing")
+                if there != here:
+                    raise InputError(
+                        f"{path} was saved by another model, adapter or optimiser: {name} is {there} there "
+                        f"and {here} here; resume with the configuration in its config.json and the weights "
+                        "it started from, or choose another run folder."
+                    )
+        loaded = leaves_by_name(ocp.load(path / "state", nested(abstract)))
+        state = jax.tree.unflatten(jax.tree.structure(abstract), [loaded[name] for name in leaves])
+        return Restored(state, _read_json(path / "position.json"), step)
+
+    def _finish(self, step: int, partial: Path, response) -> None:
+        try:
+            response.result()
+            if self._primary:
+                _write_json(partial / "manifest.json", {"files": digests(partial)})
+                shutil.rmtree(self.path(step), ignore_errors=True)
+                os.replace(partial, self.path(step))
+                self._damaged.discard(step)
+                self._prune(step)
+        except BaseException as error:
+            self._error = error
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _ranked(self, steps: Iterable[int]) -> list[int]:
+        """The undamaged among these steps that were measured by `config.best`, best first."""
+        values = {step: self.measures(step).get(self.config.best) for step in set(steps) - self._damaged}
+        measured = [step for step, value in values.items() if value is not None]
+        return sorted(measured, key=lambda step: (values[step], step), reverse=True)
+
+    def _prune(self, saved: int) -> None:
+        """Delete what is neither among the newest nor among the best, up to the step just saved.
+
+        Later ones were passed over when the run went on: they stay, uncounted, until it gets there again.
+        """
+        steps = [step for step in self.steps() if step <= saved]
+        newest = [step for step in steps if step not in self._damaged][-self.config.keep_last :]
+        keep = {*newest, *self._ranked(steps)[: self.config.keep_best]}
+        for step in set(steps) - keep:
+            # Out of sight first: a half-deleted checkpoint must not look like a damaged one.
+            doomed = self.path(step).with_suffix(PARTIAL)
+            os.replace(self.path(step), doomed)
+            shutil.rmtree(doomed)
+
+    def _explain(self, error: BaseException) -> BaseException:
+        text = str(error)
+        if getattr(error, "errno", None) in NO_SPACE or "No space left" in text:
+            steps = [step for step in self.steps() if step not in self._damaged]
+            kept = f"checkpoint {steps[-1]} is intact" if steps else "there is no checkpoint yet"
+            return InputError(f"The disk of {self.folder} is full ({kept}); free some space and run again.")
+        return error
+
+
+def leaves_by_name(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by the slash-joined names of the fields that lead to them."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
+
+
+def nested(tree: Any) -> dict:
+    """A tree of any containers as nested dictionaries, which mean the same to every version of Orbax."""
+    result: dict = {}
+    for name, leaf in leaves_by_name(tree).items():
+        *parents, last = name.split("/")
+        node = result
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return result
+
+
+def shapes(tree: Any) -> dict[str, list]:
+    """Shape and dtype of every leaf by name, as JSON values."""
+    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaves_by_name(tree).items()}
+
+
+def digests(folder: Path) -> dict[str, list]:
+    """Size and sha256 of every file below a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+
+    def digest(path: Path) -> list:
+        with path.open("rb") as file:
+            return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+    with ThreadPoolExecutor(4) as pool:
+        return dict(
+            zip((str(path.relative_to(folder)) for path in files), pool.map(digest, files), strict=True)
+        )
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        expected = dict(_read_json(checkpoint / "manifest.json")["files"])
+        found = digests(checkpoint)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return f"manifest.json cannot be used ({error!r})"
+    if "about.json" not in expected:
+        return "manifest.json does not list about.json"
+    return next((f"{name} has changed" for name in expected if found.get(name) != expected[name]), None)
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")

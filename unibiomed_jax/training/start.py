@@ -1,0 +1,245 @@
+"""What a run starts from: its model and where it lies, its data, its state."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from unibiomed_jax import checkpoint
+from unibiomed_jax.config.fields import to_dict
+from unibiomed_jax.config.model import ModelConfig, require_fitting
+from unibiomed_jax.data.pipeline import Pipeline
+from unibiomed_jax.data.transforms import SampleSizes
+from unibiomed_jax.errors import InputError
+from unibiomed_jax.inputs.tokenizer import Tokenizer
+from unibiomed_jax.parameters import Parameters, count, flatten, partition, split
+from unibiomed_jax.sharding.layout import Layout
+from unibiomed_jax.sharding.strategies import find_strategy
+from unibiomed_jax.training.config import TrainConfig
+from unibiomed_jax.training.forward import TokenIds
+from unibiomed_jax.training.initialise import build_model, random_parameters, structure
+from unibiomed_jax.training.snapshot import Checkpointer, Restored
+from unibiomed_jax.training.step import TrainState, init_state
+
+SAM2_SIZE = "sam2.image_size"
+
+
+@dataclass(frozen=True)
+class Start:
+    """All that a run needs before its data; nothing is allocated yet."""
+
+    # With the sizes of the checkpoint it starts from.
+    config: TrainConfig
+    layout: Layout
+    # Folder of the tokenizer's files.
+    tokenizer_folder: Path
+    tokenizer: Tokenizer
+    ids: TokenIds
+    # Structure of the model.
+    graphdef: nnx.GraphDef
+    # {"train": TrainState, "frozen": Parameters}: shapes, number formats and where they lie.
+    abstract: dict
+
+    @property
+    def trainable(self) -> list[str]:
+        """Paths of what trains."""
+        return list(self.abstract["train"].trainable)
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return Path(self.config.folder) / "checkpoints"
+
+
+def prepare(config: TrainConfig) -> Start:
+    """Judge a configuration and lay out what it describes.
+
+    Raises:
+        InputError: an unknown strategy, a batch that the devices cannot share, a tokenizer that does not fit
+            the model, or whatever `resolve_model` refuses.
+    """
+    config = resolve_model(config)
+    layout = Layout.over(strategy=find_strategy(config.strategy), model=config.model)
+    layout.require_divisible(config.data.batch_size)
+    folder = find_tokenizer(config)
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer.vocab_size > config.model.language.vocab_size:
+        raise InputError(
+            f"The tokenizer in {folder} has {tokenizer.vocab_size} tokens but the model only "
+            f"{config.model.language.vocab_size}; set --model.language.vocab-size or take its tokenizer."
+        )
+    ids = TokenIds(tokenizer.image_context_id, tokenizer.seg_id)
+    graphdef, shapes = structure(config)
+    return Start(config, layout, folder, tokenizer, ids, graphdef, abstract_state(config, shapes, layout))
+
+
+def resolve_model(config: TrainConfig) -> TrainConfig:
+    """The configuration with the sizes of the checkpoint it starts from.
+
+    No parameter depends on the size of SAM2's image: that may be another than the checkpoint's.
+
+    Raises:
+        InputError: there is no checkpoint or it cannot be read, or the configuration asks for another model
+            than it holds, or for sizes that do not fit each other.
+    """
+    model = config.model
+    if config.initial:
+        if not checkpoint.is_checkpoint(config.initial):
+            raise InputError(
+                f"{config.initial} is no converted checkpoint; convert a release with `unibiomed convert "
+                "from-torch`, or give RUN/model of a finished run."
+            )
+        model = checkpoint.read_config(config.initial)
+        usual, has = (flatten(to_dict(known)) for known in (ModelConfig(), model))
+        for field, asked in flatten(to_dict(config.model)).items():
+            if field != SAM2_SIZE and asked not in (usual[field], has[field]):
+                raise InputError(
+                    f"The configuration asks for model.{field} = {asked!r} but {config.initial} has "
+                    f"{has[field]!r}; leave `model` out, since a checkpoint brings its own sizes."
+                )
+        if config.model.sam2.image_size != ModelConfig().sam2.image_size:
+            sam2 = dataclasses.replace(model.sam2, image_size=config.model.sam2.image_size)
+            model = dataclasses.replace(model, sam2=sam2)
+    require_fitting(model)
+    return dataclasses.replace(config, model=model)
+
+
+def find_tokenizer(config: TrainConfig) -> Path:
+    """The tokenizer's folder: its own field, or the one of the checkpoint the run starts from."""
+    if config.tokenizer:
+        return Path(config.tokenizer)
+    if config.initial:
+        return Path(config.initial) / "tokenizer"
+    raise InputError("A run from random parameters needs --tokenizer, the folder of a tokenizer's files.")
+
+
+def open_data(config: TrainConfig, tokenizer: Tokenizer, *, training: bool) -> Pipeline:
+    """The pipeline of the training or of the validation data.
+
+    Raises:
+        InputError: a dataset cannot be read, or there is none.
+    """
+    settings = config.data
+    if not training:
+        settings = dataclasses.replace(settings, datasets=config.validation, workers=0)
+    if not settings.datasets:
+        raise InputError("There is no training data: list datasets in the configuration's data.datasets.")
+    return Pipeline(
+        settings,
+        SampleSizes.of(config.model),
+        tokenizer,
+        training=training,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+    )
+
+
+def summary(start: Start, data: Pipeline) -> list[str]:
+    """What will run, in sentences."""
+    config, layout = start.config, start.layout
+    language = config.model.language
+    padding = language.padded_vocab_size - language.vocab_size
+    trainable, frozen = start.abstract["train"].trainable, start.abstract["frozen"]
+    training = count(trainable, padding)
+    sentences = [
+        f"{training:,} of {training + count(frozen, padding):,} parameters train on {layout.mesh.size} "
+        f"{layout.mesh.devices.flat[0].device_kind}, {len(data.mixture.records):,} records, "
+        f"{data.steps_per_epoch:,} batches an epoch, {config.optim.steps:,} updates of "
+        f"{config.optim.accumulate} batches of {config.data.batch_size}."
+    ]
+    whole = [row for row in layout.explain(trainable | frozen) if row.obstacles]
+    if whole:
+        size = sum(row.bytes_per_device for row in whole)
+        sentences.append(
+            f"{len(whole)} parameters ({size / 2**20:,.1f} MiB a device) are not divided as "
+            f"{config.strategy!r} asks; the largest is {whole[0].path}: {whole[0].obstacles[0]}."
+        )
+    return sentences
+
+
+# ------------------------------------------------------------------------------------------------------------
+# State
+
+
+def abstract_state(config: TrainConfig, shapes: Parameters, layout: Layout) -> dict:
+    """Shapes, number formats and layouts of the train state and of what is frozen."""
+    trainable, frozen = partition(shapes, config.freeze.trainable, config.freeze.frozen)
+    frozen = {
+        path: jax.ShapeDtypeStruct(value.shape, np.dtype(config.freeze.frozen_dtype))
+        for path, value in frozen.items()
+    }
+
+    def state() -> TrainState:
+        return init_state(
+            {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in trainable.items()}, config
+        )
+
+    return layout.abstract({"train": jax.eval_shape(state), "frozen": frozen})
+
+
+def belongs_to(config: TrainConfig) -> dict:
+    """What must be the same where a checkpoint is restored, by name: model, adapters, what stays frozen."""
+    model = {f"model.{name}": value for name, value in flatten(to_dict(config.model)).items()}
+    lora = {"lora.rank": config.lora.rank, "lora.alpha": config.lora.alpha} if config.lora.rank else {}
+    if config.checkpoint.save_frozen:
+        return model | lora
+    # The frozen parameters are not in it: they are read, or drawn, anew.
+    initial = checkpoint.read_manifest(config.initial).hash if config.initial else f"seed {config.seed}"
+    return model | lora | {"initial": initial}
+
+
+def starting_state(
+    start: Start, checkpointer: Checkpointer, belongs: dict, chosen: int | None = None
+) -> tuple[Restored | None, TrainState, Parameters]:
+    """What the run goes on from: a checkpoint (None: the start), the train state, the frozen parameters."""
+    config, abstract = start.config, start.abstract
+    wanted = abstract if config.checkpoint.save_frozen else {"train": abstract["train"]}
+    restored = checkpointer.restore(wanted, chosen, belongs)
+    if restored is not None and config.checkpoint.save_frozen:
+        return restored, restored.state["train"], restored.state["frozen"]
+    trainable, frozen = starting_parameters(config, start.layout)
+    if restored is not None:
+        return restored, restored.state["train"], frozen
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract["train"])
+    state = start.layout.jit(lambda table: init_state(table, config), out_shardings=places)(trainable)
+    return None, state, frozen
+
+
+def starting_parameters(config: TrainConfig, layout: Layout) -> tuple[Parameters, Parameters]:
+    """(trainable in float32, frozen in its storage dtype), laid out on the devices.
+
+    Raises:
+        InputError: the checkpoint cannot be used, or a pattern of `freeze` fits nothing.
+    """
+    if config.initial:
+        loaded = checkpoint.load(config.initial, sharding=layout.parameter)
+        parameters = flatten(loaded.params)
+        if config.lora.rank:
+            parameters |= jax.jit(lambda: only_adapters(split(build_model(config))[1]))()
+    else:
+        parameters = random_parameters(config)
+    trainable, frozen = partition(parameters, config.freeze.trainable, config.freeze.frozen)
+    del parameters
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def cast(value, dtype):
+        return value.astype(dtype)
+
+    def place(table: Parameters, dtype: str) -> Parameters:
+        return {
+            path: cast(jax.device_put(value, layout.parameter(path, value.shape)), dtype)
+            for path, value in table.items()
+        }
+
+    return place(trainable, "float32"), place(frozen, config.freeze.frozen_dtype)
+
+
+def only_adapters(parameters: Parameters) -> Parameters:
+    """The adapters among the parameters."""
+    return {path: value for path, value in parameters.items() if ".lora." in path}
