@@ -5,18 +5,28 @@ BIN := $(VENV)/bin
 # The comparison with PyTorch is part of the tests on Python 3.11; `make test PARITY=0` leaves it out.
 PARITY ?= $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info[:2] == (3, 11)))')
 WORKERS ?= 2
+PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test lint clean
+.PHONY: demo test fast lint build clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py --out demo_output
 
 test: $(VENV)/.installed-test-$(PARITY) lint
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(PYTEST)
+
+# What can be known in two minutes: no run of train.py, no comparison with PyTorch, nothing of full size.
+fast: $(VENV)/.installed-test-$(PARITY)
+	$(PYTEST) -m "not slow" --ignore tests/parity
 
 lint: $(VENV)/.installed-test-$(PARITY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+build: $(VENV)/.installed-test-$(PARITY)
+	$(BIN)/python -m build --outdir dist
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,4 +45,4 @@ endif
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_output
+	rm -rf $(VENV) demo_output dist build

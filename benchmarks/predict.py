@@ -123,15 +123,15 @@ def stage_work(model: UniBiomed, images: int, segments: int, tiles: int, tokens:
     parts = 0
     if precision.language == "float32" and any(x.dtype == "bfloat16" for x in jax.tree.leaves(language)):
         parts = EXACT_PARTS if precision == FLOAT32 else FAST_PARTS
+    tile, image = cost.encode_tile(config, precision), cost.encode_image(config, precision)
+    prompt, masks = cost.prefill(config, precision, tokens, parts), cost.decode_masks(config, precision, segments)
     return {
-        "encode tiles": ("tile", images * tiles, times(cost.encode_tile(config, precision), images * tiles), vision),
-        "prefill": ("token", images * tokens, times(cost.prefill(config, precision, tokens, parts), images), weights),
+        "encode tiles": ("tile", images * tiles, times(tile, images * tiles), vision),
+        "prefill": ("token", images * tokens, times(prompt, images), weights),
         "decode": ("token", images * steps, {}, steps * (weights + cache)),
-        "encode image": ("image", images, times(cost.encode_image(config, precision), images), images * encoder),
-        "decode masks": (
-            "[SEG]", images * segments, times(cost.decode_masks(config, precision, segments), images), images * decoder,
-        ),
-    }  # fmt: skip
+        "encode image": ("image", images, times(image, images), images * encoder),
+        "decode masks": ("[SEG]", images * segments, times(masks, images), images * decoder),
+    }
 
 
 def run(model: UniBiomed, images: int, segments: int, size: tuple[int, int]) -> dict[str, float]:

@@ -4,9 +4,10 @@
 
 "full" is UniBiomed-1B with the recipe of the reference: adapters of rank 128 on the decoder, embeddings,
 output head, projector, bridge and mask decoder train, the image encoders are frozen; one image of one tile,
-300 tokens, one object. "tiny" is configs/tiny.py, of which all trains; eight images of 80 tokens, one object
-each; of SAM2's memory, which single images do not reach, only this library has parameters to decay. Weights
-are random and differ between the two libraries, the batch and all other shapes are the same.
+300 tokens, one object. "tiny" is configs/unibiomed_tiny/1_base.py, of which all trains; eight images of 80
+tokens, one object each; of SAM2's memory, which single images do not reach, only this library has
+parameters to decay. Weights are random and differ between the two libraries, the batch and all other shapes
+are the same.
 
 Each library lives in a worker process with its own interpreter (torch needs the `parity` extra). They update
 in turn; only at full size on a CPU, where few machines hold both, one after the other: first all updates of

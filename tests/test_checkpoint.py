@@ -12,6 +12,8 @@ from flax import nnx
 from micro_checkpoint import BFLOAT16, MICRO, SMALL, tied
 
 from unibiomed_jax import checkpoint
+from unibiomed_jax.config.fields import to_dict
+from unibiomed_jax.config.precision import BFLOAT16 as BFLOAT16_EVERYWHERE
 from unibiomed_jax.config.precision import FLOAT32
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.models.unibiomed import UniBiomedModel
@@ -67,12 +69,6 @@ def test_what_is_saved_is_loaded(saved, params):
         "tokenizer_config.json",
     ]
     assert_same(loaded.params, params)
-
-
-def test_paths_and_nested_dicts_are_the_same_thing():
-    tree = {"a": {0: {"b": 1}, 10: {"b": 2}}, "c": 3}
-    assert flatten(tree) == {"a.0.b": 1, "a.10.b": 2, "c": 3}
-    assert unflatten(flatten(tree)) == tree
 
 
 def test_dtypes_are_cast_part_by_part(saved, params):
@@ -250,13 +246,28 @@ def test_a_later_format_is_refused(copied):
         ("vision", "patch_size", 0, "no model can be built from"),
         ("language", "hiden_size", 16, "Unknown field 'hiden_size' .* did you mean 'hidden_size'"),
         ("sam2", "memory_dim", "8", "memory_dim must be of type int"),
-        ("precision", "vision", "bf16", "vision must be one of 'float32', 'bfloat16', not 'bf16'"),
+        ("language", "rope_theta", None, "rope_theta must be of type float, not None"),
     ],
 )
 def test_a_wrong_config_is_refused(copied, part, field, value, reason):
     edit(copied / "config.json", lambda config: config[part].update({field: value}))
     with pytest.raises(InputError, match=reason):
         checkpoint.load(copied)
+
+
+@pytest.mark.parametrize(
+    "precision", [to_dict(FLOAT32), to_dict(BFLOAT16_EVERYWHERE), {"of": "another time"}]
+)
+def test_the_precision_that_version_0_1_wrote_is_passed_over(copied, params, precision):
+    edit(copied / "config.json", lambda config: config.update(precision=precision))
+    assert checkpoint.read_config(copied) == SMALL
+    assert_same(checkpoint.load(copied).params, params)
+
+
+def test_version_0_1_wrote_no_other_table(copied):
+    edit(copied / "config.json", lambda config: config.update(precison={}))
+    with pytest.raises(InputError, match="Unknown field 'precison' in .*config.json"):
+        checkpoint.read_config(copied)
 
 
 def test_a_leaf_that_is_not_in_the_manifest_is_refused(params, tokenizer, tmp_path):

@@ -1,12 +1,28 @@
+"""Tables of parameters: taken apart and put together, chosen, counted, stored, merged."""
+
+import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from small import MODEL
 
 from unibiomed_jax.config.model import LanguageConfig
+from unibiomed_jax.config.precision import BFLOAT16, CPU, FLOAT32
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.models.qwen2 import Qwen2
-from unibiomed_jax.parameters import merge, partition, split
+from unibiomed_jax.parameters import (
+    abstract_params,
+    count,
+    flatten,
+    merge,
+    merge_adapters,
+    partition,
+    split,
+    stored_for,
+    unflatten,
+)
 from unibiomed_jax.training import lora
 from unibiomed_jax.training.config import FreezeConfig
 
@@ -24,6 +40,12 @@ def adapted(targets=lora.DECODER_LAYERS, dropout=0.0):
     model = Holder()
     lora.attach(model, targets, rank=2, alpha=4, dropout=dropout, rngs=nnx.Rngs(params=1))
     return model
+
+
+def test_paths_and_nested_dicts_are_the_same_thing():
+    tree = {"a": {0: {"b": 1}, 10: {"b": 2}}, "c": 3}
+    assert flatten(tree) == {"a.0.b": 1, "a.10.b": 2, "c": 3}
+    assert unflatten(flatten(tree)) == tree
 
 
 def test_split_and_merge_give_the_model_back():
@@ -106,3 +128,59 @@ def test_by_default_adapters_and_a_head_of_its_own_may_be_absent():
         partition({"mlp1.all": 0}, ["mlp1.*", "language_model.lm_head.kernel"], [])
     with pytest.raises(InputError, match=r"No parameter would train.*--lora\.rank"):
         partition({"mlp1.all": 0}, ["*.lora.*"], [])
+
+
+def test_rows_that_only_pad_the_vocabulary_are_not_counted():
+    table = {
+        "language_model.embed_tokens": np.zeros((32, 5)),
+        "language_model.lm_head.kernel": np.zeros((7, 32)),
+        "mlp1.norm.scale": np.zeros(9),
+    }
+    assert count(table) == 32 * 5 + 7 * 32 + 9
+    assert count(table, padding_rows=2) == 30 * 5 + 7 * 30 + 9
+
+
+def test_adapters_are_merged_in_float32_and_rounded_once():
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(3, 6, 4)).astype(ml_dtypes.bfloat16)
+    a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 6, 2), (3, 2, 4)))
+    table = {"x.kernel": kernel, "x.lora.a": a, "x.lora.b": b, "y.kernel": kernel}
+    expected = (kernel.astype(np.float64) + 2.5 * np.einsum("lir,lro->lio", a, b)).astype(kernel.dtype)
+    for convert in (np.asarray, jnp.asarray):
+        merged = merge_adapters({path: convert(value) for path, value in table.items()}, 2.5)
+        assert merged.keys() == {"x.kernel", "y.kernel"}
+        assert merged["x.kernel"].dtype == kernel.dtype
+        np.testing.assert_array_equal(np.asarray(merged["x.kernel"]), expected)
+        np.testing.assert_array_equal(np.asarray(merged["y.kernel"]), kernel)
+
+
+# Paths of matrices, and whether they are stored in bfloat16 under CPU's policy and under BFLOAT16.
+MATRICES = {
+    "vision_model.layers.mlp.fc1.kernel": (True, True),
+    "mlp1.linear1.kernel": (True, True),
+    "language_model.embed_tokens": (False, True),
+    "language_model.layers.mlp.up_proj.kernel": (False, True),
+    "text_hidden_fcs.linear1.kernel": (False, False),
+    # The first stage of the trunk, the pyramid, and what reads its fine maps decide where a border runs.
+    "sam2.image_encoder.trunk.runs.0.mlp.fc1.kernel": (False, True),
+    "sam2.image_encoder.trunk.runs.3.mlp.fc1.kernel": (True, True),
+    "sam2.image_encoder.trunk.patch_embed.kernel": (False, True),
+    "sam2.image_encoder.neck.0.kernel": (False, True),
+    "sam2.sam_mask_decoder.conv_s0.kernel": (False, True),
+    "sam2.sam_mask_decoder.upscale_conv1.kernel": (False, True),
+    "sam2.memory_encoder.out_proj.kernel": (False, True),
+}
+
+
+def test_matrices_are_stored_as_they_are_multiplied_and_vectors_in_float32():
+    params = unflatten(abstract_params(MODEL))
+
+    def stored(precision):
+        shapes = jax.eval_shape(lambda params: stored_for(params, MODEL, precision), params)
+        return {path: leaf.dtype == jnp.bfloat16 for path, leaf in flatten(shapes).items()}
+
+    plain, cpu, half = map(stored, (FLOAT32, CPU, BFLOAT16))
+    assert not any(plain.values())
+    assert {path: (cpu[path], half[path]) for path in MATRICES} == MATRICES
+    matrix = ("kernel", "embed_tokens")
+    assert not any(found for path, found in half.items() if path.rpartition(".")[2] not in matrix)

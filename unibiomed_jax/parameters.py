@@ -1,4 +1,4 @@
-"""Parameters as nested trees and as flat tables, dotted path -> array: what everything outside the models uses.
+"""Parameters as nested trees and as flat tables, dotted path -> array.
 
 A path pattern is a shell-style glob over the dotted path in which `*` also matches dots, for example
 "language_model.layers.*.kernel" or "sam2.memory_*".

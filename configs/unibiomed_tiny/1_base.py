@@ -1,7 +1,7 @@
 """unibiomed-tiny, first run: from random parameters; all of the model trains.
 
-An hour and three quarters on two CPU cores; 2_continued.py goes on from its result, and docs/unibiomed_tiny.md
-says what came out.
+An hour and three quarters on two CPU cores; 2_continued.py goes on from its result, and
+docs/unibiomed_tiny.md says what came out.
 """
 
 from configs.unibiomed_tiny.shared import datasets, run

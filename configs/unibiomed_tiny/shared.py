@@ -1,4 +1,4 @@
-"""unibiomed-tiny: what its five runs have in common. Every part of the model at small width, on the sample data."""
+"""What the five runs of unibiomed-tiny share: every part of the model at small width, the sample data."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -234,8 +234,8 @@ def run(
             seed=seed,
         ),
         validation=datasets("val", {}),
-        # The reference starts from trained parts. From random parameters overlap counts four times as much, and
-        # points are taken anywhere: the least certain are noise while nothing is certain.
+        # The reference starts from trained parts. From random parameters overlap counts four times as much,
+        # and points are taken anywhere: the least certain are noise while nothing is certain.
         loss=LossConfig(
             dice_weight=dice_weight,
             num_points=2048,

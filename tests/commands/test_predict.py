@@ -1,4 +1,4 @@
-"""The command line: what it leaves on disk, and one clear sentence for whatever goes wrong."""
+"""`unibiomed predict`: what it leaves on disk, and one clear sentence for whatever goes wrong."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,8 @@ from PIL import Image
 from places import GOLDEN
 from pycocotools import mask as coco
 
-from unibiomed_jax import InputError, Request, UniBiomed, cli
+from unibiomed_jax import InputError, Request, UniBiomed
+from unibiomed_jax.commands.predict import PredictOptions, _sources, predict
 
 CHECKPOINT = GOLDEN / "micro" / "checkpoint"
 IMAGE = GOLDEN / "images" / "CT_abdomen.png"
@@ -44,12 +43,12 @@ def loaded(model, monkeypatch):
     monkeypatch.setattr(UniBiomed, "from_pretrained", lambda *args, **kwargs: model)
 
 
-def options(source: Path, out: Path, **changes) -> cli.Predict:
-    return cli.Predict(source, **{"prompt": PROMPT, "checkpoint": CHECKPOINT, "out": out, **changes})
+def options(source: Path, out: Path, **changes) -> PredictOptions:
+    return PredictOptions(source, **{"prompt": PROMPT, "checkpoint": CHECKPOINT, "out": out, **changes})
 
 
 def test_an_image_leaves_json_masks_and_overlay(loaded, tmp_path):
-    assert cli.predict(options(IMAGE, tmp_path / "out")) == 0
+    assert predict(options(IMAGE, tmp_path / "out")) == 0
     folder = tmp_path / "out" / IMAGE.name
     answer = json.loads((folder / "answer.json").read_text())
     assert answer["prompt"] == PROMPT and answer["text"] == SAID
@@ -76,16 +75,16 @@ def test_failed_images_are_named_and_the_others_done_once(loaded, tmp_path, caps
     (source / "cut.png").write_bytes(IMAGE.read_bytes()[:5000])
     (source / "text.png").write_text("not an image")
     (source / "notes.txt").write_text("left alone")
-    assert cli.predict(options(source, out)) == 2
+    assert predict(options(source, out)) == 1
     said = capsys.readouterr()
     assert "cut.png" in said.err and "truncated" in said.err and "text.png" in said.err
     assert "1 answered, 2 failed" in said.out
     assert sorted(p.name for p in out.rglob("answer.json")) == ["answer.json"]
     written = (out / "sub" / "good.png" / "answer.json").stat().st_mtime_ns
-    assert cli.predict(options(source, out)) == 2
+    assert predict(options(source, out)) == 1
     assert "1 of 3 already answered" in capsys.readouterr().out
     assert (out / "sub" / "good.png" / "answer.json").stat().st_mtime_ns == written
-    assert cli.predict(options(source, out, prompt="<image>Where is it?")) == 2
+    assert predict(options(source, out, prompt="<image>Where is it?")) == 1
     assert (out / "sub" / "good.png" / "answer.json").stat().st_mtime_ns != written
 
 
@@ -102,26 +101,26 @@ def test_options_that_do_not_go_together_are_refused_before_loading(tmp_path, ch
     for name in ("a.png", "b.png"):
         shutil.copy(IMAGE, tmp_path / name)
     with pytest.raises(InputError, match=reason):
-        cli.predict(options(tmp_path, tmp_path / "out", checkpoint=tmp_path / "none", **changes))
+        predict(options(tmp_path, tmp_path / "out", checkpoint=tmp_path / "none", **changes))
 
 
 def test_only_the_same_question_about_the_same_file_is_done(loaded, tmp_path, capsys):
     source, out = tmp_path / "slice [axial].png", tmp_path / "out"
     shutil.copy(IMAGE, source)
     for changes in ({}, {"max_new_tokens": 30}, {"hide_absent": True, "max_new_tokens": 30}):
-        assert cli.predict(options(source, out, **changes)) == 0
+        assert predict(options(source, out, **changes)) == 0
         assert "1 answered" in capsys.readouterr().out
-        assert cli.predict(options(source, out, **changes)) == 0
+        assert predict(options(source, out, **changes)) == 0
         assert "0 answered" in capsys.readouterr().out
     Image.open(IMAGE).rotate(180).save(source)
-    assert cli.predict(options(source, out, hide_absent=True, max_new_tokens=30)) == 0
+    assert predict(options(source, out, hide_absent=True, max_new_tokens=30)) == 0
     assert "1 answered" in capsys.readouterr().out
 
 
 def test_answers_inside_the_folder_are_not_asked_about(loaded, tmp_path, capsys):
     shutil.copy(IMAGE, tmp_path / "a.png")
     for said in ("1 answered", "0 answered"):
-        assert cli.predict(options(tmp_path, tmp_path / "out")) == 0
+        assert predict(options(tmp_path, tmp_path / "out")) == 0
         assert said in capsys.readouterr().out
 
 
@@ -137,7 +136,7 @@ def test_a_group_that_fails_is_named_and_the_others_done(loaded, model, tmp_path
         return answer(requests, **rest)
 
     monkeypatch.setattr(model, "predict_batch", fail_once)
-    assert cli.predict(options(tmp_path, tmp_path / "out")) == 1
+    assert predict(options(tmp_path, tmp_path / "out")) == 1
     captured = capsys.readouterr()
     assert "1 answered, 1 failed" in captured.out
     assert "a [x].png" in captured.err and "out of memory" in captured.err
@@ -147,9 +146,9 @@ def test_slices_are_ordered_by_number_and_those_of_subfolders_left_out(tmp_path)
     for name in ("slice10.png", "slice2.png", "slice1.png", "masks/slice1.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(IMAGE, tmp_path / name)
-    (slices,) = cli._sources(options(tmp_path, tmp_path / "out", volume=True)).values()
+    (slices,) = _sources(options(tmp_path, tmp_path / "out", volume=True)).values()
     assert [path.name for path in slices] == ["slice1.png", "slice2.png", "slice10.png"]
-    assert len(cli._sources(options(tmp_path, tmp_path / "out"))) == 4
+    assert len(_sources(options(tmp_path, tmp_path / "out"))) == 4
 
 
 def test_a_volume_leaves_a_mask_and_an_overlay_a_slice(loaded, tmp_path):
@@ -157,7 +156,7 @@ def test_a_volume_leaves_a_mask_and_an_overlay_a_slice(loaded, tmp_path):
     source.mkdir()
     for i in range(3):
         Image.open(IMAGE).convert("RGB").crop((i, i, 200 + i, 180 + i)).save(source / f"{i}.png")
-    assert cli.predict(options(source, tmp_path / "out", volume=True, conditioning=(1,))) == 0
+    assert predict(options(source, tmp_path / "out", volume=True, conditioning=(1,))) == 0
     folder = tmp_path / "out" / "ct"
     assert len(list((folder / "mask_0_the_liver").iterdir())) == 3
     assert len(list((folder / "overlay").iterdir())) == 3
@@ -187,7 +186,7 @@ def test_a_full_disk_ends_the_run_and_leaves_nothing_half_written(
     monkeypatch.setattr(
         model, "predict_batch", lambda *args, **kw: answered.append(1) or predict_batch(*args, **kw)
     )
-    assert cli.predict(options(source, out)) == 2
+    assert predict(options(source, out)) == 1
     captured = capsys.readouterr()
     assert "1 answered, 2 failed" in captured.out and "research use" in captured.out
     assert "b.png: " in captured.err and "c.png: " in captured.err
@@ -203,7 +202,7 @@ def test_an_answer_that_cannot_be_written_fails_alone(loaded, tmp_path, capsys):
     for name in ("b.png", "c.png"):
         shutil.copy(IMAGE, source / name)
     (out / "b.png").write_bytes(b"a mask of somebody else")
-    assert cli.predict(options(source, out)) == 1
+    assert predict(options(source, out)) == 1
     captured = capsys.readouterr()
     assert "1 answered, 1 failed" in captured.out
     assert "b.png: " in captured.err and "something else than an answer" in " ".join(captured.err.split())
@@ -215,14 +214,14 @@ def test_what_is_not_an_answer_is_never_replaced(loaded, tmp_path, capsys):
     kept = tmp_path / "out" / IMAGE.name / "ground_truth.png"
     kept.parent.mkdir(parents=True)
     shutil.copy(IMAGE, kept)
-    assert cli.predict(options(IMAGE, tmp_path / "out", overwrite=True)) == 1
+    assert predict(options(IMAGE, tmp_path / "out", overwrite=True)) == 1
     assert "choose another --out" in " ".join(capsys.readouterr().err.split())
     assert kept.read_bytes() == IMAGE.read_bytes()
 
 
 def test_an_old_answer_stays_where_the_new_one_cannot_be_put(loaded, tmp_path, monkeypatch):
     folder = tmp_path / "out" / IMAGE.name
-    assert cli.predict(options(IMAGE, tmp_path / "out")) == 0
+    assert predict(options(IMAGE, tmp_path / "out")) == 0
     replace = os.replace
 
     def refuse(old, new):
@@ -231,7 +230,7 @@ def test_an_old_answer_stays_where_the_new_one_cannot_be_put(loaded, tmp_path, m
         replace(old, new)
 
     monkeypatch.setattr(os, "replace", refuse)
-    assert cli.predict(options(IMAGE, tmp_path / "out", overwrite=True)) == 1
+    assert predict(options(IMAGE, tmp_path / "out", overwrite=True)) == 1
     assert (folder / "answer.json").is_file() and (folder / "overlay.png").is_file()
     assert list(folder.parent.iterdir()) == [folder]
 
@@ -247,7 +246,7 @@ def test_an_old_answer_stays_where_the_new_one_cannot_be_put(loaded, tmp_path, m
     ],
 )
 def test_a_request_that_does_not_fit_is_refused(loaded, tmp_path, capsys, changes, reason):
-    assert cli.predict(options(IMAGE, tmp_path / "out", **changes)) == 1
+    assert predict(options(IMAGE, tmp_path / "out", **changes)) == 1
     assert reason in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
 
@@ -256,7 +255,7 @@ def test_regions_must_fit_the_image(loaded, tmp_path, capsys):
     Image.new("L", (100, 100), 255).save(tmp_path / "small.png")
     Image.new("L", (410, 410), 0).save(tmp_path / "empty.png")
     for name, reason in (("small.png", "resize the mask"), ("empty.png", "is empty")):
-        assert cli.predict(options(IMAGE, tmp_path / "out", region=(tmp_path / name,))) == 1
+        assert predict(options(IMAGE, tmp_path / "out", region=(tmp_path / name,))) == 1
         assert reason in " ".join(capsys.readouterr().err.split())
 
 
@@ -265,7 +264,7 @@ def test_slices_of_different_sizes_are_refused(loaded, tmp_path, capsys):
     source.mkdir()
     Image.new("RGB", (100, 100)).save(source / "0.png")
     Image.new("RGB", (100, 90)).save(source / "1.png")
-    assert cli.predict(options(source, tmp_path / "out", volume=True)) == 1
+    assert predict(options(source, tmp_path / "out", volume=True)) == 1
     assert "resample all frames to one size" in " ".join(capsys.readouterr().err.split())
 
 
@@ -277,72 +276,9 @@ def test_slices_of_different_sizes_are_refused(loaded, tmp_path, capsys):
         (IMAGE, "no_checkpoint", "no_checkpoint"),
     ],
 )
-def test_the_command_fails_with_one_sentence(tmp_path, source, checkpoint, reason):
+def test_the_command_fails_with_one_sentence(unibiomed, source, checkpoint, reason):
     options = ["--prompt", PROMPT, "--checkpoint", str(checkpoint), "--out", "out"]
-    run = command(tmp_path, "predict", str(source), *options)
+    run = unibiomed("predict", str(source), *options)
     assert run.returncode == 2
     assert reason in run.stderr and "Traceback" not in run.stderr
     assert len(run.stderr.strip().splitlines()) == 1
-
-
-# ------------------------------------------------------------------------------------------------------------
-# unibiomed data
-
-
-def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Run `unibiomed` as a user does."""
-    return subprocess.run(
-        [sys.executable, "-m", "unibiomed_jax.cli", *arguments],
-        cwd=folder,
-        env={**os.environ, "COLUMNS": "500"},
-        capture_output=True,
-        text=True,
-    )
-
-
-@pytest.fixture
-def kidneys(tmp_path) -> list[str]:
-    """Three scans with one mask each; the options that build a dataset of them."""
-    for name in ("scans", "masks"):
-        (tmp_path / name).mkdir()
-    for number in range(3):
-        pixels = np.random.default_rng(number).integers(0, 256, (20, 30, 3), np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "scans" / f"P{number}.png")
-        Image.fromarray(pixels[..., 0] > 128).save(tmp_path / "masks" / f"P{number}_left+kidney.png")
-    return "--out kidneys --modality MRI --site abdomen --images scans --masks masks".split()
-
-
-def test_a_dataset_is_built_and_checked(kidneys, tmp_path):
-    built = command(
-        tmp_path, "data", "build", *kidneys, "--findings", "left kidney", "--fractions", "1", "0", "0"
-    )
-    assert built.returncode == 0, built.stderr
-    assert "left kidney (3)" in built.stdout and (tmp_path / "kidneys" / "train_disease.json").is_file()
-    checked = command(tmp_path, "data", "validate", "kidneys")
-    assert checked.returncode == 0, checked.stderr
-    assert "kidneys/segmentation" in checked.stdout and "0 errors, 0 warnings" in checked.stdout
-    (tmp_path / "kidneys" / "train" / "P1.png").unlink()
-    checked = command(tmp_path, "data", "validate", "kidneys", "--show", "1")
-    assert checked.returncode == 1
-    assert "error (missing) kidneys/segmentation:train/P1_left+kidney.png: kidneys/train/P1.png does" in (
-        checked.stdout
-    )
-    assert "... and 2 more" in checked.stdout and "3 errors, 0 warnings" in checked.stdout
-
-
-def test_what_cannot_be_built_or_checked_is_one_sentence(kidneys, tmp_path):
-    for arguments, reason in (
-        (["build", *kidneys, "--patient", "["], "patient='[' is no regular expression"),
-        (["validate", "[nowhere]"], "The dataset folder [nowhere] does not exist"),
-    ):
-        run = command(tmp_path, "data", *arguments)
-        assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
-        assert reason in run.stderr
-
-
-def test_help_lists_the_commands_without_starting_jax(tmp_path):
-    assert {"predict", "data"} <= set(command(tmp_path, "--help").stdout.split())
-    assert {"build", "validate"} <= set(command(tmp_path, "data", "--help").stdout.split())
-    look = "import sys, unibiomed_jax.cli; print('jax' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "False"

@@ -26,6 +26,7 @@ from safetensors.numpy import save_file
 
 from unibiomed_jax.config.presets import MODELS, SAM2_VARIANTS
 from unibiomed_jax.conversion import from_torch, sources, to_torch
+from unibiomed_jax.conversion.options import FromTorchOptions
 from unibiomed_jax.conversion.reading import INDEX, read_folder, read_safetensors, read_torch
 from unibiomed_jax.conversion.released_config import model_config, release_config
 from unibiomed_jax.conversion.tables import sam2
@@ -231,7 +232,10 @@ def test_an_index_cannot_name_a_file_elsewhere(sharded, name):
 def test_a_deepspeed_folder_is_refused_with_the_remedy(tmp_path):
     folder = tmp_path / "iter_1000.pth"
     folder.mkdir()
-    for call in (read_torch, lambda path, _: from_torch.open_source(from_torch.Args(path, tmp_path / "out"))):
+    for call in (
+        read_torch,
+        lambda path, _: from_torch.open_source(FromTorchOptions(path, tmp_path / "out")),
+    ):
         with pytest.raises(InputError, match=r"DeepSpeed shards; join them .*zero_to_fp32.py"):
             call(folder, "state_dict")
 
@@ -241,7 +245,7 @@ def test_a_pth_without_torch_or_base_is_explained(tmp_path, monkeypatch, capsys)
     with monkeypatch.context() as patch, pytest.raises(InputError, match=r"needs PyTorch.*jax\[parity\]"):
         patch.setitem(sys.modules, "torch", None)
         read_torch(tmp_path / "x.pth", "state_dict")
-    assert run_command(monkeypatch, from_torch, tmp_path / "x.pth", tmp_path / "out") == 1
+    assert run_command(monkeypatch, from_torch, tmp_path / "x.pth", tmp_path / "out") == 2
     assert "--base" in capsys.readouterr().err
 
 
@@ -365,7 +369,7 @@ def test_rope_scaling_and_template_spelling_change_nothing():
 def test_an_existing_folder_is_kept_unless_it_may_be_replaced(tmp_path, monkeypatch, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
-    assert run_command(monkeypatch, from_torch, MICRO, tmp_path / "out") == 1
+    assert run_command(monkeypatch, from_torch, MICRO, tmp_path / "out") == 2
     captured = capsys.readouterr()
     assert "exists; choose another folder or pass --overwrite" in captured.err
     assert len(captured.err.splitlines()) == 1
@@ -454,11 +458,14 @@ def test_a_failure_leaves_no_thread_behind(tmp_path, monkeypatch):
 
 
 def test_other_failures_of_the_disk_are_one_line_too(monkeypatch, tmp_path, capsys):
-    failure = OSError(errno.EIO, "Input/output error", "shard")
+    failure = OSError(errno.EIO, "Input/output error")  # which does not say where
     monkeypatch.setattr(os, "pwrite", lambda *arguments: (_ for _ in ()).throw(failure))
     from_torch.convert(sources.released(MICRO), tmp_path / "converted")
-    assert run_command(monkeypatch, to_torch, tmp_path / "converted", tmp_path / "back") == 1
-    assert capsys.readouterr().err == "error: [Errno 5] Input/output error: 'shard'\n"
+    assert run_command(monkeypatch, to_torch, tmp_path / "converted", tmp_path / "back") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"Error: {tmp_path}/.back.partial-")
+    assert "/model.safetensors cannot be used (Input/output error); " in line
+    assert [path.name for path in tmp_path.iterdir()] == ["converted"]
 
 
 def test_a_small_disk_is_noticed_before_writing(tmp_path, monkeypatch):
@@ -472,8 +479,8 @@ def test_a_small_disk_is_noticed_before_writing(tmp_path, monkeypatch):
 def test_a_damaged_checkpoint_is_not_exported(tmp_path, monkeypatch, capsys):
     from_torch.convert(sources.released(MICRO), tmp_path / "converted")
     shutil.rmtree(tmp_path / "converted" / "params" / "sam2")
-    assert run_command(monkeypatch, to_torch, tmp_path / "converted", tmp_path / "back") == 1
+    assert run_command(monkeypatch, to_torch, tmp_path / "converted", tmp_path / "back") == 2
     assert "params/sam2 cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "back").exists()
-    assert run_command(monkeypatch, to_torch, tmp_path / "converted", tmp_path / "back", "--adapter") == 1
+    assert run_command(monkeypatch, to_torch, tmp_path / "converted", tmp_path / "back", "--adapter") == 2
     assert "no adapters" in capsys.readouterr().err

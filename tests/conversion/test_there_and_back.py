@@ -158,7 +158,7 @@ def test_a_file_written_past_the_page_cache_holds_every_byte(direct, sizes, rand
     pieces = list(zip(ends - sizes, ends, strict=True))
     random.shuffle(pieces)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("convert.writing.BUFFER_BYTES", 2 * BLOCK)
+        patch.setattr("unibiomed_jax.conversion.writing.BUFFER_BYTES", 2 * BLOCK)
         path = Path(folder) / "file"
         path.touch()
         if direct == "unknown":

@@ -66,7 +66,7 @@ def test_half_of_the_samples_are_mirrored_where_that_is_allowed(direction, axis)
 
 
 def test_a_dataset_may_have_changes_of_its_own(targets, byte_tokenizer):
-    still = SampleBuilder(replace(SMALL, augment=STILL), byte_tokenizer, 0)
+    still = SampleBuilder(replace(SMALL, augment=STILL), SIZES, byte_tokenizer, 0)
     mirror = replace(STILL, mirror=("horizontal",))
 
     def pictures(**choices):
@@ -85,10 +85,20 @@ def test_records_of_every_kind_know_their_own_changes(mixture):
             assert {record.augment for record in records} == {changes}, dataset.kind
 
 
-@pytest.mark.parametrize("limit", [{"zoom": 0}, {"rotation": -1}, {"colour": -0.1}])
-def test_an_impossible_limit_is_refused(limit):
-    with pytest.raises(InputError, match="impossible; give a zoom above 0"):
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ({"zoom": 0}, "augment.zoom=0 is impossible; give a number above 0."),
+        ({"rotation": -1}, "augment.rotation=-1 is impossible; give 0 or more."),
+        ({"shift": -1}, "augment.shift=-1 is impossible; give 0 or more."),
+        ({"light": float("nan")}, "augment.light=nan is impossible; give 0 or more."),
+        ({"colour": -0.1}, "augment.colour=-0.1 is impossible; give 0 or more."),
+    ],
+)
+def test_an_impossible_limit_is_refused(limit, message):
+    with pytest.raises(InputError) as error:
         AugmentConfig(**limit)
+    assert str(error.value) == message
 
 
 @pytest.mark.parametrize("mirror", [("sideways",), "horizontal"])
@@ -118,7 +128,7 @@ def test_colour_changes_every_channel_by_itself():
 def test_samples_change_only_where_the_configuration_says_so(targets, byte_tokenizer):
     (record, *_) = read_dataset(DatasetConfig(Kind.SEGMENTATION, str(targets)))
     plain = SampleBuilder(SMALL, SIZES, byte_tokenizer, 0)
-    changed = SampleBuilder(replace(SMALL, augment=AugmentConfig()), byte_tokenizer, 0)
+    changed = SampleBuilder(replace(SMALL, augment=AugmentConfig()), SIZES, byte_tokenizer, 0)
     first, second = (plain(record, np.random.default_rng(seed)) for seed in (0, 1))
     np.testing.assert_array_equal(first.sam_pixels, second.sam_pixels)
     third, fourth = (changed(record, np.random.default_rng(seed)) for seed in (0, 1))

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tokenizers
-from small_datasets import SMALL, coco_table, save_picture, save_square, write_table
+from small_datasets import SIZES, SMALL, coco_table, save_picture, save_square, write_table
 
 from unibiomed_jax.data.mixture import Mixture
 from unibiomed_jax.data.pipeline import Pipeline, PipelineConfig
@@ -45,7 +45,7 @@ def assert_equal(first, second):
 
 @pytest.fixture
 def pipeline(mixture, byte_tokenizer):
-    return Pipeline(config(mixture), byte_tokenizer)
+    return Pipeline(config(mixture), SIZES, byte_tokenizer)
 
 
 def test_arrays_of_a_batch(pipeline):
@@ -90,19 +90,19 @@ def test_an_epoch_has_every_sample_and_the_next_another_order(pipeline):
 
 
 def test_order_depends_on_seed_and_step_alone(mixture, byte_tokenizer):
-    base = take(Pipeline(config(mixture), byte_tokenizer), 6)
+    base = take(Pipeline(config(mixture), SIZES, byte_tokenizer), 6)
     for choices in ({"threads": 1, "prefetch": 5}, {"threads": 4}):
         for ours, theirs in zip(
-            base, take(Pipeline(config(mixture, **choices), byte_tokenizer), 6), strict=True
+            base, take(Pipeline(config(mixture, **choices), SIZES, byte_tokenizer), 6), strict=True
         ):
             assert_equal(ours, theirs)
-    other = take(Pipeline(config(mixture, seed=43), byte_tokenizer), 6)
+    other = take(Pipeline(config(mixture, seed=43), SIZES, byte_tokenizer), 6)
     assert [batch.names for batch in other] != [batch.names for batch in base]
 
 
 def test_workers_do_not_change_a_bit_and_leave_signals_to_the_main_process(mixture, byte_tokenizer):
-    base = Pipeline(config(mixture), byte_tokenizer)
-    reader = iter(Pipeline(config(mixture, workers=2), byte_tokenizer))
+    base = Pipeline(config(mixture), SIZES, byte_tokenizer)
+    reader = iter(Pipeline(config(mixture, workers=2), SIZES, byte_tokenizer))
     reader.set_state({**iter(base).get_state(), "step": 2})
     for step in (2, 3):  # the first batch of either worker, so that both have started
         assert_equal(next(reader), base.read(step))
@@ -149,15 +149,17 @@ def test_the_beginning_of_a_validation_shows_every_shape_and_most_datasets():
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_share_the_rows_of_every_batch(mixture, byte_tokenizer, hosts):
-    whole = Pipeline(config(mixture), byte_tokenizer)
-    parts = [Pipeline(config(mixture), byte_tokenizer, host=host, hosts=hosts) for host in range(hosts)]
+    whole = Pipeline(config(mixture), SIZES, byte_tokenizer)
+    parts = [
+        Pipeline(config(mixture), SIZES, byte_tokenizer, host=host, hosts=hosts) for host in range(hosts)
+    ]
     for step in range(5):
         expected, batches = whole.read(step), [part.read(step) for part in parts]
         assert sum((batch.names for batch in batches), ()) == expected.names
         for key, value in expected.arrays.items():
             np.testing.assert_array_equal(np.concatenate([batch.arrays[key] for batch in batches]), value)
     with pytest.raises(InputError, match="batch_size=4 cannot be shared by 3 hosts"):
-        Pipeline(config(mixture), byte_tokenizer, hosts=3)
+        Pipeline(config(mixture), SIZES, byte_tokenizer, hosts=3)
 
 
 def test_state_continues_with_the_next_batch(pipeline):
@@ -175,17 +177,20 @@ def test_state_continues_with_the_next_batch(pipeline):
 
 
 def test_state_of_other_data_is_refused(mixture, byte_tokenizer):
-    state = iter(Pipeline(config(mixture), byte_tokenizer)).get_state()
+    state = iter(Pipeline(config(mixture), SIZES, byte_tokenizer)).get_state()
     for choices in ({"seed": 1}, {"batch_size": 2}, {"datasets": mixture[:3]},
-                    {"sample": replace(SMALL, max_tiles=1)}):  # fmt: skip
+                    {"sample": replace(SMALL, text_only_max_tiles=2)}):  # fmt: skip
         with pytest.raises(InputError, match="belongs to other datasets"):
-            iter(Pipeline(config(mixture, **choices), byte_tokenizer)).set_state(state)
-    iter(Pipeline(config(mixture, threads=1, prefetch=9), byte_tokenizer)).set_state(state)
+            iter(Pipeline(config(mixture, **choices), SIZES, byte_tokenizer)).set_state(state)
+    for sizes in (replace(SIZES, max_tiles=1), replace(SIZES, sam_size=32, mask_size=8)):
+        with pytest.raises(InputError, match="belongs to other datasets"):
+            iter(Pipeline(config(mixture), sizes, byte_tokenizer)).set_state(state)
+    iter(Pipeline(config(mixture, threads=1, prefetch=9), SIZES, byte_tokenizer)).set_state(state)
 
 
 def test_the_fingerprint_is_of_all_that_decides_the_batches(targets, tmp_path, byte_tokenizer):
     def fingerprint(root=targets, tokenizer=byte_tokenizer, kind=Kind.SEGMENTATION):
-        return Pipeline(config((DatasetConfig(kind, str(root)),)), tokenizer).fingerprint
+        return Pipeline(config((DatasetConfig(kind, str(root)),)), SIZES, tokenizer).fingerprint
 
     shutil.copytree(targets, tmp_path / "elsewhere" / targets.name)
     seen = [fingerprint()]
@@ -218,7 +223,7 @@ def test_the_fingerprint_is_of_all_that_decides_the_batches(targets, tmp_path, b
 
 
 def test_validation_goes_once_through_with_blank_rows(mixture, byte_tokenizer):
-    pipeline = Pipeline(config(mixture, training=False), byte_tokenizer)
+    pipeline = Pipeline(config(mixture), SIZES, byte_tokenizer, training=False)
     batches = list(pipeline)
     assert len(batches) == pipeline.steps_per_epoch
     names = [name for batch in batches for name in batch.names if name]
@@ -251,7 +256,7 @@ def test_permutation_is_the_same_for_ever():
 
 
 def test_unreadable_samples_are_named_counted_and_replaced(mixture, targets, byte_tokenizer, caplog):
-    pipeline = Pipeline(config(mixture, max_unreadable=0.2), byte_tokenizer)
+    pipeline = Pipeline(config(mixture, max_unreadable=0.2), SIZES, byte_tokenizer)
     bad = targets / "train" / "2.png"
     bad.write_bytes(bad.read_bytes()[:200])
     iterator = iter(pipeline)
@@ -268,7 +273,7 @@ def test_unreadable_samples_are_named_counted_and_replaced(mixture, targets, byt
 
 
 def test_too_many_unreadable_samples_stop_the_run(mixture, targets, byte_tokenizer):
-    pipeline = Pipeline(config(mixture), byte_tokenizer)
+    pipeline = Pipeline(config(mixture), SIZES, byte_tokenizer)
     save_square(targets / "train_mask" / "2_liver.png", size=(61, 30))  # while it trains
     iterator = iter(pipeline)
     with pytest.raises(InputError, match=r"1 of 24 records cannot be read.*2_liver\.png.*61x30"):
@@ -284,7 +289,7 @@ def test_an_image_that_has_another_size_than_at_the_start_is_unreadable(targets,
     save_picture(targets / "train" / "2.png", size=(30, 30))
     save_square(targets / "train_mask" / "2_liver.png", size=(30, 30))
     dataset = DatasetConfig(Kind.SEGMENTATION, str(targets), balance_to=0)
-    pipeline = Pipeline(config((dataset,), training=False, max_unreadable=0.5), byte_tokenizer)
+    pipeline = Pipeline(config((dataset,), max_unreadable=0.5), SIZES, byte_tokenizer, training=False)
     save_picture(targets / "train" / "2.png")
     iterator = iter(pipeline)
     assert sum(bool(name) for batch in iterator for name in batch.names) == 4
@@ -293,7 +298,7 @@ def test_an_image_that_has_another_size_than_at_the_start_is_unreadable(targets,
 
 def test_nothing_readable_stops_at_once(targets, byte_tokenizer):
     dataset = DatasetConfig(Kind.SEGMENTATION, str(targets), balance_to=0)
-    pipeline = Pipeline(config((dataset,), max_unreadable=1.0), byte_tokenizer)
+    pipeline = Pipeline(config((dataset,), max_unreadable=1.0), SIZES, byte_tokenizer)
     for path in (targets / "train").iterdir():
         path.write_bytes(b"")
     with pytest.raises(InputError, match="5 of 5 records cannot be read.*empty file"):
@@ -305,7 +310,7 @@ def test_an_unreadable_sample_without_another_of_its_shape_leaves_blank_rows(tar
     table["annotations"][2]["sentences"] = [{"raw": "Liver " * 20}]
     write_table(targets / "train.json", table)
     dataset = DatasetConfig(Kind.SEGMENTATION, str(targets), balance_to=0)
-    pipeline = Pipeline(config((dataset,), max_unreadable=0.2), byte_tokenizer)
+    pipeline = Pipeline(config((dataset,), max_unreadable=0.2), SIZES, byte_tokenizer)
     (targets / "train" / "2.png").write_bytes(b"")
     iterator = iter(pipeline)
     batches = [next(iterator) for _ in range(2 * pipeline.steps_per_epoch)]
@@ -317,25 +322,25 @@ def test_an_unreadable_sample_without_another_of_its_shape_leaves_blank_rows(tar
 
 def test_what_is_wrong_is_said_before_the_first_batch(mixture, targets, byte_tokenizer):
     with pytest.raises(InputError, match=r"would lose a \[SEG\]"):
-        Pipeline(config(mixture, sample=replace(SMALL, max_tokens=100)), byte_tokenizer)
+        Pipeline(config(mixture, sample=replace(SMALL, max_tokens=100)), SIZES, byte_tokenizer)
     with pytest.raises(InputError, match=r"findings.* has 2 objects but the largest bucket is 1"):
-        Pipeline(config(mixture, buckets=replace(BUCKETS, objects=(1,))), byte_tokenizer)
+        Pipeline(config(mixture, buckets=replace(BUCKETS, objects=(1,))), SIZES, byte_tokenizer)
     with pytest.raises(
         InputError, match=r"has \d+ tokens before its answer, and max_tokens=12 would cut all"
     ):
-        Pipeline(config(mixture[-1:], sample=replace(SMALL, max_tokens=12)), byte_tokenizer)
+        Pipeline(config(mixture[-1:], sample=replace(SMALL, max_tokens=12)), SIZES, byte_tokenizer)
     save_square(targets / "train_mask" / "3_liver.png", size=(61, 30))
     with pytest.raises(InputError, match=r"The mask .*3_liver\.png .* is 61x30 pixels but its image 60x30"):
-        Pipeline(config(mixture), byte_tokenizer)
+        Pipeline(config(mixture), SIZES, byte_tokenizer)
     (targets / "train_mask" / "0_liver.png").unlink()
     with pytest.raises(InputError, match=r"needs the file .*0_liver\.png"):
-        Pipeline(config(mixture), byte_tokenizer)
+        Pipeline(config(mixture), SIZES, byte_tokenizer)
     write_table(targets / "train.json", coco_table(5, width=30, height=30))
     save_square(targets / "train_mask" / "0_liver.png")
     with pytest.raises(
         InputError, match=r"0\.png of .* is 60x30 pixels \(upright\) but its table says 30x30"
     ):
-        Pipeline(config(mixture), byte_tokenizer)
+        Pipeline(config(mixture), SIZES, byte_tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +350,7 @@ def test_what_is_wrong_is_said_before_the_first_batch(mixture, targets, byte_tok
         (lambda: PipelineConfig((), workers=-1), "workers=-1"),
         (lambda: PipelineConfig((), threads=0), "threads=0 is impossible; give 1 or more"),
         (lambda: PipelineConfig((), prefetch=0), "prefetch=0"),
-        (lambda: PipelineConfig((), max_unreadable=-1), "max_unreadable=-1 is no share; give 0 to 1"),
+        (lambda: PipelineConfig((), max_unreadable=-1), "max_unreadable=-1 is impossible; give 0 to 1"),
         (lambda: PipelineConfig((), max_unreadable=float("nan")), "max_unreadable=nan"),
         (lambda: DatasetConfig(Kind.REGION, "scans", repeats=0), "repeats=0 of the dataset scans/region"),
         (lambda: DatasetConfig(Kind.REGION, "scans", balance_to=-1), "balance_to=-1 .* give 0 or more"),
@@ -365,12 +370,12 @@ def test_words_that_stand_for_a_piece_of_the_image_are_refused(captions, byte_to
     write_table(captions / "train.json", {"annotations": [asked]})
     dataset = DatasetConfig(Kind.CAPTION, str(captions), annotations="train.json", balance_to=0)
     with pytest.raises(InputError, match=r"0\.png: its words contain <IMG_CONTEXT>, .* remove it"):
-        Pipeline(config((dataset,)), byte_tokenizer)
+        Pipeline(config((dataset,)), SIZES, byte_tokenizer)
 
 
 def test_validation_leaves_the_row_of_an_unreadable_sample_blank(targets, byte_tokenizer):
     dataset = DatasetConfig(Kind.SEGMENTATION, str(targets), balance_to=0)
-    pipeline = Pipeline(config((dataset,), training=False, max_unreadable=0.5), byte_tokenizer)
+    pipeline = Pipeline(config((dataset,), max_unreadable=0.5), SIZES, byte_tokenizer, training=False)
     (targets / "train" / "1.png").write_bytes(b"")
     iterator = iter(pipeline)
     names = [name for batch in iterator for name in batch.names]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_datasets import SIZES
 
 from unibiomed_jax.data import prompts
 from unibiomed_jax.data.prompts import Conversation, PromptConfig
@@ -14,6 +15,8 @@ from unibiomed_jax.data.transforms import IGNORE, SampleBuilder, SampleConfig
 from unibiomed_jax.errors import InputError
 
 CONFIG = PromptConfig()
+# A tile is a single visual token.
+ONE_TOKEN = replace(SIZES, tokens_per_tile=1)
 SEG = Record("a", Kind.SEGMENTATION, ("a.png",), (("m.png",),), ("Liver in abdomen CT.",), size=(40, 30))
 
 
@@ -131,7 +134,7 @@ ANSWERS = {
 
 
 def encode(tokenizer, record, conversation, tiles=1, **choices):
-    builder = SampleBuilder(SampleConfig(tokens_per_tile=1, **choices), tokenizer, 0)
+    builder = SampleBuilder(SampleConfig(**choices), ONE_TOKEN, tokenizer, 0)
     return [array.tolist() for array in builder.encode(record, conversation, tiles)]
 
 
@@ -163,7 +166,7 @@ def test_phrase_marks_are_text_or_special_tokens(qwen2):
 def test_image_tokens_are_repeated_for_tiles_and_written_out_for_frames(qwen2):
     conversation = Conversation("<image>What?", "[SEG].")
     one = encode(qwen2, SEG, conversation)[0]
-    builder = SampleBuilder(SampleConfig(tokens_per_tile=256), qwen2, 0)
+    builder = SampleBuilder(SampleConfig(), replace(ONE_TOKEN, tokens_per_tile=256), qwen2, 0)
     ids = builder.encode(SEG, conversation, 13)[0].tolist()
     start = one.index(151667)
     assert ids == one[:start] + [151667] * (13 * 256) + one[start + 1 :]
@@ -198,7 +201,7 @@ def test_longest_bounds_every_draw_and_is_reached(qwen2):
         replace(SEG, kind=Kind.SEQUENCE, slices=3),
         replace(SEG, kind=Kind.REPORT, texts=("Nodule",), report="Small."),
     ):
-        builder = SampleBuilder(SampleConfig(tokens_per_tile=4), qwen2, 0)
+        builder = SampleBuilder(SampleConfig(), SIZES, qwen2, 0)
         asked, answered = prompts.variants(record, CONFIG)
         lengths = [
             len(builder.encode(record, Conversation(question, answer), 3)[0])

@@ -12,9 +12,9 @@ from small_datasets import SIZES, SMALL, coco_table, save_picture, save_square, 
 from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.data.records import DatasetConfig, Kind
 from unibiomed_jax.data.tables import read_dataset
-from unibiomed_jax.data.transforms import SampleBuilder, SampleConfig, draw_box, load_mask
+from unibiomed_jax.data.transforms import SampleBuilder, SampleSizes, draw_box, load_mask
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.inputs.tiles import normalize, sam_image, vit_tiles
+from unibiomed_jax.inputs.tiles import image_tiles, sam_image
 from unibiomed_jax.masks.resize import resize_nearest
 
 
@@ -24,28 +24,20 @@ def build(kind, root, tokenizer, index=0, seed=0, **choices):
 
 
 def test_sizes_follow_the_model():
-    config = SampleConfig.from_model(ModelConfig(), max_tokens=4096)
-    assert (config.tile_size, config.tokens_per_tile, config.sam_size, config.mask_size) == (
-        448,
-        256,
-        1024,
-        256,
-    )
-    assert (config.min_tiles, config.max_tiles, config.use_thumbnail, config.max_tokens) == (
-        1,
-        12,
-        True,
-        4096,
-    )
+    sizes = SampleSizes.of(ModelConfig())
+    assert (sizes.tile_size, sizes.tokens_per_tile, sizes.sam_size, sizes.mask_size) == (448, 256, 1024, 256)
+    assert (sizes.min_tiles, sizes.max_tiles, sizes.use_thumbnail) == (1, 12, True)
+    other = SampleSizes.of(ModelConfig(min_tiles=2, max_tiles=6, use_thumbnail=False))
+    assert (other.min_tiles, other.max_tiles, other.use_thumbnail) == (2, 6, False)
 
 
 def test_pixels_are_those_of_the_predictor(targets, byte_tokenizer):
     sample = build(Kind.SEGMENTATION, targets, byte_tokenizer)
     image = Image.open(targets / "train" / "0.png")
-    expected = vit_tiles(image, tile_size=28, max_tiles=4)
+    expected, _ = image_tiles(image, tile_size=28, max_tiles=4)
     assert len(sample.pixel_values) == 3 and sample.pixel_values.dtype == np.uint8
-    np.testing.assert_array_equal(normalize(sample.pixel_values), expected)
-    np.testing.assert_array_equal(normalize(sample.sam_pixels[0]), sam_image(image, 64))
+    np.testing.assert_array_equal(sample.pixel_values, expected)
+    np.testing.assert_array_equal(sample.sam_pixels[0], sam_image(image, 64))
     assert sample.masks.shape == (1, 1, 16, 16)
     # Columns 0..11 of 60 and rows 0..11 of 30 are inside.
     columns, rows = np.arange(16) * 60 // 16 < 12, np.arange(16) * 30 // 16 < 12

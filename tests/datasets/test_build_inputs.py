@@ -293,7 +293,7 @@ def test_places_that_cannot_be_written(images, tmp_path, monkeypatch):
     def save_mask(path, mask):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("unibiomed_jax.data.build.save_mask", save_mask)
+    monkeypatch.setattr("unibiomed_jax.datasets.build.save_mask", save_mask)
     number = errno.EACCES
     refused(images, r"out was not written \(.*Permission denied\)")
     number = errno.ENOSPC
@@ -305,7 +305,7 @@ def test_what_came_to_the_place_meanwhile_stays(images, monkeypatch):
         images.out.mkdir(exist_ok=True)
         (images.out / "mine").write_text("")
 
-    monkeypatch.setattr("unibiomed_jax.data.writer.save_json", save_json)
+    monkeypatch.setattr("unibiomed_jax.datasets.write.save_json", save_json)
     with pytest.raises(InputError, match="out was not written"):
         build(images)
     assert [path.name for path in images.out.iterdir()] == ["mine"]

@@ -9,12 +9,13 @@ from places import ROOT
 from small_datasets import save_picture, save_square, write_table
 
 from unibiomed_jax import cli
+from unibiomed_jax.conversion.options import FromTorchOptions
 from unibiomed_jax.data.files import check_files
 from unibiomed_jax.data.records import DatasetConfig, Kind
 from unibiomed_jax.data.tables import read_dataset
 from unibiomed_jax.datasets.build import BuildOptions
 from unibiomed_jax.datasets.validate import ValidateOptions
-from unibiomed_jax.training.experiment import load_experiment
+from unibiomed_jax.training.experiment import load_command
 
 GUIDE = (ROOT / "docs" / "train_on_your_data.md").read_text()
 
@@ -36,10 +37,11 @@ def commands(program: str) -> list[list[str]]:
 
 def test_the_commands_of_unibiomed_are_understood():
     options = [tyro.cli(cli.Command, args=command) for command in commands("unibiomed")]
-    images, volumes, check, ask = options
+    images, volumes, check, convert, ask = options
     assert isinstance(images, BuildOptions) and images.findings == ("kidney tumor",)
     assert isinstance(volumes, BuildOptions) and volumes.window == (-160, 240)
     assert isinstance(check, ValidateOptions) and check.path == images.out
+    assert isinstance(convert, FromTorchOptions) and str(convert.dst) == "runs/start"
     assert ask.prompt.startswith("<image>\nPlease segment the kidney")
 
 
@@ -48,8 +50,8 @@ def test_the_commands_of_training_are_understood(tmp_path):
     (tmp_path / "empty.py").write_text(
         "from unibiomed_jax.training.config import TrainConfig\nconfig = TrainConfig()"
     )
-    dry, real = (load_experiment(str(tmp_path / "empty.py"), arguments) for arguments in (dry, real))
-    assert dry.dry_run and not real.dry_run and real.initial == "runs/start"
+    (_, dry), (config, real) = (load_command(str(tmp_path / "empty.py"), options) for options in (dry, real))
+    assert dry.dry_run and not real.dry_run and config.initial == "runs/start"
     assert all((ROOT / command[0]).is_file() for command in commands("python train.py"))
     assert re.search(r"^DATASET = ", (ROOT / "configs" / "finetune.py").read_text(), re.MULTILINE)
 

@@ -9,9 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from measured import assert_close
+from golden_cases import (
+    CASES,
+    NEW_TOKENS,
+    OBJECTS,
+    assert_masks_equal,
+    golden_mask,
+    load,
+    request,
+    written_out,
+)
+from measured import assert_close, relative_error
 from PIL import Image
-from places import GOLDEN
+from places import MICRO
 
 from unibiomed_jax import InputError, Request, UniBiomed
 from unibiomed_jax.config.precision import BFLOAT16, CPU, FLOAT32
@@ -20,81 +30,9 @@ from unibiomed_jax.inference.answer import Answer
 from unibiomed_jax.inference.generate import ground
 from unibiomed_jax.inputs.tiles import sam_image
 from unibiomed_jax.inputs.tokenizer import Tokenizer
+from unibiomed_jax.models.ops import normalize
+from unibiomed_jax.models.unibiomed import visual_source
 from unibiomed_jax.parameters import flatten, unflatten
-
-NEW_TOKENS = 24
-
-
-@pytest.fixture(scope="module")
-def model() -> UniBiomed:
-    return UniBiomed.from_pretrained(GOLDEN / "micro" / "checkpoint", precision=FLOAT32)
-
-
-@pytest.fixture(scope="module")
-def image() -> Image.Image:
-    return Image.open(GOLDEN / "images" / "CT_abdomen.png")
-
-
-def load(case: str) -> dict[str, np.ndarray]:
-    with np.load(GOLDEN / "micro" / f"{case}.npz") as arrays:
-        return dict(arrays)
-
-
-def golden_mask(golden: dict, number: int) -> np.ndarray:
-    shape = golden[f"mask{number}_shape"]
-    bits = np.unpackbits(golden[f"mask{number}_bits"])[: np.prod(shape)]
-    return bits.reshape(shape).astype(bool)
-
-
-def request(model: UniBiomed, image: Image.Image, case: str, golden: dict) -> Request:
-    steps, tokens = (golden[name].astype(int).tolist() for name in ("forced_steps", "forced_ids"))
-    forced = dict(zip(steps, tokens, strict=True))
-    if case == "image_abdomen":
-        question = (
-            "<image>Could you describe the abnormality in this image? Please highlight the region with "
-            "interleaved segmentation masks."
-        )
-        return Request(question, image, forced=forced)
-    if case == "image_noseg":
-        return Request("<image>Describe this image.", image.crop((0, 0, 410, 200)), forced=forced)
-    if case == "region_abdomen":
-        rectangle = np.zeros((410, 410))
-        rectangle[82:184, 123:246] = 1
-        rows, columns = np.mgrid[:410, :410]
-        disc = (rows - 287) ** 2 + (columns - 205) ** 2 < 61.5**2
-        question = "<image>\nWhat is the region1 in the picture? Is region2 normal?"
-        return Request(question, image, regions=[rectangle, disc], forced=forced)
-    if case == "text_only":
-        past = "<|user|>\nHello!<|end|>\n<|assistant|>\nHi.<|end|>\n"
-        history = Answer("Hello!", "Hi.<|end|>", (), (), past, {})
-        return Request("<image>What is a CT scan?", history=history, forced=forced)
-    frames = [image.convert("RGB").crop((10 * i, 12 * i, 10 * i + 320, 12 * i + 240)) for i in range(8)]
-    return Request("<image>Please segment the liver in this video.", model.open_volume(frames), forced=forced)
-
-
-CASES = ["image_abdomen", "image_noseg", "region_abdomen", "text_only", "video8"]
-
-
-def watch_calls(model: UniBiomed, monkeypatch) -> dict[str, list]:
-    """What every stage, and the generation of ids, will have given, call by call."""
-    seen = {name: [] for name in [*model.stages, "_generate"]}
-
-    def watch(name, function):
-        def call(*arguments):
-            seen[name].append(function(*arguments))
-            return seen[name][-1]
-
-        call.compiled = getattr(function, "compiled", None)
-        return call
-
-    monkeypatch.setattr(model, "_generate", watch("_generate", model._generate))
-    monkeypatch.setattr(model, "stages", {name: watch(name, run) for name, run in model.stages.items()})
-    return seen
-
-
-@pytest.fixture
-def results(model, monkeypatch) -> dict[str, list]:
-    return watch_calls(model, monkeypatch)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -105,18 +43,16 @@ def test_same_words_and_masks_as_the_reference(model, image, case, results):
     ((ids, _),) = results["_generate"]
     assert ids == [golden["generated_ids"].tolist()]
     assert answer.text == str(golden["prediction"])
-    assert answer.transcript.startswith(str(golden["input_text"]))
-    assert len(answer.segments) == int(golden["n_masks"])
+    assert written_out(answer).startswith(str(golden["input_text"]))
+    assert_masks_equal(answer, golden)
     for number, segment in enumerate(answer.segments):
-        expected = golden_mask(golden, number)
-        differs = segment.mask.reshape(expected.shape) != expected
-        assert not differs.any() or np.abs(segment.logits.reshape(expected.shape)[differs]).max() < 1e-3
         # The reference goes through all frames for one object after the other.
-        frames = slice(number * len(expected), (number + 1) * len(expected))
+        count = len(answer.records)
+        frames = slice(number * count, (number + 1) * count)
         decoded = results["segment"] + results["segment_frames"]
         assert len(decoded) == 1
         if case == "video8":
-            low = decoded[0].masks[: len(expected), number]
+            low = decoded[0].masks[:count, number]
         else:
             low = decoded[0].masks[0, number][None]
         assert_close(low, golden["sam_lowres"][frames, 0, 0], 1e-4)
@@ -138,9 +74,8 @@ def test_prompt_embeddings_and_logits(model, image, case):
     forced = dict(zip(steps, tokens, strict=True))
     asked = Request(asked.prompt, asked.image, asked.regions, asked.boxes, asked.history, forced)
     if asked.image is not None:
-        np.testing.assert_allclose(
-            asked.image.tiles.transpose(0, 3, 1, 2), golden["pixel_values"], rtol=0, atol=1e-6
-        )
+        pixels = np.asarray(normalize(asked.image.tiles))
+        np.testing.assert_array_equal(pixels.transpose(0, 3, 1, 2), golden["pixel_values"])
         model._encode_visual([asked.image])
         assert_close(asked.image.visual.reshape(golden["vit_embeds"].shape), golden["vit_embeds"], 1e-5)
     ids, hidden = model._generate([asked], [prompt], len(said), {"prefill": 0.0, "decode": 0.0})
@@ -155,11 +90,10 @@ def test_prompt_embeddings_and_logits(model, image, case):
         assert_close(network.prompt_vectors(states[objects]), golden["seg_embed"], 1e-4)
 
     whole = np.array([prompt.ids + said[:-1]], np.int32)
-    context = whole == model.tokenizer.image_context_id
-    visual = np.zeros((1, states.shape[-1]), np.float32)
+    visual = np.zeros((1, 1, states.shape[-1]), np.float32)
     if asked.image is not None:
-        visual = asked.image.visual[prompt.rows]
-    embeds = network.embed_prompt(whole, visual, np.where(context, np.cumsum(context) - 1, -1))
+        visual = asked.image.visual[prompt.rows][None]
+    embeds = network.embed_prompt(whole, visual, visual_source(whole, model.tokenizer.image_context_id))
     assert_close(embeds[:, : len(prompt.ids)], golden["inputs_embeds"], 1e-5)
     states = network.language_model(embeds)[0, len(prompt.ids) - 1 :]
     assert_close(states, golden["last_hidden_tail"], 1e-4)
@@ -178,15 +112,11 @@ def test_batch_of_different_requests_answers_as_one_by_one(model, image):
     )
     for case, answer in zip(cases, answers, strict=True):
         assert answer.text == str(golden[case]["prediction"])
-        assert len(answer.segments) == int(golden[case]["n_masks"])
-        for number, segment in enumerate(answer.segments):
-            expected = golden_mask(golden[case], number)
-            differs = segment.mask.reshape(expected.shape) != expected
-            assert not differs.any() or np.abs(segment.logits.reshape(expected.shape)[differs]).max() < 1e-3
+        assert_masks_equal(answer, golden[case])
 
 
 def test_default_precision_of_a_cpu_keeps_words_and_masks(image):
-    model = UniBiomed.from_pretrained(GOLDEN / "micro" / "checkpoint", precision=CPU)
+    model = UniBiomed.from_pretrained(MICRO, precision=CPU)
     for case in CASES:
         golden = load(case)
         answer = model.predict_batch([request(model, image, case, golden)], max_new_tokens=NEW_TOKENS)[0]
@@ -197,10 +127,10 @@ def test_default_precision_of_a_cpu_keeps_words_and_masks(image):
             assert (mask & expected).sum() / (mask | expected).sum() >= 0.999
 
 
-def test_bfloat16_everywhere_stays_near_the_reference(image, monkeypatch):
+def test_bfloat16_everywhere_stays_near_the_reference(image, watch_calls):
     """The policy of GPUs and TPUs. Words are forced: those of a random model hang on the last bits."""
-    model = UniBiomed.from_pretrained(GOLDEN / "micro" / "checkpoint", precision=BFLOAT16)
-    results = watch_calls(model, monkeypatch)
+    model = UniBiomed.from_pretrained(MICRO, precision=BFLOAT16)
+    results = watch_calls(model)
     for case in CASES:
         golden = load(case)
         forced = dict(enumerate(golden["generated_ids"].tolist()))
@@ -220,13 +150,12 @@ def test_bfloat16_everywhere_stays_near_the_reference(image, monkeypatch):
 
 def test_a_checkpoint_stored_in_bfloat16_says_on_a_cpu_what_float32_weights_say(image):
     """The language model of a release is stored in bfloat16, and a CPU multiplies it in parts."""
-    folder = GOLDEN / "micro" / "checkpoint"
-    loaded = read_released(folder)
+    loaded = read_released(MICRO)
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), loaded.params["language_model"])
     models = []
     for language in (rounded, jax.tree.map(lambda x: x.astype(jnp.float32), rounded)):
         params = {**loaded.params, "language_model": language}
-        models.append(UniBiomed(loaded.config, params, Tokenizer.from_folder(folder), precision=CPU))
+        models.append(UniBiomed(loaded.config, params, Tokenizer.from_folder(MICRO), precision=CPU))
     for case in CASES:
         golden = load(case)
         parts, whole = (
@@ -240,9 +169,6 @@ def test_a_checkpoint_stored_in_bfloat16_says_on_a_cpu_what_float32_weights_say(
 
 def test_nothing_compiles_again_once_warm(model, image):
     """Per bucket of image count, text length and objects, whatever is in it and whatever came in between."""
-
-    def programs() -> int:
-        return sum(stage.compiled._cache_size() for stage in model.stages.values())
 
     def ask(*widths: int, words: int = 0, segments: int = 1) -> None:
         forced = {1 + 2 * i: model.tokenizer.seg_id for i in range(segments)}
@@ -267,25 +193,24 @@ def test_nothing_compiles_again_once_warm(model, image):
     ask(410, segments=3)
     ask(410, 409, 408, 407)
     ask_otherwise(0)
-    before = programs()
+    before = model.stages.programs()
     ask_otherwise(20)
     for width in (409, 405, 402):  # the same tile grid; other pixels, other sizes
         ask(width)
     ask(403, words=58)
     ask(404, segments=4)
     ask(410, 402, 403)
-    assert programs() == before
+    assert model.stages.programs() == before
 
 
 def test_object_score_hides_masks_only_when_asked(model, image):
     """Of the model, which sees the object, and of one that says of every object that it is absent."""
-    folder = GOLDEN / "micro" / "checkpoint"
-    loaded = read_released(folder)
+    loaded = read_released(MICRO)
     parameters = flatten(loaded.params)
     last_layer = "sam2.sam_mask_decoder.pred_obj_score_head.layers.2"
     parameters[f"{last_layer}.kernel"] = np.zeros_like(parameters[f"{last_layer}.kernel"])
     parameters[f"{last_layer}.bias"] = np.full_like(parameters[f"{last_layer}.bias"], -10)
-    absent = UniBiomed(loaded.config, unflatten(parameters), Tokenizer.from_folder(folder), precision=FLOAT32)
+    absent = UniBiomed(loaded.config, unflatten(parameters), Tokenizer.from_folder(MICRO), precision=FLOAT32)
     asked = request(model, image, "image_abdomen", load("image_abdomen"))
     for asker, present in ((model, True), (absent, False)):
         shown, hidden = (
@@ -350,6 +275,36 @@ def test_a_history_of_another_image_is_refused(model, image):
             model.prompt_of(Request("Why?", other, history=history))
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_one_compiled_call_says_and_segments_what_the_reference_does(model, image, case, results):
+    golden = load(case)
+    asked = request(model, image, case, golden)
+    (answer,) = model.ground([asked], max_new_tokens=NEW_TOKENS, objects=OBJECTS)
+    assert {name: len(calls) for name, calls in results.items() if calls} == {"ground": 1}
+    (result,) = results["ground"]
+    said = golden["generated_ids"].tolist()
+    assert result.ids[0, : len(said)].tolist() == said
+    # A row that does not end is cut at `max_new_tokens`.
+    assert int(result.count[0]) == len(said) if len(said) < NEW_TOKENS else result.count[0] >= NEW_TOKENS
+    assert answer.text == str(golden["prediction"])
+    assert written_out(answer).startswith(str(golden["input_text"]))
+    assert_masks_equal(answer, golden)
+    (staged,) = model.predict_batch([asked], max_new_tokens=NEW_TOKENS)
+    same = ("prompt", "text", "transcript", "records", "visual_tokens", "image", "notice")
+    assert all(getattr(answer, name) == getattr(staged, name) for name in same)
+    for number, (segment, other) in enumerate(zip(answer.segments, staged.segments, strict=True)):
+        count = len(answer.records)
+        frames = slice(number * count, (number + 1) * count)
+        low = result.masks.masks[0, :count, number]
+        assert_close(result.hidden[0, number], golden["seg_hidden"][number], 1e-4)
+        assert_close(low, golden["sam_lowres"][frames, 0, 0], 1e-4)
+        assert_close(np.atleast_1d(segment.iou), golden["sam_ious"][frames].reshape(-1, 3).max(-1), 1e-4)
+        assert_close(np.atleast_1d(segment.object_score), golden["sam_obj_score"][frames].reshape(-1), 1e-4)
+        assert segment.phrase == other.phrase
+        for name in ("logits", "iou", "object_score"):
+            assert relative_error(getattr(segment, name), getattr(other, name)) < 1e-5, name
+
+
 def test_the_whole_model_as_one_jitted_function(model, image):
     """Two copies of the golden image as a batch: ids, states and masks of the reference from one call."""
     golden = load("image_abdomen")
@@ -358,8 +313,6 @@ def test_the_whole_model_as_one_jitted_function(model, image):
     prompt = model.prompt_of(Request(asked.prompt, opened))
     new = len(golden["generated_ids"]) + 1
     ids = np.tile(np.asarray(prompt.ids, np.int32), (2, 1))
-    context = ids[0] == model.tokenizer.image_context_id
-    source = np.where(context, np.cumsum(context) - 1, -1)[None] + np.array([[0], [context.sum()]]) * context
     forced = np.full((2, new), -1, np.int32)
     for step, token in asked.forced.items():
         forced[:, step] = token
@@ -372,16 +325,16 @@ def test_the_whole_model_as_one_jitted_function(model, image):
 
     result = run(
         model.params,
-        np.concatenate([opened.tiles] * 2),
+        np.stack([opened.tiles] * 2),
         ids,
-        source.astype(np.int32),
+        np.asarray(visual_source(ids, names.image_context_id)),
         np.full(2, len(prompt.ids), np.int32),
-        np.stack([sam_image(opened.frames[0], model.config.sam2.image_size)] * 2),
+        np.stack([sam_image(opened.frames[0], model.config.sam2.image_size)[None]] * 2),
         forced,
     )
     assert np.asarray(result.valid).tolist() == [[True, False]] * 2
     for row in range(2):
         assert result.ids[row, : new - 1].tolist() == golden["generated_ids"].tolist()
         assert_close(result.hidden[row, 0], golden["seg_hidden"][0], 1e-4)
-        low = golden["sam_lowres"].reshape(result.masks.masks.shape[2:])
-        assert_close(result.masks.masks[row, 0], low, 1e-4)
+        low = golden["sam_lowres"].reshape(result.masks.masks.shape[3:])
+        assert_close(result.masks.masks[row, 0, 0], low, 1e-4)

@@ -1,4 +1,4 @@
-"""Opening images, tiling, normalisation and regions."""
+"""Opening image files, arrays and masks of every kind, and refusing those that cannot be used."""
 
 import io
 import struct
@@ -10,165 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from places import GOLDEN
 
-from unibiomed_jax.config.model import PIXEL_MEAN, PIXEL_STD
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inputs.images import open_frames, open_image, open_mask
-from unibiomed_jax.inputs.regions import box_masks, region_cells
-from unibiomed_jax.inputs.tiles import frame_tiles, normalize, sam_image, tile_grid, vit_tiles
-
-ABDOMEN = GOLDEN / "images" / "CT_abdomen.png"
-
-# The candidate grids in the order in which the original implementation visits them.
-GRIDS = [
-    (1, 1), (1, 2), (2, 1), (3, 1), (1, 3), (2, 2), (4, 1), (1, 4), (5, 1), (1, 5), (1, 6), (6, 1),
-    (3, 2), (2, 3), (7, 1), (1, 7), (4, 2), (2, 4), (1, 8), (8, 1), (1, 9), (3, 3), (9, 1), (2, 5),
-    (5, 2), (10, 1), (1, 10), (11, 1), (1, 11), (12, 1), (3, 4), (4, 3), (1, 12), (6, 2), (2, 6),
-]  # fmt: skip
-
-
-def png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def golden(name: str, key: str) -> np.ndarray:
-    return np.load(GOLDEN / "micro" / f"{name}.npz")[key]
-
-
-def golden_frames() -> list[Image.Image]:
-    image = open_image(ABDOMEN)[0].resize((410, 410))
-    return [image.crop((10 * i, 12 * i, 10 * i + 320, 12 * i + 240)) for i in range(8)]
-
-
-# --- against the recorded pixels, bit for bit ---
-
-
-@pytest.mark.parametrize("case", ["image_abdomen", "region_abdomen"])
-def test_image_equals_recorded_pixels(case):
-    image, record = open_image(ABDOMEN)
-    assert (record.format, record.mode, record.width, record.height, record.steps) == (
-        "PNG",
-        "RGB",
-        410,
-        410,
-        (),
-    )
-    tiles = vit_tiles(image, tile_size=112)
-    assert tiles.dtype == np.float32
-    np.testing.assert_array_equal(tiles.transpose(0, 3, 1, 2), golden(case, "pixel_values"))
-    np.testing.assert_array_equal(
-        sam_image(image, 256).transpose(2, 0, 1), golden(case, "g_pixel_values0")[0]
-    )
-
-
-def test_wide_image_equals_recorded_pixels():
-    image, _ = open_image(ABDOMEN)
-    tiles = vit_tiles(image.crop((0, 0, 410, 200)), tile_size=112)
-    np.testing.assert_array_equal(tiles.transpose(0, 3, 1, 2), golden("image_noseg", "pixel_values"))
-
-
-def test_frames_equal_recorded_pixels():
-    frames = golden_frames()
-    tiles = frame_tiles(frames[:5], tile_size=112)
-    np.testing.assert_array_equal(tiles.transpose(0, 3, 1, 2), golden("video8", "pixel_values"))
-    sam = sam_image(frames[0], 256)
-    np.testing.assert_array_equal(sam.transpose(2, 0, 1), golden("video8", "g_pixel_values0")[0])
-
-
-# --- tiling ---
-
-
-@pytest.mark.parametrize(
-    ("size", "grid", "tiles"),
-    [
-        ((256, 256), (1, 1), 1),
-        ((512, 512), (1, 1), 1),
-        ((633, 633), (1, 1), 1),
-        ((634, 634), (2, 2), 5),
-        ((640, 640), (2, 2), 5),
-        ((800, 800), (2, 2), 5),
-        ((950, 950), (2, 2), 5),
-        ((951, 951), (3, 3), 10),
-        ((1024, 1024), (3, 3), 10),
-        ((1024, 512), (2, 1), 3),
-        ((600, 800), (3, 4), 13),
-        ((800, 600), (4, 3), 13),
-        ((640, 480), (4, 3), 13),
-        ((1280, 720), (4, 2), 9),
-        ((300, 900), (1, 3), 4),
-        ((50, 500), (1, 10), 11),
-    ],
-)
-def test_known_grids(size, grid, tiles):
-    assert tile_grid(*size) == grid
-    assert len(vit_tiles(Image.new("RGB", size), tile_size=448)) == tiles
-
-
-sides = st.integers(1, 5000)
-
-
-@given(sides, sides)
-@settings(max_examples=500)
-def test_grid_equals_the_loop_over_the_original_order(width, height):
-    best, best_difference = None, float("inf")
-    for columns, rows in GRIDS:
-        difference = abs(width / height - columns / rows)
-        if difference < best_difference:
-            best, best_difference = (columns, rows), difference
-        elif difference == best_difference and width * height > 0.5 * 448 * 448 * columns * rows:
-            best = (columns, rows)
-    assert tile_grid(width, height) == best
-
-
-@given(sides, sides, st.integers(1, 6), st.integers(0, 10), st.sampled_from([14, 112, 448]))
-def test_grid_is_within_limits_and_closest(width, height, min_tiles, more, tile_size):
-    max_tiles = min_tiles + more
-    limits = {"min_tiles": min_tiles, "max_tiles": max_tiles, "tile_size": tile_size}
-    columns, rows = tile_grid(width, height, **limits)
-    assert min_tiles <= columns * rows <= max_tiles
-    every = [(c, r) for c in range(1, 17) for r in range(1, 17) if min_tiles <= c * r <= max_tiles]
-    difference = abs(width / height - columns / rows)
-    assert difference == min(abs(width / height - c / r) for c, r in every)
-    # Among grids that are as close, the largest that the image's pixels justify.
-    justified = [
-        c * r
-        for c, r in every
-        if abs(width / height - c / r) == difference and width * height > 0.5 * tile_size**2 * c * r
-    ]
-    if justified:
-        assert columns * rows == max(justified)
-    assert tile_grid(width, height, **limits) == (columns, rows)
-
-
-def test_grid_limits_are_checked():
-    with pytest.raises(InputError, match="min_tiles=3, max_tiles=2"):
-        tile_grid(10, 10, min_tiles=3, max_tiles=2)
-
-
-def test_tiles_are_row_major_with_the_thumbnail_last():
-    pixels = np.zeros((2, 3, 3), np.uint8)
-    pixels[..., 0] = [[10, 20, 30], [40, 50, 60]]
-    image = Image.fromarray(pixels.repeat(40, 0).repeat(40, 1))
-    tiles = vit_tiles(image, tile_size=16)
-    assert len(tiles) == 7
-    centres = tiles[:, 8, 8, 0] * PIXEL_STD[0] + PIXEL_MEAN[0]
-    np.testing.assert_allclose(centres[:6] * 255, [10, 20, 30, 40, 50, 60], atol=1e-3)
-    np.testing.assert_array_equal(
-        tiles[6], normalize(np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC)))
-    )
-    assert len(vit_tiles(image, tile_size=16, use_thumbnail=False)) == 6
-    assert len(vit_tiles(image, tile_size=16, max_tiles=1)) == 1
-
-
-def test_normalize_is_imagenets():
-    white = normalize(np.full((1, 1, 3), 255, np.uint8))
-    np.testing.assert_allclose(
-        white[0, 0], [(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225], rtol=1e-6
-    )
-
-
-# --- image files of every kind ---
 
 
 def gradient(mode: str = "L") -> Image.Image:
@@ -350,9 +194,12 @@ def test_a_colour_mask_is_judged_by_any_channel_and_stands_upright(tmp_path):
 # --- image files that cannot be used ---
 
 
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def png(width: int, height: int) -> bytes:
     """A PNG that announces a size and holds next to nothing."""
-
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -462,70 +309,6 @@ def test_damaged_bytes_never_escape(tmp_path_factory, kind, garbage, position):
         assert open_image(path)[0].mode == "RGB"
     except InputError as error:
         assert "\n" not in str(error)
-
-
-# --- regions ---
-
-
-def test_regions_equal_the_recorded_prompt():
-    y, x = np.mgrid[:410, :410]
-    masks = np.zeros((2, 410, 410), np.float32)
-    masks[0, 82:184, 123:246] = 1
-    masks[1] = (y - 287) ** 2 + (x - 205) ** 2 < 61.5**2
-    cells = region_cells(masks, (410, 410), grid=4)
-    text = str(golden("region_abdomen", "input_text"))
-    recorded = [part.split("</vp>")[0].count("<IMG_CONTEXT>") for part in text.split("<vp>")[1:]]
-    assert cells.sum((1, 2)).tolist() == recorded
-
-
-@given(st.integers(1, 80), st.integers(1, 80), st.sampled_from([4, 8, 16]), st.data())
-def test_cells_read_the_pixel_under_the_floor(width, height, grid, data):
-    row, column = data.draw(st.integers(0, grid - 1)), data.draw(st.integers(0, grid - 1))
-    mask = np.zeros((height, width))
-    mask[row * height // grid, column * width // grid] = 1
-    cells = region_cells([mask], (width, height), grid)
-    for i in range(grid):
-        for j in range(grid):
-            assert cells[0, i, j] == (mask[int(i * height / grid), int(j * width / grid)] == 1)
-
-
-@pytest.mark.parametrize(
-    ("masks", "message"),
-    [
-        ([], "empty; give at least one"),
-        (
-            [np.ones((20, 30)), np.ones((30, 20))],
-            r"region2 has the shape \(30, 20\) but the image has 20 rows and 30",
-        ),
-        ([np.ones((20, 30, 1))], "region1 has the shape"),
-        ([np.zeros((20, 30))], "region1 is empty"),
-    ],
-)
-def test_unusable_regions(masks, message):
-    with pytest.raises(InputError, match=message):
-        region_cells(masks, (30, 20))
-
-
-def test_region_between_the_points_of_the_grid():
-    mask = np.zeros((320, 320), bool)
-    mask[1:19, 1:19] = True
-    with pytest.raises(InputError, match="region1 holds no point of the 16x16 grid"):
-        region_cells([mask], (320, 320))
-
-
-def test_boxes():
-    masks = box_masks([(1, 2, 4, 3), (0.5, 0.5, 1.5, 1.5)], (5, 4))
-    assert masks.shape == (2, 4, 5)
-    assert np.argwhere(masks[0]).tolist() == [[2, 1], [2, 2], [2, 3]]
-    assert np.argwhere(masks[1]).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
-
-
-@pytest.mark.parametrize(
-    "box", [(0, 0, 6, 4), (-1, 0, 2, 2), (2, 2, 2, 3), (3, 0, 1, 2), (0, 0, 1), (0, 0, 1, np.nan)]
-)
-def test_unusable_boxes(box):
-    with pytest.raises(InputError, match="Box 1"):
-        box_masks([box], (5, 4))
 
 
 def test_sixteen_bit_colour_is_refused(tmp_path):

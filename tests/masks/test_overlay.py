@@ -107,7 +107,7 @@ def test_size_of_the_picture(size, picture):
 def test_the_notice_is_under_every_picture(size, monkeypatch):
     """Also without a mask, and as a whole also under the narrowest picture."""
     with_notice = overlay(grey(*size), [], [])
-    monkeypatch.setattr("unibiomed_jax.inference.overlay.NOTICE", " ")
+    monkeypatch.setattr("unibiomed_jax.masks.overlay.NOTICE", " ")
     without = overlay(grey(*size), [], [])
     height = round(size[1] * np.clip(max(size), 768, 2048) / max(size))
     assert with_notice.size == without.size and with_notice.height > height

@@ -26,6 +26,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 from unibiomed_jax import checkpoint  # noqa: E402
 from unibiomed_jax.conversion import from_torch, sources, to_torch  # noqa: E402
+from unibiomed_jax.conversion.oracles.language import torch_language  # noqa: E402
 from unibiomed_jax.conversion.tables.qwen2 import EMBEDDING, HEAD  # noqa: E402
 from unibiomed_jax.conversion.tables.sam2 import PREFIX  # noqa: E402
 from unibiomed_jax.errors import InputError  # noqa: E402
@@ -40,18 +41,11 @@ TRAINED = ("mlp1.", "text_hidden_fcs.", *(f"{PREFIX}{x}." for x in
 
 def language_model():
     """The golden checkpoint's language model in transformers."""
-    values = json.loads((MICRO / "config.json").read_text())["llm_config"]
-    known = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    config = transformers.Qwen2Config(
-        **{name: values[name] for name in (*known, "intermediate_size", "rms_norm_eps")},
-        rope_parameters={"rope_type": "default", "rope_theta": values["rope_theta"]},
-        tie_word_embeddings=False,
-    )
-    model = transformers.Qwen2ForCausalLM(config)
+    model = torch_language(sources.released(MICRO).config.language)
     prefix = "language_model."
     tensors = {n.removeprefix(prefix): torch.tensor(v) for n, v in micro_tensors().items() if prefix in n}
     model.load_state_dict(tensors)
-    return model.eval()
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -201,9 +195,8 @@ def test_adapters_kept_apart_are_merged_later_or_handed_to_peft(adapted, trainin
 
 
 def test_the_command_reads_a_training_file(training_file, tmp_path, monkeypatch, capsys):
-    arguments = [training_file, tmp_path / "out", "--base", MICRO, "--lora-rank", RANK, "--lora-alpha", ALPHA]
-    monkeypatch.setattr("sys.argv", ["from_torch", *map(str, arguments)])
-    from_torch.main()
+    options = ("--base", MICRO, "--lora-rank", RANK, "--lora-alpha", ALPHA)
+    assert run_command(monkeypatch, from_torch, training_file, tmp_path / "out", *options) == 0
     assert "Converted 425 tensors" in capsys.readouterr().out
 
 

@@ -8,69 +8,38 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from unibiomed_jax.config.model import VisionConfig
+from unibiomed_jax.config.model import LanguageConfig, ModelConfig, VisionConfig
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.models.internvit import InternVisionModel, drop_path
 from unibiomed_jax.models.layers import unstack_layers
 from unibiomed_jax.models.projector import Projector, pixel_shuffle
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
+from internvl_torch import internvit_leaves, projector_leaves, torch_internvl  # noqa: E402
 from measured import assert_all_close, assert_close  # noqa: E402
 from module_checks import load, value_and_gradients  # noqa: E402
-from torch_weights import arrays, gradients, linear, norm, randomise, stack  # noqa: E402
+from torch_weights import arrays, gradients, randomise  # noqa: E402
+
+from unibiomed_jax.conversion.oracles.language import torch_vision  # noqa: E402
 
 CONFIG = VisionConfig(hidden_size=48, num_layers=3, num_heads=4, mlp_dim=96, patch_size=4, image_size=24)
+# The projector ends in the width of a language model.
+MODEL = ModelConfig(
+    vision=CONFIG,
+    language=LanguageConfig(
+        vocab_size=64, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, mlp_dim=16
+    ),
+)
 TOKENS = 1 + CONFIG.grid**2
-
-
-def torch_vision_config(config, **changes):
-    return transformers.InternVLVisionConfig(
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        intermediate_size=config.mlp_dim,
-        patch_size=[config.patch_size] * 2,
-        image_size=[config.image_size] * 2,
-        attention_bias=config.qkv_bias,
-        layer_norm_eps=config.layer_norm_eps,
-        **changes,
-    )
-
-
-def internvit_parameters(source, config):
-    """Values (weights or gradients) of InternVLVisionModel under the paths of InternVisionModel."""
-    layers = []
-    for i in range(config.num_layers):
-        layer = {
-            name.split(".", 3)[3]: v for name, v in source.items() if name.startswith(f"encoder.layer.{i}.")
-        }
-        ours = norm(layer, "layernorm_before", "norm1") | norm(layer, "layernorm_after", "norm2")
-        for part in ("weight", "bias") if config.qkv_bias else ("weight",):
-            fused = np.concatenate([layer[f"attention.{x}_proj.{part}"] for x in "qkv"])
-            layer[f"attention.qkv.{part}"] = fused
-        ours |= linear(layer, "attention.qkv", "attn.qkv")
-        ours |= linear(layer, "attention.projection_layer", "attn.proj")
-        ours |= linear(layer, "mlp.fc1", "mlp.fc1") | linear(layer, "mlp.fc2", "mlp.fc2")
-        ours |= {"ls1": layer["lambda_1"], "ls2": layer["lambda_2"]}
-        layers.append(ours)
-    patches = "embeddings.patch_embeddings.projection"
-    return {
-        "class_embedding": source["embeddings.cls_token"][0, 0],
-        "position_embedding": source["embeddings.position_embeddings"][0],
-        "patch_embedding.kernel": source[f"{patches}.weight"].transpose(2, 3, 1, 0),
-        "patch_embedding.bias": source[f"{patches}.bias"],
-        **stack(layers, "layers"),
-    }
 
 
 def pair(config, seed=0):
     """The torch model and ours with the same random weights."""
-    theirs = transformers.InternVLVisionModel(torch_vision_config(config))
-    theirs = randomise(theirs, seed)
+    theirs = randomise(torch_vision(config), seed)
     ours = InternVisionModel(config, rngs=nnx.Rngs(0))
-    return theirs, load(ours, internvit_parameters(arrays(theirs.state_dict()), config))
+    return theirs, load(ours, internvit_leaves(arrays(theirs.state_dict()), config))
 
 
 def random_pixels(seed=1, tiles=2):
@@ -95,7 +64,7 @@ def test_output_and_gradients_equal_torch(qkv_bias, remat):
     )
     assert_close(result, expected, 1e-5)
     assert_close(pixel_grad, torch_pixels.grad.permute(0, 2, 3, 1), 1e-5)
-    assert_all_close(grads, internvit_parameters(gradients(theirs), config), 1e-5)
+    assert_all_close(grads, internvit_leaves(gradients(theirs), config), 1e-5)
 
 
 def test_a_list_of_layers_equals_the_stack():
@@ -140,29 +109,9 @@ def test_other_tile_sizes_are_refused():
         model(np.zeros((1, 28, 24, 3), np.float32))
 
 
-def torch_internvl(vision, hidden_size=32):
-    """A whole torch InternVL, for its projector and pixel shuffle."""
-    text = transformers.Qwen2Config(
-        vocab_size=64,
-        hidden_size=hidden_size,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=16,
-        tie_word_embeddings=False,
-    )
-    config = transformers.InternVLConfig(
-        vision_config=torch_vision_config(vision),
-        text_config=text,
-        image_token_id=3,
-        tie_word_embeddings=False,
-    )
-    return transformers.InternVLForConditionalGeneration(config)
-
-
 @pytest.fixture(scope="module")
 def internvl():
-    return randomise(torch_internvl(CONFIG), 3)
+    return randomise(torch_internvl(MODEL), 3)
 
 
 def test_pixel_shuffle_equals_torch(internvl):
@@ -185,14 +134,6 @@ def test_pixel_shuffle_refuses_what_it_cannot_fold():
         pixel_shuffle(jnp.zeros((1, 4, 4, 1)), version="v3")
 
 
-def projector_parameters(source):
-    return (
-        norm(source, "layer_norm", "norm")
-        | linear(source, "linear_1", "linear1")
-        | linear(source, "linear_2", "linear2")
-    )
-
-
 def test_projector_equals_torch(internvl):
     theirs = internvl.model.multi_modal_projector
     rng = np.random.default_rng(5)
@@ -204,8 +145,8 @@ def test_projector_equals_torch(internvl):
     (expected * torch.tensor(cotangent)).sum().backward()
 
     ours = Projector(4 * CONFIG.hidden_size, 32, rngs=nnx.Rngs(0))
-    load(ours, projector_parameters(arrays(theirs.state_dict())))
+    load(ours, projector_leaves(arrays(theirs.state_dict()), MODEL))
     result, grads, x_grad = value_and_gradients(ours, lambda model, x: model(x), x, cotangent)
     assert_close(result, expected, 1e-5)
     assert_close(x_grad, torch_x.grad, 1e-5)
-    assert_all_close(grads, projector_parameters(gradients(theirs)), 1e-5)
+    assert_all_close(grads, projector_leaves(gradients(theirs), MODEL), 1e-5)

@@ -13,11 +13,14 @@ from unibiomed_jax.models.layers import unstack_layers
 from unibiomed_jax.models.qwen2 import Qwen2
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
+from internvl_torch import qwen2_leaves  # noqa: E402
 from measured import assert_all_close, assert_close  # noqa: E402
 from module_checks import decode, load, value_and_gradients  # noqa: E402
-from torch_weights import arrays, gradients, linear, norm, randomise, stack  # noqa: E402
+from torch_weights import arrays, gradients, randomise  # noqa: E402
+
+from unibiomed_jax.conversion.oracles.language import torch_language  # noqa: E402
 
 CONFIG = LanguageConfig(
     vocab_size=67,
@@ -33,51 +36,11 @@ CONFIG = LanguageConfig(
 FAMILY = {"0.5B": (14, 2), "1.5B": (12, 2), "3B": (16, 2), "7B": (28, 4), "14B": (40, 8)}
 
 
-def torch_qwen2(config, seed=0):
-    torch_config = transformers.Qwen2Config(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        intermediate_size=config.mlp_dim,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        tie_word_embeddings=config.tie_word_embeddings,
-    )
-    return randomise(transformers.Qwen2ForCausalLM(torch_config), seed)
-
-
-def qwen2_parameters(source, config, padding):
-    """Values (weights or gradients) of Qwen2ForCausalLM by our paths, padded rows filled with `padding`."""
-    layers = []
-    for i in range(config.num_layers):
-        prefix = f"model.layers.{i}."
-        layer = {name.removeprefix(prefix): v for name, v in source.items() if name.startswith(prefix)}
-        ours = {}
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            ours |= norm(layer, name, name)
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"):
-            ours |= linear(layer, name, name)
-        for name in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
-            ours |= linear(layer, name, name)
-        layers.append(ours)
-
-    def pad(table):
-        extra = config.padded_vocab_size - config.vocab_size
-        return np.pad(table, ((0, extra), (0, 0)), constant_values=padding)
-
-    ours = {"embed_tokens": pad(source["model.embed_tokens.weight"])}
-    if not config.tie_word_embeddings:
-        ours["lm_head.kernel"] = pad(source["lm_head.weight"]).T
-    return ours | norm(source, "model.norm", "norm") | stack(layers, "layers")
-
-
 def pair(config, seed=0):
     """The torch model and ours with the same random weights; the padded rows hold values that would win."""
-    theirs = torch_qwen2(config, seed)
+    theirs = randomise(torch_language(config), seed)
     ours = Qwen2(config, rngs=nnx.Rngs(0))
-    return theirs, load(ours, qwen2_parameters(arrays(theirs.state_dict()), config, padding=1e3))
+    return theirs, load(ours, qwen2_leaves(arrays(theirs.state_dict()), config, padding=1e3))
 
 
 def random_ids(batch, tokens, seed=1):
@@ -105,7 +68,7 @@ def test_output_and_gradients_equal_torch(tied, remat):
     assert_close(ours(ours.embed(ids) + visual), expected.hidden_states[-1], 1e-5)
     assert_close(result, expected.logits, 1e-5)
     assert_close(visual_grad, torch_visual.grad, 1e-5)
-    assert_all_close(grads, qwen2_parameters(gradients(theirs), config, padding=0), 1e-5)
+    assert_all_close(grads, qwen2_leaves(gradients(theirs), config, padding=0), 1e-5)
 
 
 @pytest.mark.parametrize("size", FAMILY)

@@ -23,7 +23,8 @@ from sam2_torch import (  # noqa: E402
     our_gradients,
     our_sam2,
     random,
-    released_names,
+    sine_positions,
+    torch_memory_attention,
 )
 
 OBJECTS, GRID, DIM, MEMORY_DIM = 2, CONFIG.grid, CONFIG.d_model, CONFIG.memory_dim
@@ -37,7 +38,7 @@ def meta():
 
 @pytest.fixture(scope="module")
 def huggingface(meta):
-    return huggingface_sam2(released_names(meta.state_dict()))
+    return huggingface_sam2(meta)
 
 
 @pytest.fixture(scope="module")
@@ -85,27 +86,10 @@ def random_memory():
     )
 
 
-def torch_memory_attention(attention, image, position, frames, times, place, pointers):
-    """Meta's or transformers' module on lists of memories (N, objects, c) and pointers (objects, d)."""
-    channels = frames[0].shape[-1]
-    tokens = [chunk for pointer in pointers for chunk in pointer.unflatten(1, (-1, channels)).unbind(1)]
-    keys = torch.cat([*frames, torch.stack(tokens)])
-    positions = [place[:, None].expand_as(frame) + time for frame, time in zip(frames, times, strict=True)]
-    positions = torch.cat([*positions, torch.zeros(len(tokens), *keys.shape[1:], dtype=keys.dtype)])
-    return attention(image, keys, position, positions, len(tokens))
-
-
-def sine_positions(meta, grid=GRID):
-    """(N, 1, d_model) of the feature map and (N, memory_dim) of a memory, as Meta's modules give them."""
-    image = meta.image_encoder.neck.position_encoding(torch.zeros(1, 1, grid, grid))
-    memory = meta.memory_encoder.position_encoding(torch.zeros(1, 1, grid, grid))
-    return image.flatten(2).permute(2, 0, 1).double(), memory[0].flatten(1).T.double()
-
-
 def test_memory_attention_and_gradients_equal_torch(meta, huggingface, ours):
     image, memory = random((GRID, GRID, DIM), 7), random_memory()
     cotangent = random((OBJECTS, GRID, GRID, DIM), 8)
-    position, place = sine_positions(meta)
+    position, place = sine_positions(meta, GRID)
 
     def torch_inputs():
         frames, time, pointers = (double(x, True) for x in (memory.frames, memory.time, memory.pointers))
@@ -146,7 +130,7 @@ def test_memory_attention_and_gradients_equal_torch(meta, huggingface, ours):
 
 def torch_segment(meta, pixels, language, order):
     """The reference's loop, composed of Meta's modules: `order` holds (frame, direction), 0 = prompted."""
-    position, place = sine_positions(meta)
+    position, place = sine_positions(meta, GRID)
     times = meta.maskmem_tpos_enc.reshape(-1, MEMORY_DIM)
     prompted, tracked, answers = {}, {}, {}
     for index, direction in order:

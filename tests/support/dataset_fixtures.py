@@ -19,11 +19,16 @@ def byte_tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def qwen2(tmp_path_factory) -> Tokenizer:
+def qwen2_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("qwen2")
     (folder / "tokenizer.json").write_bytes(lzma.decompress((QWEN2 / "tokenizer.json.xz").read_bytes()))
     shutil.copy(QWEN2 / "tokenizer_config.json", folder)
-    return Tokenizer.from_folder(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def qwen2(qwen2_folder) -> Tokenizer:
+    return Tokenizer.from_folder(qwen2_folder)
 
 
 @pytest.fixture

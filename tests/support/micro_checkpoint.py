@@ -10,7 +10,7 @@ import pytest
 from places import MICRO
 from safetensors.numpy import load_file, save_file
 
-from unibiomed_jax.commands import run as command
+from unibiomed_jax import cli
 from unibiomed_jax.config.model import LanguageConfig, ModelConfig, VisionConfig
 from unibiomed_jax.config.presets import SAM2_VARIANTS
 from unibiomed_jax.conversion.reading import Tensor
@@ -83,9 +83,9 @@ def tied(config):
 
 
 def run_command(monkeypatch, module, *arguments):
-    """Run a command in this process; its exit code."""
-    monkeypatch.setattr("sys.argv", [module.__name__, *map(str, arguments)])
+    """Run the `unibiomed convert` command of a module of the conversion in this process; its exit code."""
+    name = module.__name__.rpartition(".")[2].replace("_", "-")
+    monkeypatch.setattr("sys.argv", ["unibiomed", "convert", name, *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
-        command.run(module.main)
-        raise SystemExit(0)
+        cli.main()
     return end.value.code

@@ -4,15 +4,18 @@ python tests/support/record.py
 """
 
 import functools
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
-
-sys.path.append(str(Path(__file__).parents[1] / "parity"))
-
-from recorded_modules import (  # noqa: E402
+from internvl_torch import (
+    internvit_leaves,
+    projector_leaves,
+    qwen2_leaves,
+    text_hidden_fcs_leaves,
+    torch_internvl,
+    torch_text_hidden_fcs,
+)
+from recorded_modules import (
     LANGUAGE,
     LANGUAGE_TIED,
     SAM2,
@@ -22,21 +25,22 @@ from recorded_modules import (  # noqa: E402
     rounded,
     write,
 )
-from sam2_torch import meta_sam2, our_gradients, our_values, released_names  # noqa: E402
-from test_internvit import (  # noqa: E402
-    internvit_parameters,
-    projector_parameters,
-    torch_internvl,
-    torch_vision_config,
+from sam2_torch import (
+    meta_sam2,
+    our_gradients,
+    sam2_leaves,
+    sine_positions,
+    torch_best,
+    torch_decode,
+    torch_memory_attention,
 )
-from test_qwen2 import qwen2_parameters, torch_qwen2  # noqa: E402
-from test_sam2_image import torch_best, torch_decode  # noqa: E402
-from test_sam2_memory import sine_positions, torch_memory_attention  # noqa: E402
-from torch_weights import arrays, gradients, linear, set_weights  # noqa: E402
-from transformers import InternVLVisionModel  # noqa: E402
+from torch_weights import arrays, gradients, set_weights
 
-from unibiomed_jax.models.sam2 import ImageFeatures  # noqa: E402
+from unibiomed_jax.config.model import ModelConfig
+from unibiomed_jax.conversion.oracles.language import torch_language, torch_vision
+from unibiomed_jax.models.sam2 import ImageFeatures
 
+MODEL = ModelConfig(VISION, LANGUAGE, SAM2)
 GRID, DIM, MEMORY_DIM = SAM2.grid, SAM2.d_model, SAM2.memory_dim
 MATRIX = "sam_prompt_encoder.positional_encoding_gaussian_matrix"
 
@@ -83,52 +87,45 @@ def record(rng, run, inputs, weights, weight_gradients, constants=()):
 
 def internvit(config):
     rng = np.random.default_rng(0)
-    theirs = with_noise(InternVLVisionModel(torch_vision_config(config)), rng)
+    theirs = with_noise(torch_vision(config), rng)
     return record(
         rng,
         lambda pixels: {"hidden": theirs(pixels.movedim(-1, 1)).last_hidden_state},
         {"pixels": noise(rng, 2, config.image_size, config.image_size, 3)},
-        internvit_parameters(arrays(theirs.state_dict()), config),
-        lambda: internvit_parameters(gradients(theirs), config),
+        internvit_leaves(arrays(theirs.state_dict()), config),
+        lambda: internvit_leaves(gradients(theirs), config),
     )
 
 
 def projector():
     rng = np.random.default_rng(1)
-    model = torch_internvl(VISION, LANGUAGE.hidden_size).model
+    model = torch_internvl(MODEL).model
     theirs = with_noise(model.multi_modal_projector, rng)
     return record(
         rng,
         lambda patches: {"tokens": theirs(model.pixel_shuffle(patches, 0.5))},
         # Small, so that the epsilon of the norm shows.
         {"patches": noise(rng, 2, VISION.grid, VISION.grid, VISION.hidden_size) / 16},
-        projector_parameters(arrays(theirs.state_dict())),
-        lambda: projector_parameters(gradients(theirs)),
+        projector_leaves(arrays(theirs.state_dict()), MODEL),
+        lambda: projector_leaves(gradients(theirs), MODEL),
     )
 
 
 def text_hidden_fcs():
     rng = np.random.default_rng(2)
-    width = LANGUAGE.hidden_size
-    theirs = with_noise(
-        torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU(), torch.nn.Linear(width, DIM)), rng
-    )
-
-    def parameters(source):
-        return linear(source, "0", "linear1") | linear(source, "2", "linear2")
-
+    theirs = with_noise(torch_text_hidden_fcs(MODEL), rng)
     return record(
         rng,
         lambda hidden: {"prompts": theirs(hidden)},
-        {"hidden": noise(rng, 3, width)},
-        parameters(arrays(theirs.state_dict())),
-        lambda: parameters(gradients(theirs)),
+        {"hidden": noise(rng, 3, LANGUAGE.hidden_size)},
+        text_hidden_fcs_leaves(arrays(theirs.state_dict()), MODEL),
+        lambda: text_hidden_fcs_leaves(gradients(theirs), MODEL),
     )
 
 
 def qwen2(config):
     rng = np.random.default_rng(3)
-    theirs = with_noise(torch_qwen2(config), rng)
+    theirs = with_noise(torch_language(config), rng)
 
     def run(ids, visual):
         embeds = theirs.model.embed_tokens(ids) + visual
@@ -143,8 +140,8 @@ def qwen2(config):
             "visual": noise(rng, 3, 12, config.hidden_size),
         },
         # The padded rows hold values that would win.
-        qwen2_parameters(arrays(theirs.state_dict()), config, padding=1e3),
-        lambda: qwen2_parameters(gradients(theirs), config, padding=0),
+        qwen2_leaves(arrays(theirs.state_dict()), config, padding=1e3),
+        lambda: qwen2_leaves(gradients(theirs), config, padding=0),
     )
 
 
@@ -154,7 +151,7 @@ def sam2(rng):
     pe_layer = meta.sam_prompt_encoder.pe_layer.float()  # its grid is float32
     matrix = pe_layer.positional_encoding_gaussian_matrix
     matrix.copy_(torch.tensor(noise(rng, *matrix.shape)))
-    return meta, our_values(arrays(released_names(meta.state_dict())), SAM2)
+    return meta, sam2_leaves(arrays(meta.state_dict()), SAM2)
 
 
 def image_encoder():

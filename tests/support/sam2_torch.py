@@ -1,7 +1,5 @@
 """SAM2 in torch, twice: Meta's `sam2` package and transformers, small and with the same random weights."""
 
-import re
-
 import jax
 import numpy as np
 import pytest
@@ -9,13 +7,15 @@ from flax import nnx
 
 from unibiomed_jax.config.model import HieraConfig, Sam2Config
 from unibiomed_jax.config.precision import Precision
+from unibiomed_jax.conversion.sources import release_name
 from unibiomed_jax.conversion.tables.sam2 import PREFIX, rows
 from unibiomed_jax.models.sam2 import Sam2
 
 torch = pytest.importorskip("torch")
 
+from micro_checkpoint import lazy  # noqa: E402
 from module_checks import load  # noqa: E402
-from torch_weights import arrays, gradients, randomise  # noqa: E402
+from torch_weights import arrays, gradients, leaves, randomise  # noqa: E402
 
 # At 96 pixels the grids are 24, 12, 6 and 3: the windows of the two coarse stages need padding.
 CONFIG = Sam2Config(
@@ -105,29 +105,22 @@ def meta_sam2(config=CONFIG, seed=0):
         use_multimask_token_for_obj_ptr=True,
     )
     model = randomise(model, seed).double()
-    model.sam_prompt_encoder.pe_layer.float()  # its grid is float32
+    pe_layer = model.sam_prompt_encoder.pe_layer.float()  # its grid is float32
+    # A buffer, which torch draws anew in every process.
+    matrix = pe_layer.positional_encoding_gaussian_matrix
+    matrix.copy_(torch.randn(matrix.shape, generator=torch.Generator().manual_seed(seed)))
     return model
 
 
-def released_names(tensors):
-    """A state dict (or gradients) of Meta's model under the names of a released checkpoint."""
-    return {name.replace(".gamma", ".g_weight"): tensor for name, tensor in tensors.items()}
-
-
-def our_values(values, config=CONFIG):
-    """Values under released names as ours: dotted path of `Sam2` to array."""
-    ours = {}
-    for row in rows(config):
-        parts = [row.layout.forward(values[name.removeprefix(PREFIX)]) for name in row.names]
-        ours[row.path.removeprefix("sam2.")] = np.stack(parts) if row.stack is not None else parts[0]
-    return ours
+def sam2_leaves(values, config=CONFIG):
+    """Values (weights or gradients) of Meta's model as those of `Sam2`."""
+    return leaves(rows(config), lazy({PREFIX + release_name(name): value for name, value in values.items()}))
 
 
 def our_sam2(model, config=CONFIG, precision=None):
     """`Sam2` with the weights of Meta's model."""
-    values = arrays(released_names(model.state_dict()))
     ours = nnx.eval_shape(lambda: Sam2(config, precision or Precision(), rngs=nnx.Rngs(0)))
-    return load(ours, our_values(values, config))
+    return load(ours, sam2_leaves(arrays(model.state_dict()), config))
 
 
 def compiled(model, call):
@@ -139,116 +132,66 @@ def compiled(model, call):
 
 def our_gradients(model, config=CONFIG):
     """The gradients of Meta's model as ours; the Gaussian matrix is a buffer there and has none."""
-    grads = released_names(gradients(model))
     matrix = "sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
-    grads[matrix] = np.zeros((2, config.d_model // 2), np.float32)
-    return our_values(grads, config)
+    return sam2_leaves(gradients(model) | {matrix: np.zeros((2, config.d_model // 2), np.float32)}, config)
 
 
-def huggingface_sam2(state, config=CONFIG):
-    """transformers' model with weights under released names, set to the mathematics of SAM 2.0."""
-    transformers = pytest.importorskip("transformers")
-    hiera, dim, grid = config.hiera, config.d_model, config.grid
-    vision = dict(
-        backbone_config=dict(
-            model_type="sam2_hiera_det_model",
-            hidden_size=hiera.embed_dim,
-            num_attention_heads=hiera.num_heads,
-            image_size=[config.image_size] * 2,
-            window_positional_embedding_background_size=list(hiera.position_grid),
-            blocks_per_stage=list(hiera.stages),
-            embed_dim_per_stage=list(hiera.stage_dims),
-            num_attention_heads_per_stage=[hiera.num_heads * 2**i for i in range(4)],
-            window_size_per_stage=list(hiera.window_spec),
-            global_attention_blocks=list(hiera.global_attention_blocks),
-        ),
-        backbone_channel_list=list(reversed(hiera.stage_dims)),
-        backbone_feature_sizes=[[grid * scale] * 2 for scale in (4, 2, 1)],
-        fpn_hidden_size=dim,
-    )
-    model = transformers.Sam2VideoModel(
-        transformers.Sam2VideoConfig(
-            vision_config=dict(model_type="sam2_vision_model", **vision),
-            prompt_encoder_config=dict(hidden_size=dim, image_size=config.image_size),
-            mask_decoder_config=dict(
-                hidden_size=dim,
-                mlp_dim=config.decoder_mlp_dim,
-                num_attention_heads=config.decoder_heads,
-                iou_head_hidden_dim=dim,
-            ),
-            image_size=config.image_size,
-            enable_occlusion_spatial_embedding=False,
-            enable_temporal_pos_encoding_for_object_pointers=False,
-            memory_attention_hidden_size=dim,
-            memory_attention_num_layers=config.memory_layers,
-            memory_attention_feed_forward_hidden_size=config.memory_mlp_dim,
-            memory_attention_rope_feat_sizes=[grid, grid],
-            memory_encoder_hidden_size=dim,
-            memory_encoder_output_channels=config.memory_dim,
-            mask_downsampler_embed_dim=dim,
-            memory_fuser_embed_dim=dim,
-            memory_fuser_intermediate_dim=4 * dim,
+def huggingface_sam2(model, config=CONFIG):
+    """transformers' model with the weights of Meta's."""
+    pytest.importorskip("transformers")
+    from unibiomed_jax.conversion.oracles.sam2 import torch_sam2
+
+    return torch_sam2(config, {release_name(name): x for name, x in model.state_dict().items()}).double()
+
+
+def torch_sparse_prompt(model, language):
+    """What the reference feeds: one dummy point, padded by a second one, then the language vector."""
+    points = torch.zeros(len(language), 1, 2), -torch.ones(len(language), 1, dtype=torch.int32)
+    sparse, dense = model.sam_prompt_encoder(points=points, boxes=None, masks=None)
+    return torch.cat([sparse, language[:, None]], 1), dense
+
+
+def torch_decode(model, features, language):
+    """Meta's decoder, one image after the other."""
+    outputs = []
+    for i, vectors in enumerate(language):
+        sparse, dense = torch_sparse_prompt(model, vectors)
+        outputs.append(
+            model.sam_mask_decoder(
+                image_embeddings=features.image[i : i + 1] + model.no_mem_embed.reshape(1, -1, 1, 1),
+                image_pe=model.sam_prompt_encoder.get_dense_pe(),
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense,
+                multimask_output=True,
+                repeat_image=True,
+                high_res_features=[features.s0[i : i + 1], features.s1[i : i + 1]],
+            )
         )
-    )
-    for layer in model.memory_attention.layers:  # transformers fixes the memory's channels to 64
-        for name in ("k_proj", "v_proj"):
-            setattr(layer.cross_attn_image, name, torch.nn.Linear(config.memory_dim, dim))
-    renamed = {huggingface_name(name): tensor for name, tensor in state.items()}
-    points = [renamed.pop(f"prompt_encoder.point_embed.{i}.weight") for i in range(4)]
-    renamed["prompt_encoder.point_embed.weight"] = torch.cat(points)
-    matrix = "positional_embedding"
-    renamed[f"shared_image_embedding.{matrix}"] = renamed[f"prompt_encoder.shared_embedding.{matrix}"]
-    model.load_state_dict(renamed, strict=True)
-    return model.eval().double()
+    return [torch.stack(x) for x in zip(*outputs, strict=True)]
 
 
-def huggingface_name(name):
-    """The released name of a SAM2 tensor as transformers calls it."""
-    for pattern, replacement in HUGGINGFACE_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+def torch_best(ious, values):
+    """The entry of the highest predicted IoU."""
+    best = ious.argmax(-1)
+    images, objects = (torch.arange(count) for count in best.shape)
+    return values[images[:, None], objects[None], best]
 
 
-HUGGINGFACE_NAMES = (
-    (r"\.mlp\.layers\.0\.", ".mlp.proj_in."),
-    (r"\.mlp\.layers\.1\.", ".mlp.proj_out."),
-    (r"(mlps\.\d|head|obj_ptr_proj)\.layers\.0\.", r"\1.proj_in."),
-    (r"(mlps\.\d|head|obj_ptr_proj)\.layers\.1\.", r"\1.layers.0."),
-    (r"(mlps\.\d|head|obj_ptr_proj)\.layers\.2\.", r"\1.proj_out."),
-    (r"^image_encoder\.trunk\.patch_embed\.proj", "vision_encoder.backbone.patch_embed.projection"),
-    (r"^image_encoder\.trunk", "vision_encoder.backbone"),
-    (r"^image_encoder\.neck\.convs\.(\d)\.conv", r"vision_encoder.neck.convs.\1"),
-    (r"^sam_prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix",
-     "prompt_encoder.shared_embedding.positional_embedding"),
-    (r"point_embeddings", "point_embed"),
-    (r"mask_downscaling\.0", "mask_embed.conv1"),
-    (r"mask_downscaling\.1", "mask_embed.layer_norm1"),
-    (r"mask_downscaling\.3", "mask_embed.conv2"),
-    (r"mask_downscaling\.4", "mask_embed.layer_norm2"),
-    (r"mask_downscaling\.6", "mask_embed.conv3"),
-    (r"^sam_(prompt_encoder|mask_decoder)", r"\1"),
-    (r"output_upscaling\.0", "upscale_conv1"),
-    (r"output_upscaling\.1", "upscale_layer_norm"),
-    (r"output_upscaling\.3", "upscale_conv2"),
-    (r"norm_final_attn", "layer_norm_final_attn"),
-    (r"mask_downsampler\.encoder\.12\.", "mask_downsampler.final_conv."),
-    *((rf"mask_downsampler\.encoder\.{3 * k}\.", f"mask_downsampler.layers.{k}.conv.") for k in range(4)),
-    *((rf"mask_downsampler\.encoder\.{3 * k + 1}\.", f"mask_downsampler.layers.{k}.layer_norm.")
-      for k in range(4)),
-    (r"pix_feat_proj", "feature_projection"),
-    (r"^memory_encoder\.out_proj", "memory_encoder.projection"),
-    (r"fuser\.", "memory_fuser."),
-    (r"dwconv", "depthwise_conv"),
-    (r"pwconv", "pointwise_conv"),
-    (r"g_weight", "scale"),
-    (r"(attn|_token|_image)\.out_proj", r"\1.o_proj"),
-    (r"\.norm(\d?)\.", r".layer_norm\1."),
-    (r"^obj_ptr_proj", "object_pointer_proj"),
-    (r"^maskmem_tpos_enc", "memory_temporal_positional_encoding"),
-    (r"^no_mem_embed", "no_memory_embedding"),
-    (r"^no_mem_pos_enc", "no_memory_positional_encoding"),
-    (r"^no_obj_ptr", "no_object_pointer"),
-)  # fmt: skip
+def torch_memory_attention(attention, image, position, frames, times, place, pointers):
+    """Meta's or transformers' module on lists of memories (N, objects, c) and pointers (objects, d)."""
+    channels = frames[0].shape[-1]
+    tokens = [chunk for pointer in pointers for chunk in pointer.unflatten(1, (-1, channels)).unbind(1)]
+    keys = torch.cat([*frames, torch.stack(tokens)])
+    positions = [place[:, None].expand_as(frame) + time for frame, time in zip(frames, times, strict=True)]
+    positions = torch.cat([*positions, torch.zeros(len(tokens), *keys.shape[1:], dtype=keys.dtype)])
+    return attention(image, keys, position, positions, len(tokens))
+
+
+def sine_positions(meta, grid):
+    """(N, 1, d_model) of the feature map and (N, memory_dim) of a memory, as Meta's modules give them."""
+    image = meta.image_encoder.neck.position_encoding(torch.zeros(1, 1, grid, grid))
+    memory = meta.memory_encoder.position_encoding(torch.zeros(1, 1, grid, grid))
+    return image.flatten(2).permute(2, 0, 1).double(), memory[0].flatten(1).T.double()
 
 
 def nchw(x, requires_grad=False):

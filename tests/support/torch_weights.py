@@ -1,56 +1,52 @@
-"""Random weights of torch modules, and their values under our names: what all parity tests share."""
+"""Random weights of torch modules, and their values as our leaves by way of the conversion tables."""
 
 import numpy as np
 import torch
 
-
-def arrays(tensors, prefix=""):
-    """Tensors of a state dict (or gradients) below `prefix`, as float32 numpy arrays without the prefix."""
-    return {
-        name.removeprefix(prefix): tensor.detach().float().numpy()
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
+from unibiomed_jax.conversion.assemble import build_leaf, check_complete
 
 
-def gradients(module, prefix=""):
+def arrays(tensors):
+    """Tensors of a state dict (or gradients) as float32 numpy arrays."""
+    return {name: tensor.detach().float().numpy() for name, tensor in tensors.items()}
+
+
+def gradients(module):
     """The gradient of every parameter of a torch module, by name; a parameter without one counts as zero."""
     return arrays(
         {
             name: parameter.grad if parameter.grad is not None else parameter.detach() * 0
             for name, parameter in module.named_parameters()
-        },
-        prefix,
+        }
     )
 
 
-def linear(source, name, target):
-    """torch.nn.Linear `name` of `source` as the parameters of our Linear `target`."""
-    ours = {f"{target}.kernel": source[f"{name}.weight"].T}
-    if f"{name}.bias" in source:
-        ours[f"{target}.bias"] = source[f"{name}.bias"]
-    return ours
+def released(values, names):
+    """Values of a torch module under released names.
+
+    `names` tells what the module calls each released tensor: several names where it cuts it along its first
+    axis.
+    """
+    values = dict(values)
+    result = {name: np.concatenate([values.pop(part) for part in parts]) for name, parts in names.items()}
+    assert not values, f"no released tensor holds {sorted(values)}"
+    return result
 
 
-def conv(source, name, target):
-    """torch.nn.Conv2d (OIHW) as our Conv2d (HWIO)."""
-    return {
-        f"{target}.kernel": source[f"{name}.weight"].transpose(2, 3, 1, 0),
-        f"{target}.bias": source[f"{name}.bias"],
-    }
+def leaves(rows, tensors, padding=0.0):
+    """Tensors (weights or gradients) under released names as our leaves, by their path below the part.
 
-
-def norm(source, name, target):
-    """torch.nn.LayerNorm (or an RMS norm without bias) as our norm."""
-    ours = {f"{target}.scale": source[f"{name}.weight"]}
-    if f"{name}.bias" in source:
-        ours[f"{target}.bias"] = source[f"{name}.bias"]
-    return ours
-
-
-def stack(layers, target):
-    """Equal layers as one stack with a leading layer axis."""
-    return {f"{target}.{path}": np.stack([layer[path] for layer in layers]) for path in layers[0]}
+    As in a conversion nothing may be missing, left over or of another shape. Where a conversion pads a
+    vocabulary with zeros, `padding` stands.
+    """
+    check_complete(rows, tensors, "The torch module")
+    result = {}
+    for row in rows:
+        leaf = build_leaf(row, tensors)
+        if row.padded:
+            row.padding(leaf)[...] += padding
+        result[row.path.partition(".")[2]] = leaf
+    return result
 
 
 def randomise(module, seed):

@@ -14,7 +14,7 @@ from unibiomed_jax.parameters import flatten, merge, merge_adapters, partition, 
 from unibiomed_jax.training import lora
 from unibiomed_jax.training.config import FreezeConfig
 from unibiomed_jax.training.export import export_model
-from unibiomed_jax.training.forward import predict
+from unibiomed_jax.training.forward import answer_batch
 from unibiomed_jax.training.initialise import build_model, random_parameters
 from unibiomed_jax.training.step import init_state
 
@@ -48,7 +48,7 @@ def test_merged_adapters_of_any_linear_layer_leave_the_answers():
 
     def answers(config, table):
         graphdef, _ = split(build_model(config))
-        found = jax.jit(lambda: predict(merge(graphdef, table), batch, IDS, token_chunk=8))()
+        found = jax.jit(lambda: answer_batch(merge(graphdef, table), batch, IDS, token_chunk=8))()
         return np.asarray(found.answers.cross_entropy), np.asarray(found.masks)
 
     for apart, together, bare in zip(

@@ -9,7 +9,6 @@ from small import STEP
 
 from unibiomed_jax import checkpoint
 from unibiomed_jax.config.model import ModelConfig, require_fitting
-from unibiomed_jax.config.precision import Precision
 from unibiomed_jax.config.presets import MODELS, SAM2_VARIANTS
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.parameters import flatten, matches, merge, partition
@@ -115,20 +114,12 @@ def test_a_model_of_tied_words_is_trained_by_the_default_patterns_or_whole(lora,
     assert bool(frozen) == (freeze == FreezeConfig())
 
 
-def test_a_precision_of_the_model_alone_is_refused():
-    bfloat16 = Precision(language="bfloat16")
-    model = dataclasses.replace(ModelConfig(), precision=bfloat16)
-    with pytest.raises(InputError, match=r"--model\.precision\.language=bfloat16 .* --precision\.language "):
-        resolve_model(TrainConfig(model=model))
-    assert resolve_model(TrainConfig(model=model, precision=bfloat16)).model == model
-
-
 @pytest.mark.parametrize("contents", ["checkpoints/00000002/manifest.json", "config.json", "log.jsonl"])
 def test_a_folder_of_something_else_is_no_start(tmp_path, contents):
     """The folder of a run, or of a release."""
     (tmp_path / contents).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / contents).write_text("{}")
-    with pytest.raises(InputError, match=r"is no converted checkpoint; .*from_torch.*RUN/model"):
+    with pytest.raises(InputError, match=r"is no converted checkpoint; .*convert from-torch`.*RUN/model"):
         resolve_model(TrainConfig(initial=str(tmp_path)))
 
 

@@ -1,25 +1,22 @@
 """Speed as the log reports it, with a clock, a peak and an amount of work that are known."""
 
-import importlib.util
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from places import ROOT
 from small import STEP, random_batch
 
+from unibiomed_jax.training import meter as module
+from unibiomed_jax.training.meter import Meter
 
-@pytest.fixture
-def train(monkeypatch):
-    """train.py, whose clock shows 10 s at the start, 14 s at the first report and 15 s at the second."""
-    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    """The clock shows 10 s at the start, 14 s at the first report and 15 s at the second."""
     clock = iter((10.0, 14.0, 14.0, 15.0, 15.0))
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr(module.flops, "peak_flops", lambda device: 5e9)
     monkeypatch.setattr(module.flops, "step_flops", lambda work, trainable: 3e9 * len(trainable))
-    return module
 
 
 def batch():
@@ -31,8 +28,8 @@ def batch():
     return SimpleNamespace(arrays=arrays, names=("volume", "image", "text", ""))
 
 
-def test_the_share_of_the_peak_is_work_by_time_by_devices(train):
-    meter = train.Meter(STEP, ["mlp1.kernel", "sam2.kernel"], devices=2)
+def test_the_share_of_the_peak_is_work_by_time_by_devices():
+    meter = Meter(STEP, ["mlp1.kernel", "sam2.kernel"], devices=2)
     meter.add([batch()])
     meter.add([batch()])
     assert meter.rates() == {
@@ -44,8 +41,8 @@ def test_the_share_of_the_peak_is_work_by_time_by_devices(train):
     assert set(meter.rates().values()) == {0}, "a report starts from nothing"
 
 
-def test_without_a_known_peak_there_is_no_share_of_it(train, monkeypatch):
-    monkeypatch.setattr(train.flops, "peak_flops", lambda device: None)
-    meter = train.Meter(STEP, ["mlp1.kernel"], devices=1)
+def test_without_a_known_peak_there_is_no_share_of_it(monkeypatch):
+    monkeypatch.setattr(module.flops, "peak_flops", lambda device: None)
+    meter = Meter(STEP, ["mlp1.kernel"], devices=1)
     meter.add([batch()])
     assert set(meter.rates()) == {"images_per_second", "tokens_per_second", "teraflops"}

@@ -13,7 +13,7 @@ from unibiomed_jax.conversion.sources import released
 from unibiomed_jax.models.unibiomed import UniBiomedModel
 from unibiomed_jax.parameters import merge, split
 from unibiomed_jax.training.config import LossConfig
-from unibiomed_jax.training.forward import TokenIds, count_targets, loss_sums, mean_losses, predict
+from unibiomed_jax.training.forward import TokenIds, answer_batch, count_targets, loss_sums, mean_losses
 
 MICRO = GOLDEN / "micro"
 IDS = TokenIds(image=280, seg=287)
@@ -68,7 +68,7 @@ def result(golden):
     @jax.jit
     def run(parameters, batch):
         def loss(parameters):
-            prediction = predict(merge(graphdef, parameters), batch, IDS, token_chunk=64)
+            prediction = answer_batch(merge(graphdef, parameters), batch, IDS, token_chunk=64)
             sums = loss_sums(prediction, batch, FIVE_COPIES, jax.random.key(0), points)
             losses = mean_losses(sums, count_targets(batch, IDS, FIVE_COPIES), FIVE_COPIES)
             return losses["loss"], (losses, prediction.masks)

@@ -9,7 +9,6 @@ from small import IDS, STEP, build, random_batch
 
 from unibiomed_jax.config.precision import BFLOAT16
 from unibiomed_jax.parameters import split
-from unibiomed_jax.sharding import layout as sharding
 from unibiomed_jax.sharding.layout import Layout
 from unibiomed_jax.training import forward
 from unibiomed_jax.training import step as step_module
@@ -17,17 +16,9 @@ from unibiomed_jax.training.config import FreezeConfig, RematConfig
 from unibiomed_jax.training.forward import LossCounts
 from unibiomed_jax.training.initialise import structure
 from unibiomed_jax.training.start import starting_parameters
-from unibiomed_jax.training.step import (
-    TrainStep,
-    empty_sums,
-    gradients,
-    init_state,
-    place,
-    place_batch,
-)
+from unibiomed_jax.training.step import TrainStep, empty_sums, gradients, init_state
 
-STRATEGY = sharding.DATA_PARALLEL
-MESH = Layout.over(jax.devices()[:1])
+LAYOUT = Layout.over(jax.devices()[:1])
 CONFIG = dataclasses.replace(
     STEP,
     lora=dataclasses.replace(STEP.lora, dropout=0.0),
@@ -44,11 +35,11 @@ def fixed_points(logits, key, **_):
 def built():
     """The compiled step and its start, without anything random, so that batches can be compared."""
     graphdef, state, frozen = build(CONFIG)
-    state, frozen = jax.device_get(state), place(frozen, STRATEGY, MESH)
-    compiled = TrainStep(graphdef, CONFIG, IDS, MESH, STRATEGY)
+    state, frozen = jax.device_get(state), LAYOUT.place(frozen)
+    compiled = TrainStep(graphdef, CONFIG, IDS, LAYOUT)
 
     def step(state, *batches):
-        return compiled(state, frozen, [place_batch(batch, STRATEGY, MESH) for batch in batches])
+        return compiled(state, frozen, [LAYOUT.place_batch(batch) for batch in batches])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forward, "choose_points", fixed_points)
@@ -57,7 +48,7 @@ def built():
 
 def on_device(state):
     """A copy that a step may use up."""
-    return place(jax.tree.map(jnp.array, state), STRATEGY, MESH)
+    return LAYOUT.place(jax.tree.map(jnp.array, state))
 
 
 def test_the_loss_falls_on_a_batch_seen_again_and_again(built):
@@ -81,8 +72,8 @@ def test_the_old_state_is_given_up(built):
 
 def update_of(config, state, frozen):
     """State and metrics after one update under another configuration of the same model."""
-    step = TrainStep(structure(config)[0], config, IDS, MESH, STRATEGY)
-    return step(on_device(state), frozen, [place_batch(random_batch(0), STRATEGY, MESH)])
+    step = TrainStep(structure(config)[0], config, IDS, LAYOUT)
+    return step(on_device(state), frozen, [LAYOUT.place_batch(random_batch(0))])
 
 
 def test_what_is_computed_again_gives_the_same_gradients(built):
@@ -97,9 +88,8 @@ def test_what_is_computed_again_gives_the_same_gradients(built):
 
 def test_bfloat16_computes_near_float32_and_keeps_float32_masters(built):
     step, state, _ = built
-    model = dataclasses.replace(CONFIG.model, precision=BFLOAT16)
-    config = dataclasses.replace(CONFIG, model=model, precision=BFLOAT16)
-    trainable, frozen = starting_parameters(config, MESH, STRATEGY)
+    config = dataclasses.replace(CONFIG, precision=BFLOAT16)
+    trainable, frozen = starting_parameters(config, LAYOUT)
     assert {value.dtype for value in trainable.values()} == {jnp.dtype("float32")}
     assert {value.dtype for value in frozen.values()} == {jnp.dtype("bfloat16")}
 
@@ -219,7 +209,7 @@ def test_batches_without_masks_train_the_language_alone(built):
 
 def test_dropout_and_points_are_new_for_every_update_and_batch(monkeypatch):
     seen = []
-    monkeypatch.setattr(step_module, "predict", lambda *_, dropout_key, **__: seen.append(dropout_key))
+    monkeypatch.setattr(step_module, "answer_batch", lambda *_, dropout_key, **__: seen.append(dropout_key))
     monkeypatch.setattr(
         step_module, "loss_sums", lambda *arguments: seen.append(arguments[-1]) or empty_sums()
     )

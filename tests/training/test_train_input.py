@@ -1,10 +1,10 @@
 """What train.py refuses, in one sentence before the first step."""
 
 import dataclasses
-import importlib.util
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,24 +17,31 @@ from places import MICRO_RUN, ROOT
 from small import STEP
 from small_datasets import coco_table, save_picture, save_square, write_table
 
+import train
 from unibiomed_jax.data.augment import AugmentConfig
 from unibiomed_jax.data.pipeline import Batch
 from unibiomed_jax.data.plan import Shape
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.training.config import CheckpointConfig
-from unibiomed_jax.training.experiment import load_experiment
+from unibiomed_jax.inputs.tokenizer import Tokenizer
+from unibiomed_jax.sharding.layout import Layout
+from unibiomed_jax.sharding.strategies import DATA_PARALLEL
+from unibiomed_jax.training.config import Acts, CheckpointConfig
+from unibiomed_jax.training.experiment import load_command, load_experiment
+from unibiomed_jax.training.footprint import heaviest
 from unibiomed_jax.training.log import RunLog
 from unibiomed_jax.training.snapshot import Checkpointer
+from unibiomed_jax.training.start import open_data
 
 CONFIG = MICRO_RUN
 
 
-@pytest.fixture(scope="module")
-def train():
-    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(autouse=True)
+def handlers():
+    """A run sets its own handlers of signals; the tests have theirs."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -51,7 +58,7 @@ def data(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def refuses(train, data, tmp_path, monkeypatch):
+def refuses(data, tmp_path, monkeypatch):
     """`refuses(pattern, *options)`: the run ends with this one sentence."""
 
     def check(pattern, *options):
@@ -98,7 +105,10 @@ def test_the_command_says_it_in_one_line_and_exits_with_2(data, monkeypatch):
         ("batch_size=0", "--data.batch-size=0"),
         (r"--optim\.accumulate=0 is impossible", "--optim.accumulate=0"),
         (r"--log\.every=-1 is impossible", "--log.every=-1"),
-        (r"--data\.sample\.max_tiles=6 .* model's max_tiles decides .*1\)", "--data.sample.max-tiles=6"),
+        (
+            r"no field 'data\.sample\.max_tiles'; the nearest is --data\.sample\.max_tokens\.",
+            "--data.sample.max-tiles=6",
+        ),
         (r"'bf16'.*--export-dtype.*'float32', 'bfloat16'", "--export-dtype=bf16"),
         (r"'bf16'.*--freeze\.frozen-dtype.*'float32', 'bfloat16'", "--freeze.frozen-dtype=bf16"),
         (r"'Full'.*--remat\.language.*'none', 'full', 'dots'", "--remat.language=Full"),
@@ -124,13 +134,13 @@ def test_the_command_says_it_in_one_line_and_exits_with_2(data, monkeypatch):
         (r"--log\.validate_every=-1 is impossible", "--log.validate-every=-1"),
         (r"--log\.validate_batches=0 is impossible; give 1 or more", "--log.validate-batches=0"),
         (r"--seed=-1 is impossible; give 0 to 4294967295", "--seed=-1"),
-        (r"--data\.training=False would end .* after one epoch; .*`validation`", "--data.no-training"),
+        (r"no field 'data\.no_training'; the nearest is --data\.", "--data.no-training"),
         (
-            r"--model\.precision\.vision=bfloat16 would have no effect; set --precision\.vision instead",
+            r"no field 'model\.precision\.vision'; the nearest is --precision\.vision\.",
             "--model.precision.vision=bfloat16",
         ),
         (
-            r"nowhere is no converted checkpoint; .*`python -m convert\.from_torch`, .* RUN/model",
+            r"nowhere is no converted checkpoint; .*`unibiomed convert from-torch`, .* RUN/model",
             "--initial=nowhere",
         ),
         (
@@ -144,15 +154,15 @@ def test_a_configuration_that_cannot_be_meant(refuses, pattern, option):
     refuses(pattern, option)
 
 
-def test_nothing_changes_at_random_in_validation(train, data):
+def test_nothing_changes_at_random_in_validation(data):
     config = load_experiment(str(CONFIG))
-    tokenizer = train.Tokenizer.from_folder(config.tokenizer)
+    tokenizer = Tokenizer.from_folder(config.tokenizer)
 
     def pixels(training, changes=None):
         datasets = tuple(dataclasses.replace(item, augment=changes) for item in config.validation)
         both = {"data": dataclasses.replace(config.data, datasets=datasets), "validation": datasets}
         changed = dataclasses.replace(config, **both)
-        return train.open_data(changed, tokenizer, training=training).read(0).arrays["sam_pixels"]
+        return open_data(changed, tokenizer, training=training).read(0).arrays["sam_pixels"]
 
     changes = AugmentConfig(rotation=90)
     assert (pixels(True, changes) != pixels(True)).any()
@@ -160,8 +170,8 @@ def test_nothing_changes_at_random_in_validation(train, data):
 
 
 FILE_BEGINS = """
-from unibiomed_jax.data import DatasetConfig, Kind
-from unibiomed_jax.data.pipeline import PipelineConfig
+from unibiomed_jax.data.records import Kind
+from unibiomed_jax.data.transforms import SampleConfig
 from unibiomed_jax.training.config import *
 """
 
@@ -203,6 +213,16 @@ from unibiomed_jax.training.config import *
             "seed=__import__('nonsense')",
             r"wrong\.py, line 5 cannot be used \(ModuleNotFoundError: .*nonsense",
         ),
+        ("model=ModelConfig(precision=Precision())", r"'precision' in ModelConfig \(.*wrong\.py, line 5\): "),
+        (
+            "data=PipelineConfig((), training=False)",
+            r"'training' in PipelineConfig \(.*wrong\.py, line 5\): ",
+        ),
+        (
+            "data=PipelineConfig((), sample=SampleConfig(max_tiles=6))",
+            r"'max_tiles' in SampleConfig .*did you mean 'max_tokens'",
+        ),
+        ("dry_run=True", r"'dry_run' in TrainConfig \(.*wrong\.py, line 5\): "),
         ("data=PipelineConfig((), workers=-1)", r"^workers=-1 is impossible; give 0 or more\.$"),
     ],
 )
@@ -223,9 +243,29 @@ def test_a_mistake_in_the_file_that_another_one_builds_on(tmp_path):
 
 def test_a_mistake_in_a_file_of_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("here.py").write_text("from unibiomed_jax.data import BucketConfig\n\nBucketConfig(tiles=5)\n")
+    Path("here.py").write_text("from unibiomed_jax.data.plan import BucketConfig\n\nBucketConfig(tiles=5)\n")
     with pytest.raises(InputError, match=r"^here\.py, line 3 cannot be used \(TypeError"):
         load_experiment("here.py")
+
+
+@pytest.mark.parametrize(
+    "options, acts",
+    [
+        ((), Acts()),
+        (("--dry-run",), Acts(dry_run=True)),
+        (("--profile", "--no-dry-run"), Acts(profile=True)),
+        (("--export=best",), Acts(export="best")),
+    ],
+)
+def test_what_to_do_is_no_part_of_the_experiment(data, options, acts):
+    config, found = load_command(str(CONFIG), ["--optim.steps=7", *options])
+    assert found == acts
+    assert config == load_experiment(str(CONFIG), ["--optim.steps=7"]) and config.optim.steps == 7
+
+
+def test_an_unknown_act_is_named_with_the_nearest(data):
+    with pytest.raises(InputError, match=r"no field 'dry_runn'; the nearest is --dry_run\."):
+        load_command(str(CONFIG), ["--dry-runn"])
 
 
 def test_a_whole_number_is_a_float_too(tmp_path):
@@ -244,8 +284,9 @@ def test_help_does_not_need_the_data(monkeypatch, tmp_path, capsys):
     assert ended.value.code == 0 and "--optim.lr" in shown and "data/mine does not exist" in shown
 
 
-def test_a_batch_that_the_devices_cannot_share(refuses, train, monkeypatch):
-    monkeypatch.setattr(train.sharding, "make_mesh", lambda: AbstractMesh((8,), ("data",)))
+def test_a_batch_that_the_devices_cannot_share(refuses, monkeypatch):
+    eight = Layout(AbstractMesh((8,), ("data",)), DATA_PARALLEL, {})
+    monkeypatch.setattr(Layout, "over", lambda *_, **__: eight)
     refuses("batch of 2 samples cannot be split over 8 devices")
 
 
@@ -310,12 +351,12 @@ def test_a_folder_in_which_another_process_trains(refuses, tmp_path):
     assert unfinished.exists()
 
 
-def test_a_dry_run_takes_the_heaviest_shape(train):
+def test_a_dry_run_takes_the_heaviest_shape():
     more_frames, more_tokens = Shape(2, 1, 2, 40), Shape(1, 1, 13, 4000)
-    assert train.heaviest(STEP, [more_frames, more_tokens], ["mlp1"]) == more_tokens
+    assert heaviest(STEP, [more_frames, more_tokens], ["mlp1"]) == more_tokens
 
 
-def test_a_dry_run_shows_the_program_that_sums_gradients(train, data, tmp_path, monkeypatch, capsys):
+def test_a_dry_run_shows_the_program_that_sums_gradients(data, tmp_path, monkeypatch, capsys):
     class Accumulating(train.TrainStep):
         def __init__(self, *arguments):
             super().__init__(*arguments)
@@ -330,13 +371,13 @@ def test_a_dry_run_shows_the_program_that_sums_gradients(train, data, tmp_path, 
     assert rows["gradient total"] == rows["running average"] == rows["trainable parameters"]
 
 
-def test_a_run_stops_after_too_many_losses_that_are_not_finite(train, tmp_path, capsys):
+def test_a_run_stops_after_too_many_losses_that_are_not_finite(tmp_path, capsys):
     log = RunLog(tmp_path, tensorboard=False)
     batches = [Batch({}, ("liver/3", ""), 0), Batch({}, ("liver/7",), 1)]
-    train.refuse_bad_steps(STEP, log, 8, {"bad_steps": np.int32(0)}, batches)
-    train.refuse_bad_steps(STEP, log, 9, {"bad_steps": np.int32(4)}, batches)
+    train.require_finite(5, log, 8, {"bad_steps": np.int32(0)}, batches)
+    train.require_finite(5, log, 9, {"bad_steps": np.int32(4)}, batches)
     assert "Update 9 was skipped" in capsys.readouterr().out
     line = json.loads((tmp_path / "log.jsonl").read_text())
     assert line["step"] == 9 and line["samples"] == ["liver/3", "liver/7"]
     with pytest.raises(InputError, match="not finite 5 times in a row.*liver/3, liver/7"):
-        train.refuse_bad_steps(STEP, log, 10, {"bad_steps": np.int32(5)}, batches)
+        train.require_finite(5, log, 10, {"bad_steps": np.int32(5)}, batches)

@@ -16,9 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from unibiomed_jax.commands.run import DONE, FAILED_IN_PART
 from unibiomed_jax.errors import DiskFullError, InputError
-from unibiomed_jax.inputs.images import by_number
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+from unibiomed_jax.inputs.images import IMAGE_SUFFIXES, by_number
 
 console = Console()
 errors = Console(stderr=True)

@@ -30,9 +30,7 @@ def run(program: Callable[[], int | None]) -> int:
         if error.errno in NO_SPACE:
             _say("The disk is full; free some space and run the same command again.")
         elif error.filename is not None:
-            _say(
-                f"{error.filename} cannot be used ({error.strerror}); put that right, or choose another place."
-            )
+            _say(f"{error.filename} cannot be used ({error.strerror}); mend that, or choose another place.")
         else:
             raise
     except KeyboardInterrupt:

@@ -25,6 +25,7 @@ from unibiomed_jax.conversion.tokenizer_files import add_unibiomed_tokens, check
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.files import new_folder, require_space
 from unibiomed_jax.inputs.tokenizer import copy_tokenizer
+from unibiomed_jax.parameters import unflatten
 
 
 def open_source(options: FromTorchOptions) -> Source:

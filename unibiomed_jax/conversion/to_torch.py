@@ -29,6 +29,7 @@ from unibiomed_jax.conversion.tables.qwen2 import EMBEDDING, HEAD, lora_rows
 from unibiomed_jax.conversion.writing import SHARD_BYTES, write_safetensors
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.files import new_folder, require_space
+from unibiomed_jax.parameters import merge_adapters
 
 Plan = dict[str, tuple[np.dtype, tuple[int, ...]]]
 
@@ -38,7 +39,7 @@ def convert(
 ) -> Plan:
     """Write the checkpoint folder `src` as a released one; it appears complete or not at all.
 
-    ToTorchOptions:
+    Args:
         adapter: write adapters that are kept apart for PEFT, in `adapter/`, instead of merging them.
         shard_bytes: size above which the weights are cut into several files.
 

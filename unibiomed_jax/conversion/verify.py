@@ -21,6 +21,7 @@ from unibiomed_jax.conversion.assemble import build_leaf
 from unibiomed_jax.conversion.layout import Row
 from unibiomed_jax.conversion.tables import by_component, model_rows
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.parameters import merge_adapters
 
 
 @dataclass

@@ -82,7 +82,11 @@ def write_safetensors(
                 raise InputError(
                     f"{name} is written twice, or not with the number format and shape announced."
                 )
-            files[path].write(contiguous(values).reshape(-1).view(np.uint8), offset)
+            try:
+                files[path].write(contiguous(values).reshape(-1).view(np.uint8), offset)
+            except OSError as error:
+                error.filename = error.filename or str(path)  # a write does not say to which file
+                raise
     if places:
         raise InputError(f"{next(iter(places))} was announced but never written.")
 

@@ -49,7 +49,7 @@ _SMALL_BOX = 400
 class SampleConfig:
     """Choices about samples; their sizes follow from the model (`SampleSizes`)."""
 
-    # Limit of the number of tiles for region understanding and captions, which the weights saw as a single one.
+    # Most tiles of an image for region understanding and captions, which the weights saw as a single one.
     text_only_max_tiles: int = 1
     # Longest sample, tokens.
     max_tokens: int = 8192

@@ -26,11 +26,12 @@ from unibiomed_jax.datasets.write import (
 )
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.files import new_folder
-from unibiomed_jax.inputs.images import open_image, open_mask
+from unibiomed_jax.inputs.images import IMAGE_SUFFIXES, open_image, open_mask
 from unibiomed_jax.inputs.volumes import apply_window, load_labelled, load_labels, percentile_window
 from unibiomed_jax.masks.resize import resize_mask
 
-_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+# A GIF is more often an animation than an image to learn from.
+_ENDINGS = IMAGE_SUFFIXES - {".gif"}
 # Where readers look for something else than a volume.
 _TAKEN = {"mask", *SPLITS, *(f"{split}_mask" for split in SPLITS)}
 

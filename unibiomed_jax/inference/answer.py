@@ -47,8 +47,8 @@ class Answer:
     segments: tuple[Segment, ...]
     # How each image was read.
     records: tuple[ImageRecord, ...]
-    # The whole conversation so far, as in `Prompt.text`; pass the answer as `history` of the next request on the
-    # same image.
+    # The whole conversation so far, as in `Prompt.text`; pass the answer as `history` of the next request on
+    # the same image.
     transcript: str
     # Seconds by stage, of the whole batch this request was part of.
     seconds: Mapping[str, float]
@@ -111,6 +111,13 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
+class OpenedRequest(Request):
+    """A request whose image has been read."""
+
+    image: OpenedImage | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Prompt:
     """A request as the model reads it."""
 
@@ -128,5 +135,5 @@ def pixel_identity(frames: Sequence[Image.Image]) -> str:
     """sha256 of all sizes and pixels."""
     digest = hashlib.sha256(repr([frame.size for frame in frames]).encode())
     for frame in frames:
-        digest.update(np.asarray(frame))
+        digest.update(np.asarray(frame).tobytes())
     return digest.hexdigest()

@@ -19,14 +19,18 @@ from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.config.precision import FLOAT32, Precision, default_precision
 from unibiomed_jax.conversion.from_torch import read_released
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.inference.answer import Answer, OpenedImage, Prompt, Request, Segment
+from unibiomed_jax.inference.answer import Answer, OpenedImage, OpenedRequest, Prompt, Request, Segment
+from unibiomed_jax.inference.batching import (
+    frame_arrays,
+    prompt_arrays,
+    prompt_of,
+    tile_arrays,
+    volume_arrays,
+)
 from unibiomed_jax.inference.buckets import (
-    frame_bucket,
     in_chunks,
     power_of_two,
-    tile_bucket,
     tile_chunks,
-    token_bucket,
 )
 from unibiomed_jax.inference.cpu import split_linears, stored_in_bfloat16
 from unibiomed_jax.inference.generate import Decoding
@@ -34,13 +38,11 @@ from unibiomed_jax.inference.phrases import Phrase, parse_answer
 from unibiomed_jax.inference.stages import Stages
 from unibiomed_jax.inference.stopping import find_stop
 from unibiomed_jax.inputs.images import ImageRecord, ImageSource, open_frames, open_image
-from unibiomed_jax.inputs.prompt import build_prompt, expand, visual_tokens
-from unibiomed_jax.inputs.regions import box_masks, region_cells
 from unibiomed_jax.inputs.tiles import frame_tiles, image_tiles, sam_image
 from unibiomed_jax.inputs.tokenizer import Tokenizer
 from unibiomed_jax.masks.resize import upscale_masks
 from unibiomed_jax.models.layers import unstack_layers
-from unibiomed_jax.models.sam2 import FramePlan, plan_frames
+from unibiomed_jax.models.sam2 import plan_frames
 from unibiomed_jax.models.unibiomed import UniBiomedModel
 from unibiomed_jax.parameters import stored_for
 from unibiomed_jax.sharding.layout import Layout
@@ -182,14 +184,14 @@ class UniBiomed:
             return []
         seconds: dict[str, float] = defaultdict(float)
         with _timed(seconds, "read images"):
-            requests = self._opened(requests)
-            prompts = [self.prompt_of(request) for request in requests]
+            opened = self._opened(requests)
+            prompts = [self.prompt_of(request) for request in opened]
         with _timed(seconds, "encode tiles"):
-            self._encode_visual(list({id(r.image): r.image for r in requests if r.image}.values()))
-        said, hidden = self._generate(requests, prompts, max_new_tokens, seconds)
+            self._encode_visual(list({id(r.image): r.image for r in opened if r.image}.values()))
+        said, hidden = self._generate(opened, prompts, max_new_tokens, seconds)
 
         answers = []
-        for request, prompt, ids, states in zip(requests, prompts, said, hidden, strict=True):
+        for request, prompt, ids, states in zip(opened, prompts, said, hidden, strict=True):
             positions = self._seg_positions(ids)
             segments: tuple[Segment, ...] = ()
             if request.image is not None and positions:
@@ -228,25 +230,21 @@ class UniBiomed:
             raise InputError(f"objects is {objects}; an answer needs room for at least one mask.")
         seconds: dict[str, float] = defaultdict(float)
         with _timed(seconds, "read images"):
-            requests = self._opened(requests)
-            prompts = [self.prompt_of(request) for request in requests]
-            frames, plan = self._frames(requests)
-            arrays, new = self._prompt_arrays(requests, prompts, max_new_tokens)
-            ids, source, lengths, forced = arrays
-            shown = [0 if request.image is None else len(request.image.tiles) for request in requests]
-            side = self.config.vision.image_size
-            tiles = np.zeros((len(ids), tile_bucket(max(shown)), side, side, 3), np.uint8)
-            for row, request in enumerate(requests):
-                if request.image is not None:
-                    tiles[row, : shown[row]] = request.image.tiles
-                    source[row, source[row] >= 0] = prompts[row].rows
+            opened = self._opened(requests)
+            prompts = [self.prompt_of(request) for request in opened]
+            frames, plan = frame_arrays(self.config.sam2, opened)
+            (ids, source, lengths, forced), new = prompt_arrays(
+                self.config, self.tokenizer, opened, prompts, max_new_tokens
+            )
+            tiles = tile_arrays(self.config, opened, len(ids))
+            for row, prompt in enumerate(prompts):
+                source[row, source[row] >= 0] = prompt.rows
         with _timed(seconds, "ground"):
-            stop = self.stages.stop_text()
-            inputs = (tiles, ids, source, lengths, frames, forced, stop, plan)
+            inputs = (tiles, ids, source, lengths, frames, forced, self.stages.stop_text(), plan)
             result = jax.device_get(self.stages.ground(self.params, *inputs, objects=objects))
 
         answers = []
-        for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
+        for row, (request, prompt) in enumerate(zip(opened, prompts, strict=True)):
             said = result.ids[row, : min(new, int(result.count[row]))].tolist()
             end = find_stop(self.tokenizer, said)
             said = said if end is None else said[:end]
@@ -254,8 +252,8 @@ class UniBiomed:
             segments: tuple[Segment, ...] = ()
             if request.image is not None and count > objects:
                 raise InputError(
-                    f"The answer to {request.prompt!r} has {count} masks but objects={objects} leaves room for "
-                    f"fewer; raise it to {count}."
+                    f"The answer to {request.prompt!r} has {count} masks but objects={objects} leaves room "
+                    f"for fewer; raise it to {count}."
                 )
             if request.image is not None and count:
                 phrases = parse_answer(self.tokenizer.decode(said), request.prompt)
@@ -270,13 +268,14 @@ class UniBiomed:
 
     # ------------------------------------------------------------------------------------------ prompts
 
-    def _opened(self, requests: Sequence[Request]) -> list[Request]:
-        return [
-            request
-            if request.image is None or isinstance(request.image, OpenedImage)
-            else dataclasses.replace(request, image=self.open(request.image))
-            for request in requests
-        ]
+    def _opened(self, requests: Sequence[Request]) -> list[OpenedRequest]:
+        opened = []
+        for request in requests:
+            image = request.image
+            if image is not None and not isinstance(image, OpenedImage):
+                image = self.open(image)
+            opened.append(OpenedRequest(**{**vars(request), "image": image}))
+        return opened
 
     def prompt_of(self, request: Request) -> Prompt:
         """Write a request on an opened image out as the model reads it.
@@ -284,107 +283,7 @@ class UniBiomed:
         Raises:
             InputError: the prompt, the image, the regions and the history do not fit together.
         """
-        config, image, history = self.config, request.image, request.history
-        is_volume = image is not None and image.is_volume
-        cells = None
-        if len(request.regions) or len(request.boxes):
-            if image is None or is_volume:
-                raise InputError("Regions and boxes need a single image; give the image they are drawn on.")
-            boxes = box_masks(request.boxes, image.size) if len(request.boxes) else ()
-            cells = region_cells([*request.regions, *boxes], image.size, config.token_grid)
-        if image and history and history.image not in (None, image.identity):
-            raise InputError(
-                "The history is about another image than the one given; give that image again, or leave out "
-                "the history."
-            )
-        tiles = 0 if image is None else len(image.tiles)
-        text = build_prompt(
-            request.prompt,
-            image=tiles > 0 and not is_volume,
-            frames=tiles if is_volume else 0,
-            regions=0 if cells is None else len(cells),
-            past_text="" if history is None else history.transcript,
-        )
-        counts = visual_tokens(
-            0 if is_volume else tiles,
-            tiles if is_volume else 0,
-            config.tokens_per_tile,
-            () if cells is None else [int(cell.sum()) for cell in cells],
-        )
-        if history is not None and history.visual_tokens not in (None, counts):
-            raise InputError(
-                "The history is about other regions than those given; give the regions of its first question "
-                "again."
-            )
-        rows = np.arange(tiles * config.tokens_per_tile)
-        if cells is not None:  # a region's tokens repeat those of the last tile that lie in it
-            last_tile = rows[-config.tokens_per_tile :]
-            rows = np.concatenate([rows, *(last_tile[cell.reshape(-1)] for cell in cells)])
-        ids = expand(self.tokenizer.encode(text), self.tokenizer.image_context_id, counts)
-        context = config.language.max_position_embeddings
-        if len(ids) >= context:
-            raise InputError(
-                f"The prompt has {len(ids)} tokens but the model's context holds {context}; shorten the "
-                "text, or lower max_tiles in the checkpoint's config.json."
-            )
-        return Prompt(text, ids, counts, rows)
-
-    def _prompt_arrays(
-        self, requests: Sequence[Request], prompts: Sequence[Prompt], max_new_tokens: int
-    ) -> tuple[tuple[np.ndarray, ...], int]:
-        """Ids, sources, lengths and forced tokens of a batch, and the tokens that a row may say.
-
-        A source counts the visual tokens of its row; rows beyond the batch are one token long.
-        """
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {max_new_tokens}; at least one token must be generated.")
-        batch = len(prompts)
-        lengths = np.array([len(prompt.ids) for prompt in prompts], np.int32)
-        new = int(min(max_new_tokens, self.config.language.max_position_embeddings - lengths.max()))
-        rows, length = power_of_two(batch), token_bucket(int(lengths.max()))
-        lengths = np.pad(lengths, (0, rows - batch), constant_values=1)
-        ids = np.full((rows, length), self.tokenizer.pad_id, np.int32)
-        source = np.full((rows, length), -1, np.int32)
-        forced = np.full((rows, token_bucket(new)), -1, np.int32)
-        for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
-            ids[row, : lengths[row]] = prompt.ids
-            if request.image is not None:
-                places = np.flatnonzero(ids[row] == self.tokenizer.image_context_id)
-                source[row, places] = np.arange(len(places))
-            for step, token in request.forced.items():
-                if step < new:
-                    forced[row, step] = token
-        return (ids, source, lengths, forced), new
-
-    def _frames(self, requests: Sequence[Request]) -> tuple[np.ndarray, FramePlan | None]:
-        """What SAM2 sees of a batch of one kind, and of volumes the order in which it does."""
-        images = [request.image for request in requests]
-        kinds = {(image is None, image is not None and image.is_volume) for image in images}
-        if len(kinds) > 1:
-            raise InputError(
-                "One call grounds images, or volumes, or words alone; ask about each kind by itself."
-            )
-        size, rows = self.config.sam2.image_size, power_of_two(len(images))
-        if images[0] is None:
-            return np.zeros((rows, 0, size, size, 3), np.uint8), None
-        slots = 1
-        if images[0].is_volume:
-            if len({len(image.frames) for image in images}) > 1:
-                raise InputError("Volumes that are grounded in one call need equally many slices.")
-            slots = frame_bucket(len(images[0].frames))
-        frames = np.zeros((rows, slots, size, size, 3), np.uint8)
-        for row, image in enumerate(images):
-            for number, frame in enumerate(image.frames):
-                frames[row, number] = sam_image(frame, size)
-        if not images[0].is_volume:
-            return frames, None
-        plans = [self._plan(image, slots) for image in images]
-        plans += plans[:1] * (rows - len(plans))
-        return frames, FramePlan(*(np.stack(parts) for parts in zip(*plans, strict=True)))
-
-    def _plan(self, volume: OpenedImage, slots: int) -> FramePlan:
-        frames = len(volume.frames)
-        return plan_frames(frames, self.config.sam2, volume.conditioning, padded_to=slots)
+        return prompt_of(self.config, self.tokenizer, self._opened([request])[0])
 
     # ------------------------------------------------------------------------------------------- stages
 
@@ -401,16 +300,18 @@ class UniBiomed:
 
     def _generate(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[OpenedRequest],
         prompts: Sequence[Prompt],
         max_new_tokens: int,
         seconds: dict[str, float],
     ) -> tuple[list[list[int]], list[np.ndarray]]:
         """Token ids and hidden states of every answer, cut where the reference stops."""
-        (ids, source, lengths, forced), new = self._prompt_arrays(requests, prompts, max_new_tokens)
+        (ids, source, lengths, forced), new = prompt_arrays(
+            self.config, self.tokenizer, requests, prompts, max_new_tokens
+        )
         visual = np.zeros((*ids.shape, self.config.language.hidden_size), np.float32)
         for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
-            if request.image is not None:
+            if request.image is not None and request.image.visual is not None:
                 visual[row, : len(prompt.rows)] = request.image.visual[prompt.rows]
         with _timed(seconds, "prefill"):
             state = self.stages.prefill(self.params, ids, source, lengths, visual, forced)
@@ -451,10 +352,7 @@ class UniBiomed:
         padded = np.concatenate([hidden, np.repeat(hidden[:1], power_of_two(count) - count, axis=0)])
         if image.is_volume:
             with _timed(seconds, "segment volume"):
-                frames = np.zeros((frame_bucket(len(image.frames)), size, size, 3), np.uint8)
-                for i, frame in enumerate(image.frames):
-                    frames[i] = sam_image(frame, size)
-                plan = self._plan(image, len(frames))
+                frames, plan = volume_arrays(self.config.sam2, image)
                 decoded = self.stages.segment_frames(self.params, frames, padded, plan)
                 masks, ious, scores = (
                     np.asarray(x)[: len(image.frames)].swapaxes(0, 1)
@@ -509,7 +407,7 @@ class UniBiomed:
 
     def _answer(
         self,
-        request: Request,
+        request: OpenedRequest,
         prompt: Prompt,
         ids: list[int],
         segments: tuple[Segment, ...],

@@ -15,6 +15,9 @@ from unibiomed_jax.errors import InputError
 
 ImageSource = str | os.PathLike | Image.Image | np.ndarray
 
+# Endings of the files that are taken for images where a folder is given.
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+
 # Modes that hold more than 8 bits a sample, and what the 8-bit ones lose on the way to RGB.
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 

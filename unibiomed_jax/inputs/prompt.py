@@ -130,6 +130,6 @@ def _check_prompt(text: str, image: bool, frames: int, regions: int, past_text: 
         raise InputError("past_text holds an image but none was given; give the same image again.")
     if found != expected:
         raise InputError(
-            f"past_text holds {found} images, frames and regions but {expected} are given; give those that the "
-            "earlier turns were about."
+            f"past_text holds {found} images, frames and regions but {expected} are given; give those that "
+            "the earlier turns were about."
         )

@@ -52,7 +52,7 @@ def image_tiles(
     max_tiles: int = 12,
     use_thumbnail: bool = True,
 ) -> tuple[UInt8[np.ndarray, "tiles tile_size tile_size 3"], tuple[int, int]]:
-    """What the vision tower sees of one RGB image: the grid's tiles row by row, then the whole as a thumbnail.
+    """What the vision tower sees of one RGB image: tiles row by row, then the whole as a thumbnail.
 
     There is no thumbnail when the grid is a single tile, which already is the whole image.
 

@@ -131,7 +131,7 @@ class Qwen2(nnx.Module):
         return self.embed_tokens[...][ids]
 
     def head(self) -> Float[Array, "width padded_vocab"]:
-        """The matrix that turns hidden states into scores, in its stored dtype; columns of padding included."""
+        """What turns hidden states into scores, in its stored dtype; columns of padding included."""
         return self.embed_tokens[...].T if self.lm_head is None else self.lm_head.kernel[...]
 
     def logits(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:

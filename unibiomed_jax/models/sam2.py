@@ -203,8 +203,8 @@ class Sam2(nnx.Module):
     ) -> FrameMasks:
         """Segment a volume or video: prompted frames each for itself, then the others by tracking.
 
-        `frames` are RGB bytes at SAM2's size, or already normalised. They are encoded inside the loop, so that
-        memory does not grow with their number. Nothing recompiles while
+        `frames` are RGB bytes at SAM2's size, or already normalised. They are encoded inside the loop, so
+        that memory does not grow with their number. Nothing recompiles while
         the shapes stay: pad the frames with zeros and plan with `padded_to`; padding answers zeros.
         """
         prompted, objects = self.config.max_conditioning_frames, len(language)

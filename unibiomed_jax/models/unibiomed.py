@@ -169,6 +169,6 @@ class UniBiomedModel(nnx.Module):
 
 
 def visual_source(ids: Int[Array, "batch tokens"], image_id: int) -> Int[Array, "batch tokens"]:
-    """Which visual row takes the place of every token: the k-th image token of a row reads row k; -1: none."""
+    """The visual row that takes the place of every token: row k that of the k-th image token; -1: none."""
     is_image = ids == image_id
     return jnp.where(is_image, jnp.cumsum(is_image, axis=1) - 1, -1)

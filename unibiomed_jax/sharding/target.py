@@ -1,4 +1,4 @@
-"""What the program being traced is compiled for: a property of the program, never of the process that traces."""
+"""What a program that is being traced is compiled for; the process that traces it has no say."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Target(NamedTuple):
 
 
 def target() -> Target:
-    """The target of what is being traced: the mesh in force (see `Layout.inside`), else one unnamed device."""
+    """The target of what is being traced: the mesh in force (`Layout.inside`), else one unnamed device."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return Target(None, 1)

@@ -172,6 +172,7 @@ def main_arguments() -> tuple[str, list[str]]:
     """
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         raise InputError(
-            "Usage: python train.py configs/unibiomed_tiny/1_base.py [--field=value ...]; --help after the file lists all."
+            "Usage: python train.py configs/unibiomed_tiny/1_base.py [--field=value ...]; --help after the "
+            "file lists all."
         )
     return sys.argv[1], sys.argv[2:]

@@ -12,6 +12,7 @@ from flax import nnx
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.models.unibiomed import UniBiomedModel
 from unibiomed_jax.parameters import Parameters, matches, split
+from unibiomed_jax.sharding.axes import logical_axes
 from unibiomed_jax.training import lora
 from unibiomed_jax.training.config import TrainConfig
 

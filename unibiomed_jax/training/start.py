@@ -153,12 +153,15 @@ def summary(start: Start, data: Pipeline) -> list[str]:
         f"{data.steps_per_epoch:,} batches an epoch, {config.optim.steps:,} updates of "
         f"{config.optim.accumulate} batches of {config.data.batch_size}."
     ]
-    whole = [row for row in layout.explain(trainable | frozen) if row.obstacles]
+    # An axis that cannot be divided matters only where no other one of the parameter is.
+    rows = layout.explain(trainable | frozen)
+    whole = [row for row in rows if row.obstacles and not any(row.spec)]
     if whole:
         size = sum(row.bytes_per_device for row in whole)
         sentences.append(
-            f"{len(whole)} parameters ({size / 2**20:,.1f} MiB a device) are not divided as "
-            f"{config.strategy!r} asks; the largest is {whole[0].path}: {whole[0].obstacles[0]}."
+            f"{len(whole)} parameters ({size / 2**20:,.1f} MiB a device) stay whole although "
+            f"{config.strategy!r} asks to divide them; the largest is {whole[0].path}: "
+            f"{whole[0].obstacles[0]}."
         )
     return sentences
 

@@ -14,11 +14,28 @@ from unibiomed_jax.conversion.oracles.common import Arrays, TorchWeights, nchw, 
 
 PROMPT_TOKENS = 24
 TILES = 1
+# Released names of InternViT as transformers calls them; each is replaced in turn.
+VISION_NAMES = (
+    ("embeddings.class_embedding", "embeddings.cls_token"),
+    ("embeddings.position_embedding", "embeddings.position_embeddings"),
+    ("embeddings.patch_embedding.", "embeddings.patch_embeddings.projection."),
+    ("encoder.layers.", "encoder.layer."),
+    (".norm1.", ".layernorm_before."),
+    (".norm2.", ".layernorm_after."),
+    (".ls1", ".lambda_1"),
+    (".ls2", ".lambda_2"),
+    (".attn.proj.", ".attention.projection_layer."),
+)
 
 
 def vision(config, weights: TorchWeights, module) -> Iterator[tuple]:
     pixels = random(0, TILES, config.vision.image_size, config.vision.image_size, 3)
-    model = _torch_vision(config.vision, weights)
+    model = torch_vision(config.vision)
+    state = {}
+    for name, value in weights.below("vision_model.").items():
+        names = vision_names(name)
+        state |= zip(names, value.chunk(len(names)), strict=True)
+    model.load_state_dict(state)
 
     def theirs() -> Arrays:
         return {"last hidden state": model(nchw(pixels)).last_hidden_state.numpy()}
@@ -26,7 +43,8 @@ def vision(config, weights: TorchWeights, module) -> Iterator[tuple]:
     yield "vision_model", theirs, run(module, lambda m, x: {"last hidden state": m(x)}, pixels)
 
 
-def _torch_vision(config: VisionConfig, weights: TorchWeights) -> torch.nn.Module:
+def torch_vision(config: VisionConfig) -> transformers.InternVLVisionModel:
+    """transformers' InternViT with new weights."""
     model = transformers.InternVLVisionModel(
         transformers.InternVLVisionConfig(
             hidden_size=config.hidden_size,
@@ -39,28 +57,16 @@ def _torch_vision(config: VisionConfig, weights: TorchWeights) -> torch.nn.Modul
             layer_norm_eps=config.layer_norm_eps,
         )
     )
-    renames = (
-        ("embeddings.class_embedding", "embeddings.cls_token"),
-        ("embeddings.position_embedding", "embeddings.position_embeddings"),
-        ("embeddings.patch_embedding.", "embeddings.patch_embeddings.projection."),
-        ("encoder.layers.", "encoder.layer."),
-        (".norm1.", ".layernorm_before."),
-        (".norm2.", ".layernorm_after."),
-        (".ls1", ".lambda_1"),
-        (".ls2", ".lambda_2"),
-        (".attn.proj.", ".attention.projection_layer."),
-    )
-    state = {}
-    for name, value in weights.below("vision_model.").items():
-        for old, new in renames:
-            name = name.replace(old, new)
-        if ".attn.qkv." in name:
-            for letter, third in zip("qkv", value.chunk(3), strict=True):
-                state[name.replace(".attn.qkv.", f".attention.{letter}_proj.")] = third
-        else:
-            state[name] = value
-    model.load_state_dict(state)
     return model.eval()
+
+
+def vision_names(name: str) -> tuple[str, ...]:
+    """What transformers calls a released tensor below `vision_model`; three names if it cuts it in three."""
+    for old, new in VISION_NAMES:
+        name = name.replace(old, new)
+    if ".attn.qkv." in name:
+        return tuple(name.replace(".attn.qkv.", f".attention.{letter}_proj.") for letter in "qkv")
+    return (name,)
 
 
 def projector(config, weights: TorchWeights, module) -> Iterator[tuple]:
@@ -77,7 +83,11 @@ def projector(config, weights: TorchWeights, module) -> Iterator[tuple]:
 
 def language(config, weights: TorchWeights, module) -> Iterator[tuple]:
     ids = np.random.default_rng(2).integers(0, config.language.vocab_size, (1, PROMPT_TOKENS))
-    model = _torch_language(config.language, weights)
+    model = torch_language(config.language)
+    state = weights.below("language_model.")
+    if config.language.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state)
 
     def theirs() -> Arrays:
         found = model(torch.tensor(ids), output_hidden_states=True)
@@ -90,7 +100,8 @@ def language(config, weights: TorchWeights, module) -> Iterator[tuple]:
     yield "language_model", theirs, run(module, call, ids)
 
 
-def _torch_language(config: LanguageConfig, weights: TorchWeights) -> torch.nn.Module:
+def torch_language(config: LanguageConfig) -> transformers.Qwen2ForCausalLM:
+    """transformers' Qwen2 with new weights."""
     model = transformers.Qwen2ForCausalLM(
         transformers.Qwen2Config(
             vocab_size=config.vocab_size,
@@ -104,10 +115,6 @@ def _torch_language(config: LanguageConfig, weights: TorchWeights) -> torch.nn.M
             tie_word_embeddings=config.tie_word_embeddings,
         )
     )
-    state = weights.below("language_model.")
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state)
     return model.eval()
 
 

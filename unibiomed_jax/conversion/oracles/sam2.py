@@ -55,7 +55,7 @@ SAM2_NAMES = (
 
 def sam2(config, weights: TorchWeights, module) -> Iterator[tuple]:
     sizes = config.sam2
-    model = _torch_sam2(sizes, weights.below(PREFIX))
+    model = torch_sam2(sizes, weights.below(PREFIX))
     size, grid, d, channels = sizes.image_size, sizes.grid, sizes.d_model, sizes.memory_dim
     pixels = random(4, 1, size, size, 3)
     names = ("stride 4", "stride 8", "stride 16")
@@ -111,7 +111,7 @@ def sam2(config, weights: TorchWeights, module) -> Iterator[tuple]:
     )
 
 
-def _torch_sam2(config: Sam2Config, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+def torch_sam2(config: Sam2Config, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
     """transformers' SAM2 with released weights, set to the mathematics of SAM 2.0."""
     hiera, d, grid = config.hiera, config.d_model, config.grid
     backbone = dict(

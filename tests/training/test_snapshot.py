@@ -205,7 +205,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(checkpointer, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("unibiomed_jax.training.checkpoint.digests", full)
+    monkeypatch.setattr("unibiomed_jax.training.snapshot.digests", full)
     save(checkpointer, 2)
     with pytest.raises(InputError, match=r"full \(checkpoint 1 is intact\)"):
         checkpointer.wait()
@@ -215,7 +215,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(checkpointer, monkeypatch):
 
 
 def test_an_error_of_the_background_shows_without_waiting(checkpointer, monkeypatch):
-    monkeypatch.setattr("unibiomed_jax.training.checkpoint.digests", lambda _: 1 / 0)
+    monkeypatch.setattr("unibiomed_jax.training.snapshot.digests", lambda _: 1 / 0)
     save(checkpointer, 1)
     with pytest.raises(ZeroDivisionError):
         for _ in range(200):

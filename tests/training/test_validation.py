@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from unibiomed_jax.masks.measures import dice_score
 from unibiomed_jax.training.config import LossConfig, TrainConfig
 from unibiomed_jax.training.forward import LossCounts, LossSums
 from unibiomed_jax.training.losses import MASK_EPS
@@ -60,10 +59,3 @@ def test_dice_is_of_the_right_masks_and_answers_are_of_named_rows():
 
 def test_a_validation_without_batches_measures_nothing():
     assert summarise([], KINDS, CONFIG) == {}
-
-
-def test_dice_counts_the_overlap_twice():
-    truth = np.array([[1, 1, 1, 0]], bool)
-    assert dice_score(np.array([[1, 0, 0, 1]], bool), truth) == pytest.approx(2 * 1 / (2 + 3))
-    assert dice_score(~truth, truth) == 0
-    assert dice_score(truth & False, truth & False) == 1
