@@ -124,7 +124,8 @@ def stage_work(model: UniBiomed, images: int, segments: int, tiles: int, tokens:
     if precision.language == "float32" and any(x.dtype == "bfloat16" for x in jax.tree.leaves(language)):
         parts = EXACT_PARTS if precision == FLOAT32 else FAST_PARTS
     tile, image = cost.encode_tile(config, precision), cost.encode_image(config, precision)
-    prompt, masks = cost.prefill(config, precision, tokens, parts), cost.decode_masks(config, precision, segments)
+    prompt = cost.prefill(config, precision, tokens, parts)
+    masks = cost.decode_masks(config, precision, segments)
     return {
         "encode tiles": ("tile", images * tiles, times(tile, images * tiles), vision),
         "prefill": ("token", images * tokens, times(prompt, images), weights),

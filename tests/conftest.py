@@ -22,15 +22,15 @@ What the comparisons of `tests/` measured. Written by
 pytest tests/parity tests/inference/test_golden.py --parity-page docs/parity.md
 ```
 
-and checked by `tests/repository/test_parity_page.py`: every comparison is listed and none is above its tolerance. Errors
-are relative: the largest difference over the largest value of the reference. All in float32 on a CPU, random
-weights; the row nearest to its tolerance is shown for a test of several arrays.
+and checked by `tests/repository/test_parity_page.py`: every comparison is listed and none is above its
+tolerance. Errors are relative: the largest difference over the largest value of the reference. All in float32
+on a CPU, random weights; the row nearest to its tolerance is shown for a test of several arrays.
 
 - `tests/parity/*`: against the torch modules of transformers and of sam2, gradients included. Where torch is
-  absent, `tests/models/test_recorded.py` holds every module to the same tolerance against what torch answered
-  (`tests/recorded`).
-- `tests/inference/test_golden.py`: the whole predictor against recordings of the reference implementation. It asserts
-  more than this table shows: equal token ids and texts, and masks equal but where |logit| < 1e-3.
+  absent, `tests/models/test_recorded.py` holds every module to the same tolerance against what torch
+  answered (`tests/recorded`).
+- `tests/inference/test_golden.py`: the whole predictor against recordings of the reference implementation. It
+  asserts more than this table shows: equal token ids and texts, and masks equal but where |logit| < 1e-3.
 
 | test | largest relative error | tolerance |
 |---|---|---|
