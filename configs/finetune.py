@@ -4,11 +4,11 @@ python train.py configs/finetune.py --initial CHECKPOINT --folder runs/mine
 """
 
 from unibiomed_jax.config.precision import default_precision
-from unibiomed_jax.data.mixture import find_datasets
+from unibiomed_jax.data.mixture import find_datasets, find_validation
 from unibiomed_jax.data.pipeline import PipelineConfig
 from unibiomed_jax.training.config import CheckpointConfig, LogConfig, LoraConfig, OptimConfig, TrainConfig
 
-# A folder of datasets with tables for `train` and `val`.
+# A folder of datasets with tables for `train`, and for `val` unless there are too few patients.
 DATASET = "data/mine"
 
 config = TrainConfig(
@@ -16,7 +16,7 @@ config = TrainConfig(
     initial="runs/start",
     precision=default_precision(),
     data=PipelineConfig(datasets=find_datasets(DATASET, "train", balance_to=0), batch_size=4),
-    validation=find_datasets(DATASET, "val", balance_to=0, repeats=1),
+    validation=find_validation(DATASET, "val", balance_to=0, repeats=1),
     # Adapters train, with embeddings, projectors and mask decoder (FreezeConfig). Full fine-tuning instead:
     # lora=LoraConfig(rank=0), freeze=FreezeConfig(trainable=("*",)),
     lora=LoraConfig(rank=16, alpha=32.0),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from unibiomed_jax import UniBiomed
 from unibiomed_jax.inference.phrases import clean_answer
-from unibiomed_jax.inputs.images import open_mask
+from unibiomed_jax.inputs.masks import open_mask
 
 ROOT = Path(__file__).parents[1]
 LUNGS = ROOT / "sample_data" / "cxr_montgomery"

@@ -1,17 +1,141 @@
-"""Folders that appear whole or not at all."""
+"""Names of files, JSON files, and folders that appear whole or not at all."""
 
 import contextlib
 import errno
+import functools
+import json
 import os
+import re
 import shutil
+import unicodedata
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from unibiomed_jax.errors import DiskFullError, InputError
 
 # What a full disk is called.
 NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+# What would break a message into lines, or steer the terminal that shows it.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def shown(name: str | os.PathLike) -> str:
+    """A path, or a message with paths in it, as text for messages, terminals and JSON.
+
+    Names on disk are bytes. Those that are no UTF-8 text, which Python keeps as lone surrogates, and control
+    characters are written as escapes: `caf\\xe9.png`.
+    """
+    text = os.fsdecode(name)
+    try:
+        text = os.fsencode(text).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # surrogates that stand for no byte
+        text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)
+
+
+def is_text(name: str | os.PathLike) -> bool:
+    """Whether a name or a text can be written as UTF-8."""
+    try:
+        os.fsdecode(name).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def spelled(name: str) -> str:
+    """A name in one spelling (Unicode NFC): macOS writes é as two characters, other systems as one."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def find_file(path: str | os.PathLike) -> str:
+    """The path as it is spelled on disk (see `spelled`); unchanged where there is no such file."""
+    path = os.fspath(path)
+    if path.isascii() or os.path.exists(path):
+        return path
+    folder, name = os.path.split(path)
+    if not name or folder == path:
+        return path
+    folder = find_file(folder)
+    try:
+        found = _spellings(folder, os.stat(folder or ".").st_mtime_ns).get(spelled(name), [])
+    except OSError:
+        return path
+    return os.path.join(folder, found[0]) if len(found) == 1 else path
+
+
+@functools.lru_cache(maxsize=64)
+def _spellings(folder: str, changed: int) -> dict[str, list[str]]:
+    """The names in a folder by their one spelling; `changed` tells its states apart."""
+    names: dict[str, list[str]] = {}
+    for name in os.listdir(folder or "."):
+        names.setdefault(spelled(name), []).append(name)
+    return names
+
+
+def read_text(path: str | os.PathLike, *, remedy: str = "write it again", encoding: str | None = None) -> str:
+    """The text of a JSON file in UTF-8, with or without a byte-order mark, or in the UTF-16 of Windows tools.
+
+    Args:
+        path: of the file.
+        remedy: what to do about a file that cannot be used.
+        encoding: another file's; by default the one in which JSON, by its first bytes, is written.
+
+    Raises:
+        InputError: the file is missing, cannot be read, or is no such text.
+    """
+    try:
+        data = Path(path).read_bytes()
+        return data.decode(encoding or json.detect_encoding(data))
+    except FileNotFoundError:
+        raise InputError(f"{shown(path)} is missing; {remedy}.") from None
+    except OSError as error:
+        raise InputError(
+            f"{shown(path)} cannot be read ({error.strerror}); change its permissions."
+        ) from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{shown(path)} is truncated or damaged ({error}); {remedy}.") from None
+
+
+def read_json(
+    path: str | os.PathLike,
+    *,
+    remedy: str = "write it again",
+    complaint: str = "is not valid JSON",
+    unique_keys: bool = False,
+) -> Any:
+    """The value of a JSON file in any encoding of `read_text`.
+
+    Args:
+        path: of the file.
+        remedy: what to do about a file that cannot be used.
+        complaint: what is wrong with one that is not JSON.
+        unique_keys: refuse an object that names one key twice, whose first value would be lost.
+
+    Raises:
+        InputError: as `read_text`, or the file is not JSON, or a text in it is no valid Unicode.
+    """
+    text = read_text(path, remedy=remedy)
+    try:
+        value = json.loads(text, object_pairs_hook=unlike_keys if unique_keys else None)
+        if "\\ud" in text or "\\uD" in text:  # an escape that may be half of a character
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        reason = "half a character in it" if isinstance(error, UnicodeEncodeError) else error
+        raise InputError(f"{shown(path)} {complaint} ({reason}); {remedy}.") from None
+    return value
+
+
+def unlike_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object (`object_pairs_hook`); ValueError if it names a key twice, which would lose a value."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key!r} occurs twice in it")
+    return table
 
 
 @contextlib.contextmanager

@@ -152,7 +152,7 @@ def test_nearest_resize_reads_the_floor_of_the_scaled_index(height, width, side)
 def test_masks_in_any_mode_and_the_ones_that_are_refused(tmp_path):
     values = np.zeros((30, 40), np.uint8)
     values[3:9, 4:11] = 7
-    colour = np.stack([values, 255 - values, values], -1)
+    colour = np.stack([np.zeros_like(values), values, values], -1)
     images = {
         "l": Image.fromarray(values),
         "rgb": Image.fromarray(colour),
@@ -164,6 +164,9 @@ def test_masks_in_any_mode_and_the_ones_that_are_refused(tmp_path):
     assert not load_mask("", (40, 30), "m").any()
     with pytest.raises(InputError, match=r"mask .*l\.png of sample is 40x30 pixels but its image 30x40"):
         load_mask(str(tmp_path / "l.png"), (30, 40), "sample")
+    Image.fromarray(np.stack([values, 255 - values, values], -1)).save(tmp_path / "two.png")
+    with pytest.raises(InputError, match=r"two\.png of sample cannot be read: .* several values but no 0"):
+        load_mask(str(tmp_path / "two.png"), (40, 30), "sample")  # which colour is outside?
     (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"mask .*bad\.png of sample cannot be read"):
         load_mask(str(tmp_path / "bad.png"), (40, 30), "sample")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.inputs.images import open_frames, open_image, open_mask
+from unibiomed_jax.inputs.images import open_frames, open_image
+from unibiomed_jax.inputs.masks import open_mask
 
 
 def gradient(mode: str = "L") -> Image.Image:
@@ -166,9 +167,9 @@ def test_a_mask_is_whatever_is_not_zero(tmp_path, values, dtype):
         np.testing.assert_array_equal(open_mask(source), labels != 0)
 
 
-def test_a_palette_mask_is_judged_by_its_index(tmp_path):
+def test_a_palette_mask_is_judged_by_its_index_where_index_0_is_black(tmp_path):
     mask = Image.fromarray(np.array([[0, 1], [2, 0]], np.uint8)).convert("P")
-    mask.putpalette([255, 255, 255, 0, 0, 0, 9, 9, 9])  # the background is white and label 1 black
+    mask.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
     assert open_mask(save(tmp_path / "mask.png", mask)).tolist() == [[False, True], [True, False]]
 
 
@@ -176,7 +177,7 @@ def test_a_palette_mask_is_judged_by_its_index(tmp_path):
 def test_the_alpha_of_a_mask_does_not_count(mode):
     mask = Image.fromarray(np.array([[0, 1]], np.uint8))
     if mode == "PA":
-        mask.putpalette([9, 9, 9, 0, 0, 0])
+        mask.putpalette([0, 0, 0, 9, 9, 9])
     mask = mask.convert(mode)
     mask.putalpha(255)
     assert open_mask(mask).tolist() == [[False, True]]

@@ -193,13 +193,13 @@ def test_unreadable_tokenizer_files_are_named(tmp_path, monkeypatch, name):
     old_files(MICRO, tmp_path)
     if name == "tokenizer.json":
         shutil.copy(MICRO / name, tmp_path)
-    read_text = Path.read_text
+    read_bytes = Path.read_bytes
 
-    def refuse(path, *args, **options):
+    def refuse(path):
         if path.name == name:
             raise PermissionError(errno.EACCES, "Permission denied")
-        return read_text(path, *args, **options)
+        return read_bytes(path)
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(InputError, match=rf"{name} cannot be read \(Permission denied\); change its perm"):
         Tokenizer.from_folder(tmp_path)

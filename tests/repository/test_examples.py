@@ -12,7 +12,7 @@ from places import MICRO, ROOT, SAMPLE_DATA, TINY
 
 from unibiomed_jax import checkpoint
 from unibiomed_jax.inference.answer import INTENDED_USE
-from unibiomed_jax.inputs.images import open_mask
+from unibiomed_jax.inputs.masks import open_mask
 from unibiomed_jax.masks.measures import dice_score
 from unibiomed_jax.parameters import flatten
 

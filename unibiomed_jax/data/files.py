@@ -4,22 +4,12 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 from PIL import ExifTags, Image
 
 from unibiomed_jax.data.records import Record
 from unibiomed_jax.errors import InputError
-
-
-@dataclass(frozen=True)
-class FileSize:
-    """(width, height) of an image file, from its header."""
-
-    # As a viewer shows the image, which is how images are read.
-    upright: tuple[int, int]
-    # As its pixels lie, which is how masks are read.
-    stored: tuple[int, int]
+from unibiomed_jax.files import shown
 
 
 def check_files(records: Sequence[Record]) -> None:
@@ -40,19 +30,19 @@ def check_files(records: Sequence[Record]) -> None:
         for frame, path in enumerate(record.images):
             if (size := sizes[path]) is None:
                 continue
-            require_table_size(record, path, size.upright)
+            require_table_size(record, path, size)
             if (first := sizes[record.images[0]]) is not None:
-                require_slice_size(record, path, size.upright, first.upright)
+                require_slice_size(record, path, size, first)
             for mask in (frames[frame] for frames in record.masks):
                 if mask and sizes[mask] is not None:
-                    require_mask_size(record.name, mask, sizes[mask].stored, size.upright)
+                    require_mask_size(record.name, mask, sizes[mask], size)
 
 
 def require_table_size(record: Record, path: str, size: tuple[int, int]) -> None:
     """Raise InputError if the record's table gives another size than the upright image has."""
     if min(record.size) > 0 and size != record.size:
         raise InputError(
-            f"{path} of {record.name} is {size[0]}x{size[1]} pixels (upright) but its table says "
+            f"{shown(path)} of {record.name} is {size[0]}x{size[1]} pixels (upright) but its table says "
             f"{record.size[0]}x{record.size[1]}; correct width and height in the table."
         )
 
@@ -61,8 +51,8 @@ def require_slice_size(record: Record, path: str, size: tuple[int, int], first: 
     """Raise InputError if a slice of a volume has another upright size than its first one."""
     if size != first:
         raise InputError(
-            f"{path} of {record.name} is {size[0]}x{size[1]} pixels (upright) but {record.images[0]} "
-            f"{first[0]}x{first[1]}; resample all slices to one size."
+            f"{shown(path)} of {record.name} is {size[0]}x{size[1]} pixels (upright) but "
+            f"{shown(record.images[0])} {first[0]}x{first[1]}; resample all slices to one size."
         )
 
 
@@ -70,7 +60,7 @@ def require_mask_size(name: str, path: str, size: tuple[int, int], image: tuple[
     """Raise InputError if a mask of the record `name` has another size than its upright image."""
     if size != image:
         raise InputError(
-            f"The mask {path} of {name} is {size[0]}x{size[1]} pixels but its image "
+            f"The mask {shown(path)} of {name} is {size[0]}x{size[1]} pixels but its image "
             f"{image[0]}x{image[1]}; resize the mask to the image."
         )
 
@@ -89,19 +79,20 @@ def _check_names(records: Iterable[Record]) -> None:
                 listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
             if name not in listings[folder]:
                 raise InputError(
-                    f"{record.name} needs the file {path}, which does not exist; add it or remove the "
+                    f"{record.name} needs the file {shown(path)}, which does not exist; add it or remove the "
                     "annotation."
                 )
 
 
-def _file_sizes(paths: Sequence[str]) -> list[tuple[str, FileSize | None]]:
+def _file_sizes(paths: Sequence[str]) -> list[tuple[str, tuple[int, int] | None]]:
+    """(width, height) of files, from their headers, as images and masks are read: upright."""
     return [(path, _file_size(path)) for path in paths]
 
 
-def _file_size(path: str) -> FileSize | None:
+def _file_size(path: str) -> tuple[int, int] | None:
     try:
         with Image.open(path) as image:
-            return FileSize(upright_size(image), image.size)
+            return upright_size(image)
     except Exception:  # Pillow's plugins raise whatever their parser met
         return None
 
@@ -115,8 +106,8 @@ def image_size(record: Record) -> tuple[int, int]:
             return upright_size(image)
     except Exception as error:  # Pillow's plugins raise whatever their parser met
         raise InputError(
-            f"{record.images[0]} of {record.name} cannot be read ({error}); replace the file or remove the "
-            "annotation."
+            f"{shown(record.images[0])} of {record.name} cannot be read ({error}); replace the file or "
+            "remove the annotation."
         ) from error
 
 

@@ -1,6 +1,7 @@
 """Several datasets as one list of samples."""
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,9 @@ import numpy as np
 from unibiomed_jax.data.records import DatasetConfig, Kind, Record
 from unibiomed_jax.data.tables import read_dataset
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.files import shown
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,10 @@ class Mixture:
     sizes: tuple[tuple[str, int, int], ...]
     # Of all that the records say; it does not change when a dataset's folder moves.
     fingerprint: str
+
+
+class NoTableError(InputError):
+    """There is no table of a split, which may be meant."""
 
 
 # Table names by which `find_datasets` knows a task.
@@ -60,7 +68,7 @@ def find_datasets(root: str | os.PathLike, split: str = "train", **choices) -> t
         wrong = (
             "is a file; give the folder it lies in" if root.is_file() else "does not exist; check the path"
         )
-        raise InputError(f"The dataset folder {root} {wrong}.")
+        raise InputError(f"The dataset folder {shown(root)} {wrong}.")
     found = []
     for folder in sorted(_folders(root)):
         for pattern, kinds in _TASK_TABLES:
@@ -81,11 +89,24 @@ def find_datasets(root: str | os.PathLike, split: str = "train", **choices) -> t
                     )
                 )
     if not found:
-        raise InputError(
-            f"{root} holds no table for the split {split!r} (such as {split}.json); see "
+        raise NoTableError(
+            f"{shown(root)} holds no table for the split {split!r} (such as {split}.json); see "
             "docs/train_on_your_data.md, or write one with `unibiomed data build`."
         )
     return tuple(found)
+
+
+def find_validation(root: str | os.PathLike, split: str = "val", **choices) -> tuple[DatasetConfig, ...]:
+    """As `find_datasets`, but none where the folder has no table of the split: a few patients fill no splits.
+
+    Raises:
+        InputError: no such folder.
+    """
+    try:
+        return find_datasets(root, split, **choices)
+    except NoTableError as error:
+        logger.warning("Training goes without validation: %s", error)
+        return ()
 
 
 def _folders(root: Path) -> Iterator[Path]:

@@ -9,6 +9,7 @@ import tyro
 
 from unibiomed_jax.config.fields import ONE_OR_MORE, ZERO_OR_MORE, require_limits
 from unibiomed_jax.data.augment import AugmentConfig
+from unibiomed_jax.files import shown
 
 
 class Kind(StrEnum):
@@ -85,7 +86,7 @@ class DatasetConfig:
 
     @property
     def title(self) -> str:
-        return self.name or f"{Path(self.root).name}/{self.kind}"
+        return shown(self.name or f"{Path(self.root).name}/{self.kind}")
 
     @property
     def annotation_path(self) -> Path:

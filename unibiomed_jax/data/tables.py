@@ -1,8 +1,6 @@
 """JSON tables on disk to records, one reader per table format. No pixel is read here."""
 
-import json
 import math
-from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
 from functools import partial
@@ -10,6 +8,7 @@ from pathlib import Path
 
 from unibiomed_jax.data.records import DatasetConfig, Kind, Record
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.files import find_file, read_json, shown, spelled
 from unibiomed_jax.inputs.images import by_number
 
 # In an abnormality, what says that there is nothing to outline: the mask is then all zero, whatever its file
@@ -30,9 +29,11 @@ def read_dataset(config: DatasetConfig, problems: list[str] | None = None) -> li
     """
     root = Path(config.root)
     if not root.is_dir():
-        raise InputError(f"The dataset folder {root} does not exist; check the path of {config.title}.")
-    path = config.annotation_path
-    table = _read_table(path)
+        raise InputError(
+            f"The dataset folder {shown(root)} does not exist; check the path of {config.title}."
+        )
+    table = _read_table(config.annotation_path)
+    path = shown(config.annotation_path)  # for messages
     reader = {
         Kind.SEQUENCE: _read_volumes,
         Kind.VQA: _read_findings,
@@ -57,21 +58,21 @@ def read_dataset(config: DatasetConfig, problems: list[str] | None = None) -> li
     return records
 
 
-def _read_targets(config: DatasetConfig, path: Path, table) -> Iterator[Callable[[], Record]]:
+def _read_targets(config: DatasetConfig, path: str, table) -> Iterator[Callable[[], Record]]:
     """COCO-like table: one record per annotation, grouped by image in the order of `images`.
 
     Images and annotations are paired by file name, not by id; images without annotations give no record.
     """
     images = _read_images(_get(table, "images", list, path), path)
-    grouped: dict[str, list[tuple[int, dict]]] = {name: [] for name in images}
+    grouped: dict[str, list[tuple[int, dict]]] = {name: [] for name in images}  # see `spelled`
     for number, annotation in enumerate(_get(table, "annotations", list, path)):
         name = _get(annotation, "file_name", str, path, f"annotations[{number}]")
-        if name not in grouped:
+        if spelled(name) not in grouped:
             raise InputError(
                 f"{path}: annotations[{number}] belongs to the image {name}, which `images` does not list; "
                 "add it there."
             )
-        grouped[name].append((number, annotation))
+        grouped[spelled(name)].append((number, annotation))
 
     def read(file_name: str, number: int, annotation: dict) -> Record:
         where = f"annotations[{number}]"
@@ -80,8 +81,8 @@ def _read_targets(config: DatasetConfig, path: Path, table) -> Iterator[Callable
         return Record(
             name=mask_file,
             kind=config.kind,
-            images=(str(config.image_folder / file_name),),
-            masks=((str(config.mask_folder / mask_file),),),
+            images=(_file(config.image_folder, file_name, path, where),),
+            masks=((_file(config.mask_folder, mask_file, path, where),),),
             texts=_sentences(annotation, path, where),
             size=size,
             augment=config.augment,
@@ -93,7 +94,7 @@ def _read_targets(config: DatasetConfig, path: Path, table) -> Iterator[Callable
             yield partial(read, file_name, number, annotation)
 
 
-def _read_findings(config: DatasetConfig, path: Path, table) -> Iterator[Callable[[], Record]]:
+def _read_findings(config: DatasetConfig, path: str, table) -> Iterator[Callable[[], Record]]:
     """RadGenome's table, an object of samples; lists in abnormality and mask_file are several objects."""
     if not isinstance(table, dict):
         raise InputError(f"{path} must be a JSON object whose values are samples, not a {_type_name(table)}.")
@@ -109,14 +110,14 @@ def _read_findings(config: DatasetConfig, path: Path, table) -> Iterator[Callabl
                 "mask for each."
             )
         masks = tuple(
-            ("" if NO_FINDINGS in finding else str(config.mask_folder / file),)
+            ("" if NO_FINDINGS in finding else _file(config.mask_folder, file, path, where),)
             for finding, file in zip(findings, files, strict=True)
         )
         report = config.kind is Kind.REPORT
         return Record(
             name=f"{image_file}[{key}]",
             kind=config.kind,
-            images=(str(config.image_folder / image_file),),
+            images=(_file(config.image_folder, image_file, path, where),),
             masks=masks,
             texts=findings,
             anatomy="" if report else _text(entry, "anatomy", path, where),
@@ -130,7 +131,7 @@ def _read_findings(config: DatasetConfig, path: Path, table) -> Iterator[Callabl
         yield partial(read, key, entry)
 
 
-def _read_volumes(config: DatasetConfig, path: Path, table) -> Iterator[Callable[[], Record]]:
+def _read_volumes(config: DatasetConfig, path: str, table) -> Iterator[Callable[[], Record]]:
     """Volumes with expressions: one record per volume and expression, with the slices that have a mask of it.
 
     A mask belongs to the slice whose name without ending, followed by an underscore, begins the mask's name;
@@ -142,7 +143,7 @@ def _read_volumes(config: DatasetConfig, path: Path, table) -> Iterator[Callable
         text = _text(expression, "exp", path, where)
         masks: dict[str, str] = {}
         for file in _strings(expression, "mask_file", path, where):
-            stem = owner(Path(file).name, slices)
+            stem = owner(spelled(Path(file).name), slices)
             if stem is None:
                 raise InputError(
                     f"{path}: {where} has the mask {file}, which is not named after one of the slices "
@@ -160,8 +161,10 @@ def _read_volumes(config: DatasetConfig, path: Path, table) -> Iterator[Callable
         return Record(
             name=f"{volume}/{text}",
             kind=config.kind,
-            images=tuple(str(config.image_folder / volume / slices[stem]) for stem in drawn),
-            masks=(tuple(str(config.mask_folder / masks[stem]) for stem in drawn),),
+            images=tuple(
+                _file(config.image_folder, f"{volume}/{slices[stem]}", path, where) for stem in drawn
+            ),
+            masks=(tuple(_file(config.mask_folder, masks[stem], path, where) for stem in drawn),),
             texts=(text,),
             size=_size(entry, path, f"volumes[{volume!r}]"),
             slices=config.slices,
@@ -172,7 +175,7 @@ def _read_volumes(config: DatasetConfig, path: Path, table) -> Iterator[Callable
     for volume, entry in _get(table, "volumes", dict, path).items():
         where = f"volumes[{volume!r}]"
         names = sorted(_strings(entry, "slices", path, where), key=by_number)
-        slices = {Path(name).stem: name for name in names}
+        slices = {spelled(Path(name).stem): name for name in names}
         if len(slices) < len(names):
             raise InputError(f"{path}: two slices of {where} have one name without its ending; rename one.")
         expressions = _get(entry, "expressions", dict, path, where)
@@ -187,7 +190,7 @@ def owner(mask: str, stems: Container[str]) -> str | None:
     return next((start for start in starts if start in stems), None)
 
 
-def _read_captions(config: DatasetConfig, path: Path, table) -> Iterator[Callable[[], Record]]:
+def _read_captions(config: DatasetConfig, path: str, table) -> Iterator[Callable[[], Record]]:
     """Image-text pairs, one record per annotation; `question`, where present, replaces the task's own."""
     annotations = _get(table, "annotations", list, path)
     images = _read_images(_get(table, "images", list, path) if "images" in table else [], path)
@@ -195,11 +198,11 @@ def _read_captions(config: DatasetConfig, path: Path, table) -> Iterator[Callabl
     def read(number: int, annotation) -> Record:
         where = f"annotations[{number}]"
         file_name = _get(annotation, "file_name", str, path, where)
-        size, patient = images.get(file_name, ((0, 0), ""))
+        size, patient = images.get(spelled(file_name), ((0, 0), ""))
         return Record(
             name=file_name,
             kind=config.kind,
-            images=(str(config.image_folder / file_name),),
+            images=(_file(config.image_folder, file_name, path, where),),
             texts=(_text(annotation, "caption", path, where),),
             question=_text(annotation, "question", path, where) if "question" in annotation else "",
             size=size,
@@ -211,19 +214,26 @@ def _read_captions(config: DatasetConfig, path: Path, table) -> Iterator[Callabl
         yield partial(read, number, annotation)
 
 
-def _read_images(images: list, path: Path) -> dict[str, tuple[tuple[int, int], str]]:
+def _read_images(images: list, path: str) -> dict[str, tuple[tuple[int, int], str]]:
     """Size and patient of every listed image, by its file name; one may be listed twice if both agree."""
     known: dict[str, tuple[tuple[int, int], str]] = {}
     for number, image in enumerate(images):
         where = f"images[{number}]"
         name = _get(image, "file_name", str, path, where)
         entry = (_size(image, path, where), _patient(image))
-        if known.setdefault(name, entry) != entry:
+        if known.setdefault(spelled(name), entry) != entry:
             raise InputError(
                 f"{path}: {where} is a second {name} of another size or patient; give every image a name of "
                 "its own."
             )
     return known
+
+
+def _file(folder: Path, name: str, path: str, where: str) -> str:
+    """A file that a table names, as it is spelled on disk."""
+    if "\0" in name:
+        raise InputError(f"{path}: {where} names a file {shown(name)}, as none can be called; mend the name.")
+    return find_file(folder / name)
 
 
 class _Names:
@@ -242,24 +252,12 @@ class _Names:
 def _read_table(path: Path):
     if not path.is_file():
         raise InputError(
-            f"{path} does not exist; a dataset needs this table (`unibiomed data build` writes it)."
+            f"{shown(path)} does not exist; a dataset needs this table (`unibiomed data build` writes it)."
         )
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unlike_keys)
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}); write it again.") from error
+    return read_json(path, unique_keys=True)
 
 
-def _unlike_keys(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object; of two entries with one key the first would be lost without a word."""
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {key!r} occurs twice in it")
-    return table
-
-
-def _get(entry, key: str, expected: type, path: Path, where: str = "the table"):
+def _get(entry, key: str, expected: type, path: str, where: str = "the table"):
     if not isinstance(entry, dict):
         raise InputError(
             f"{path}: {where} must be an object with the field {key!r}, not a {_type_name(entry)}."
@@ -275,7 +273,7 @@ def _get(entry, key: str, expected: type, path: Path, where: str = "the table"):
     return entry[key]
 
 
-def _text(entry, key: str, path: Path, where: str) -> str:
+def _text(entry, key: str, path: str, where: str) -> str:
     text = _get(entry, key, str, path, where)
     if not text.strip().strip("."):
         raise InputError(
@@ -284,14 +282,14 @@ def _text(entry, key: str, path: Path, where: str) -> str:
     return text
 
 
-def _strings(entry, key: str, path: Path, where: str) -> tuple[str, ...]:
+def _strings(entry, key: str, path: str, where: str) -> tuple[str, ...]:
     if isinstance(entry, dict) and isinstance(entry.get(key), list):
         entry = {f"{key}[{number}]": value for number, value in enumerate(entry[key])}
         return tuple(_text(entry, name, path, where) for name in entry)
     return (_text(entry, key, path, where),)
 
 
-def _mask_files(entry: dict, healthy: list[bool], path: Path, where: str) -> tuple[str, ...]:
+def _mask_files(entry: dict, healthy: list[bool], path: str, where: str) -> tuple[str, ...]:
     """The mask file of every finding; where there is no finding none is needed."""
     files = entry.get("mask_file")
     if all(healthy) and not files:
@@ -305,7 +303,7 @@ def _mask_files(entry: dict, healthy: list[bool], path: Path, where: str) -> tup
     )
 
 
-def _sentences(annotation, path: Path, where: str) -> tuple[str, ...]:
+def _sentences(annotation, path: str, where: str) -> tuple[str, ...]:
     sentences = _get(annotation, "sentences", list, path, where)
     if not sentences:
         raise InputError(f"{path}: 'sentences' of {where} is empty; give at least one name of the target.")
@@ -315,7 +313,7 @@ def _sentences(annotation, path: Path, where: str) -> tuple[str, ...]:
     )
 
 
-def _size(entry: dict, path: Path, where: str) -> tuple[int, int]:
+def _size(entry: dict, path: str, where: str) -> tuple[int, int]:
     """(width, height), or (0, 0) where the entry does not say."""
     for key in ("width", "height"):
         value = entry.get(key) or 0

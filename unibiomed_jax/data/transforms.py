@@ -14,7 +14,9 @@ from unibiomed_jax.data.files import image_size, require_mask_size, require_tabl
 from unibiomed_jax.data.prompts import Conversation, PromptConfig, draw, variants
 from unibiomed_jax.data.records import TEXT_ONLY, Kind, Record
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.files import shown
 from unibiomed_jax.inputs.images import open_frames
+from unibiomed_jax.inputs.masks import open_mask
 from unibiomed_jax.inputs.prompt import (
     INFERENCE_TURN,
     STOP_TEXT,
@@ -272,19 +274,17 @@ class SampleBuilder:
 
 
 def load_mask(path: str, size: tuple[int, int], name: str) -> Bool[np.ndarray, "height width"]:
-    """Where the first channel of a mask file is not zero; an empty path is an all-zero mask.
+    """A mask file, upright as its image is (see `open_mask`); an empty path is an all-zero mask.
 
     Raises:
-        InputError: the file cannot be read, or is not of the image's `size` (width, height).
+        InputError: the file cannot be used, or is not of the image's `size` (width, height).
     """
     if not path:
         return np.zeros(size[::-1], bool)
     try:
-        with Image.open(path) as image:
-            mask = np.asarray(image)
-    except Exception as error:  # Pillow's plugins raise whatever their parser met
-        raise InputError(f"The mask {path} of {name} cannot be read ({error}); replace the file.") from error
-    mask = (mask[..., 0] if mask.ndim == 3 else mask) > 0
+        mask = open_mask(path)
+    except InputError as error:
+        raise InputError(f"The mask {shown(path)} of {name} cannot be read: {error}") from error
     require_mask_size(name, path, mask.shape[::-1], size)
     return mask
 

@@ -5,7 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +25,15 @@ from unibiomed_jax.datasets.write import (
     save_mask,
 )
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import new_folder
-from unibiomed_jax.inputs.images import IMAGE_SUFFIXES, open_image, open_mask
+from unibiomed_jax.files import is_text, new_folder, read_json, shown, spelled
+from unibiomed_jax.inputs.images import open_image
+from unibiomed_jax.inputs.masks import open_mask
+from unibiomed_jax.inputs.tokenizer import require_text
 from unibiomed_jax.inputs.volumes import apply_window, load_labelled, load_labels, percentile_window
 from unibiomed_jax.masks.resize import resize_mask
 
 # A GIF is more often an animation than an image to learn from.
-_ENDINGS = IMAGE_SUFFIXES - {".gif"}
+_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 # Where readers look for something else than a volume.
 _TAKEN = {"mask", *SPLITS, *(f"{split}_mask" for split in SPLITS)}
 
@@ -48,7 +50,7 @@ class BuildOptions:
     site: str
     # Folder of images; needs `masks`.
     images: Path | None = None
-    # Folder of masks named <image stem>_<target>.png, not zero where the target is; + for blanks in it.
+    # Folder of masks named <image stem>_<target>.png, black outside the target; + for blanks in it.
     masks: Path | None = None
     # Folder of NIfTI volumes; needs `labels` and `label_names`.
     volumes: Path | None = None
@@ -89,6 +91,8 @@ class BuildReport:
     empty_masks: list[Path]
     # What else lies in the given folders, such as files of other endings and sub-folders.
     not_read: list[Path]
+    # Why splits that were to have a share got nothing.
+    empty_splits: dict[str, str]
 
     def table(self) -> Table:
         """For the terminal: one row a split."""
@@ -118,17 +122,19 @@ def build(options: BuildOptions) -> BuildReport:
         raise InputError("Give either images and masks, or volumes and labels.")
     if options.long_side is not None and options.long_side < 1:
         raise InputError(f"long_side={options.long_side} must be at least 1.")
+    for name, text in (("modality", options.modality), ("site", options.site)):
+        require_text(text, name)
     for folder in given[0]:
         if not folder.is_dir():
-            raise InputError(f"The folder {folder} does not exist; check the path.")
+            raise InputError(f"The folder {shown(folder)} does not exist; check the path.")
     if options.out.exists():
-        raise InputError(f"{options.out} exists already; remove it or choose another place.")
+        raise InputError(f"{shown(options.out)} exists already; remove it or choose another place.")
     try:
         with new_folder(options.out) as folder:
             return (_build_images if options.images else _build_volumes)(options, folder)
     except OSError as error:
         raise InputError(
-            f"{options.out} was not written ({error}); mend that or choose another place."
+            f"{shown(options.out)} was not written ({shown(str(error))}); mend that or choose another place."
         ) from error
 
 
@@ -157,13 +163,15 @@ class _Writer:
         given = (options.images, options.masks, options.volumes, options.labels, options.label_names)
         not_read = [path for path in others if path not in given]
         counts = (Counter(), Counter(), Counter(), Counter())
-        report = BuildReport(options.out, *counts, without_masks, empty_masks, not_read)
+        report = BuildReport(options.out, *counts, without_masks, empty_masks, not_read, {})
         for split, table in self.targets.items():
             people = {image["patient"] for image in table.images.values()}
             report.patients[split] = len(people)
             report.images[split] = len(self.volumes[split]) or len(table.images)
             report.annotations[split] = len(table.annotations)
             if not table.annotations:
+                if options.fractions[SPLITS.index(split)]:
+                    report.empty_splits[split] = self._why_empty(split)
                 continue
             table.save(folder / f"{split}.json")
             table.save(folder / f"{split}_region.json")
@@ -183,6 +191,13 @@ class _Writer:
                 save_json(folder / f"meta_{split}.json", {"volumes": self.volumes[split]})
         return report
 
+    def _why_empty(self, split: str) -> str:
+        if split in self.splits.values():
+            return "all masks of its patients are empty"
+        people = len(self.splits)
+        count = "is one patient" if people == 1 else f"are {people} patients"
+        return f"there {count}, and a patient is never divided"
+
 
 def _build_images(options: BuildOptions, folder: Path) -> BuildReport:
     files, others = _listing(options.images, _is_image)
@@ -190,13 +205,14 @@ def _build_images(options: BuildOptions, folder: Path) -> BuildReport:
     images = _by_stem(files, lambda path: path.stem)
     owned: dict[str, dict[str, Path]] = {stem: {} for stem in images}
     for mask in masks:
-        stem = owner(mask.stem, images)
+        name = spelled(mask.stem)
+        stem = owner(name, images)
         if stem is None:
             raise InputError(
                 f"The mask {mask} belongs to no image in {options.images}; name it <image stem>_<target>"
                 f"{mask.suffix}."
             )
-        target = mask.stem[len(stem) + 1 :].replace("+", " ").replace("_", " ").strip()
+        target = name[len(stem) + 1 :].replace("+", " ").replace("_", " ").strip()
         if not target:
             raise InputError(f"The mask {mask} names no target; name it <image stem>_<target>{mask.suffix}.")
         if target in owned[stem]:
@@ -207,14 +223,14 @@ def _build_images(options: BuildOptions, folder: Path) -> BuildReport:
         raise InputError(
             f"{options.masks} holds no mask of an image in {options.images}; check both folders."
         )
-    _check_findings(options.findings, {target for targets in owned.values() for target in targets})
+    options = _with_findings(options, {target for targets in owned.values() for target in targets})
     writer, empty = _Writer(options, with_masks), []
     for stem in with_masks:
         patient, split = writer.place(stem)
         image, _ = open_image(images[stem])
         size = fit_size(*image.size, options.long_side)
         for target, path in owned[stem].items():
-            mask = _read_mask(path)
+            mask = open_mask(path)
             require_mask_size(stem, str(path), mask.shape[::-1], image.size)
             mask = resize_mask(mask, size)
             if not mask.any():  # nothing was there, or it is too small for `long_side`
@@ -232,17 +248,9 @@ def _build_images(options: BuildOptions, folder: Path) -> BuildReport:
     return writer.save(folder, without_masks, empty, others + mask_others)
 
 
-def _read_mask(path: Path) -> np.ndarray:
-    """A mask file as upright booleans."""
-    if path.suffix.lower() in (".jpg", ".jpeg"):
-        # JPEG leaves grey specks around what was black and white.
-        return (np.asarray(open_image(path)[0]) > 127).any(axis=-1)
-    return open_mask(path)
-
-
 def _build_volumes(options: BuildOptions, folder: Path) -> BuildReport:
     names = _read_label_names(options.label_names)
-    _check_findings(options.findings, set(names.values()))
+    options = _with_findings(options, set(names.values()))
     files, others = _listing(options.volumes, _is_nifti)
     label_files, label_others = _listing(options.labels, _is_nifti)
     volumes, labels = _by_stem(files, _nifti_stem), _by_stem(label_files, _nifti_stem)
@@ -288,20 +296,31 @@ def _build_volumes(options: BuildOptions, folder: Path) -> BuildReport:
 
 
 def _listing(folder: Path, wanted: Callable[[Path], bool]) -> tuple[list[Path], list[Path]]:
-    """The files of a folder that are wanted, and what else is in it; hidden ones (.DS_Store) do not count."""
+    """The files of a folder that are wanted, and what else is in it; hidden ones (.DS_Store) do not count.
+
+    Raises:
+        InputError: a wanted file's name cannot be written into a table.
+    """
     files, others = [], []
     for path in sorted(folder.iterdir()):
-        if not path.name.startswith("."):
-            (files if wanted(path) and path.is_file() else others).append(path)
+        if path.name.startswith("."):
+            continue
+        if not (wanted(path) and path.is_file()):
+            others.append(path)
+        elif not is_text(path.name):
+            raise InputError(f"The name of {shown(path)} is no UTF-8 text; rename the file.")
+        else:
+            files.append(path)
     return files, others
 
 
 def _by_stem(files: Iterable[Path], stem: Callable[[Path], str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in files:
-        if stem(path) in found:
-            raise InputError(f"{found[stem(path)]} and {path} have one name; rename one of them.")
-        found[stem(path)] = path
+        name = spelled(stem(path))
+        if name in found:
+            raise InputError(f"{found[name]} and {path} have one name; rename one of them.")
+        found[name] = path
     return found
 
 
@@ -320,24 +339,30 @@ def _nifti_stem(path: Path) -> str:
 def _read_label_names(path: Path | None) -> dict[int, str]:
     if path is None:
         raise InputError('Volumes need label_names, a JSON file such as {"1": "liver"}; write one.')
+    table = read_json(path, remedy='write a JSON object such as {"1": "liver"}', unique_keys=True)
     try:
-        names = {int(value): name for value, name in json.loads(path.read_text(encoding="utf-8")).items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f'{path} must be a JSON object such as {{"1": "liver"}} ({error}).') from error
+        names = {int(value): name for value, name in table.items()}
+    except (ValueError, AttributeError) as error:
+        raise InputError(
+            f'{shown(path)} must be a JSON object such as {{"1": "liver"}} ({error}).'
+        ) from error
     for value, name in names.items():
         if not isinstance(name, str) or not name.strip() or set(name) & {"/", "\\"}:
             raise InputError(
                 f"{path} names the label {value} {json.dumps(name)}; give it a name in words, without "
                 "slashes."
             )
-    return names
+    return {value: spelled(name) for value, name in names.items()}
 
 
-def _check_findings(findings: tuple[str, ...], targets: set[str]) -> None:
+def _with_findings(options: BuildOptions, targets: set[str]) -> BuildOptions:
+    """The options with findings spelled as the targets are."""
+    findings = tuple(spelled(finding) for finding in options.findings)
     for finding in findings:
         if finding not in targets:
             known = ", ".join(sorted(targets))
             raise InputError(f"The finding {finding!r} is no target; the targets are {known}.")
+    return replace(options, findings=findings)
 
 
 def _patient(pattern: str, stem: str) -> str:

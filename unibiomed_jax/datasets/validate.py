@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-import numpy as np
 import tyro
-from PIL import Image
 from rich.table import Column, Table
 
 from unibiomed_jax.data.mixture import find_datasets
@@ -16,7 +14,9 @@ from unibiomed_jax.data.records import DatasetConfig, Kind, Record
 from unibiomed_jax.data.tables import NO_FINDINGS, read_dataset
 from unibiomed_jax.datasets.write import SPLITS
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.files import shown
 from unibiomed_jax.inputs.images import open_image
+from unibiomed_jax.inputs.masks import open_mask
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ class ValidationReport:
 
 
 class _Mask(NamedTuple):
-    # (width, height), the pixels as they lie.
+    # (width, height), upright.
     size: tuple[int, int]
-    # Whether the first channel is all zero.
+    # Whether nothing is inside.
     empty: bool
 
 
@@ -117,14 +117,13 @@ class _Files:
     def mask(self, path: str) -> _Mask | _Wrong:
         if path not in self.masks:
             try:
-                with Image.open(path) as image:
-                    pixels = np.asarray(image)
-                first = pixels[..., 0] if pixels.ndim == 3 else pixels
-                self.masks[path] = _Mask(pixels.shape[1::-1], not first.any())
-            except FileNotFoundError:
-                self.masks[path] = _Wrong("missing", f"the mask {path} is missing.")
-            except Exception as error:  # Pillow's plugins raise whatever their parser met
-                self.masks[path] = _Wrong("unreadable", f"the mask {path} is unreadable ({error}).")
+                mask = open_mask(path)
+                self.masks[path] = _Mask(mask.shape[::-1], not mask.any())
+            except InputError as error:
+                if not Path(path).exists():
+                    self.masks[path] = _Wrong("missing", f"the mask {shown(path)} is missing.")
+                else:
+                    self.masks[path] = _Wrong("unreadable", str(error))
         return self.masks[path]
 
 

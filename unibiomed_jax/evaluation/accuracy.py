@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
+from unibiomed_jax.data.files import image_size
 from unibiomed_jax.data.mixture import find_datasets, read_mixture
 from unibiomed_jax.data.prompts import Conversation, PromptConfig, draw, variants
 from unibiomed_jax.data.records import Kind, Record
@@ -26,6 +27,7 @@ from unibiomed_jax.data.transforms import draw_box, load_mask
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inference.answer import Answer, Request
 from unibiomed_jax.inference.predictor import UniBiomed
+from unibiomed_jax.inputs.images import open_image
 from unibiomed_jax.inputs.prompt import STOP_TEXT
 from unibiomed_jax.masks.measures import dice_score
 
@@ -71,8 +73,7 @@ def conversation(record: Record) -> Conversation:
 
 def truth(record: Record) -> np.ndarray:
     """The mask of a record's first object, (height, width), or (slices, height, width) of a volume."""
-    with Image.open(record.images[0]) as image:
-        size = image.size
+    size = image_size(record)
     masks = [load_mask(path, size, record.name) for path in record.masks[0]]
     return np.stack(masks) if record.kind is Kind.SEQUENCE else masks[0]
 
@@ -86,8 +87,7 @@ def request(model: UniBiomed, record: Record) -> Request:
         chosen = shown[np.linspace(0, len(shown) - 1, limit + 2).round().astype(int)[1:-1]]
         return Request(question, model.open_volume(record.images, conditioning=sorted(set(chosen.tolist()))))
     if record.kind is Kind.REGION:
-        with Image.open(record.images[0]) as image:
-            pixels = np.asarray(image.convert("RGB"))
+        pixels = np.asarray(open_image(record.images[0])[0])
         return Request(question, Image.fromarray(draw_box(pixels, truth(record), np.random.default_rng(0))))
     return Request(question, record.images[0])
 

@@ -3,7 +3,14 @@
 from collections.abc import Sequence
 
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.inputs.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, REGION_END, REGION_START
+from unibiomed_jax.inputs.tokenizer import (
+    IMAGE_CONTEXT,
+    IMAGE_END,
+    IMAGE_START,
+    REGION_END,
+    REGION_START,
+    require_text,
+)
 
 # Where the image goes in a prompt: plain text, replaced before tokenising.
 IMAGE = "<image>"
@@ -58,7 +65,8 @@ def build_prompt(
         turn: INFERENCE_TURN or TRAINING_TURN.
 
     Raises:
-        InputError: what is given and what the text refers to do not fit; each case says what to change.
+        InputError: no valid text, or what is given and what the text refers to do not fit; each case says
+            what to change.
     """
     _check_prompt(text, image, frames, regions, past_text)
     block = frames_block(1 if image else frames)
@@ -92,6 +100,8 @@ def expand(ids: Sequence[int], image_context_id: int, counts: Sequence[int]) -> 
 
 
 def _check_prompt(text: str, image: bool, frames: int, regions: int, past_text: str) -> None:
+    require_text(text, "The prompt")
+    require_text(past_text, "past_text")
     has_image = bool(image or frames)
     if image and frames:
         raise InputError("Both an image and a frame sequence were given; give one of them.")

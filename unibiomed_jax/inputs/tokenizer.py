@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.files import is_text, read_json, read_text, shown
 
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 SEG = "[SEG]"
@@ -28,6 +29,9 @@ QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+# What to do about a file that cannot be used.
+_REMEDY = "copy it again from its source"
 
 # The files of a tokenizer; which of them there are differs.
 FILES = (
@@ -95,8 +99,16 @@ class Tokenizer:
         return cls(backend, eos=names["eos_token"], pad=names["pad_token"], name=f"The tokenizer in {folder}")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; special tokens written out in it become their single ids, and nothing is added."""
-        return self._encoder.encode(text, add_special_tokens=False).ids
+        """Ids of a text; special tokens written out in it become their single ids, and nothing is added.
+
+        Raises:
+            InputError: it is no valid text.
+        """
+        try:
+            return self._encoder.encode(text, add_special_tokens=False).ids
+        except TypeError as error:
+            require_text(text)
+            raise error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens kept, bytes that are no UTF-8 replaced by U+FFFD."""
@@ -150,6 +162,16 @@ class Tokenizer:
             os.replace(partial, folder / name)
 
 
+def require_text(text: str, name: str = "The text") -> None:
+    """Raise InputError for what is no text, or has bytes in it that are none (see `files.shown`)."""
+    if not isinstance(text, str):
+        raise InputError(f"{name} is a {type(text).__name__}; give words as a str.")
+    if not is_text(text):
+        raise InputError(
+            f"{name} '{shown(text)[:80]}' is no valid text; write it in Unicode (a terminal must use UTF-8)."
+        )
+
+
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy a tokenizer's files into the folder `target`.
 
@@ -171,26 +193,16 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         )
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
+def _require_file(path: Path) -> Path:
+    if not path.exists():
         raise InputError(
-            f"{path} is missing; copy the tokenizer files of the checkpoint into its folder."
-        ) from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); change its permissions.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is truncated or damaged ({error}); copy it again from its source."
-        ) from error
+            f"{shown(path)} is missing; copy the tokenizer files of the checkpoint into its folder."
+        )
+    return path
 
 
 def _read_json(path: Path) -> dict:
-    try:
-        values = json.loads(_read_text(path))
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}); copy it again from its source.") from error
+    values = read_json(_require_file(path), remedy=_REMEDY)
     if not isinstance(values, dict):
         raise InputError(f"{path} is not a JSON object; copy it again from its source.")
     return values
@@ -200,7 +212,7 @@ def _read_backend(folder: Path, config: dict) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return _qwen2_backend(folder, config.get("added_tokens_decoder", {}))
-    text = _read_text(path)
+    text = read_text(path, remedy=_REMEDY)
     try:
         return tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
@@ -212,7 +224,8 @@ def _read_backend(folder: Path, config: dict) -> tokenizers.Tokenizer:
 def _qwen2_backend(folder: Path, added: dict[str, dict]) -> tokenizers.Tokenizer:
     """The same tokenizer from the older pair of files, as InternVL releases have them."""
     vocabulary = _read_json(folder / "vocab.json")
-    merges = _read_merges(_read_text(folder / "merges.txt").splitlines())
+    path = _require_file(folder / "merges.txt")
+    merges = _read_merges(read_text(path, encoding="utf-8-sig", remedy=_REMEDY).splitlines())
     try:
         backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     except Exception as error:  # as above

@@ -6,13 +6,20 @@ from pathlib import Path
 import numpy as np
 
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.files import shown
 
 
-def load_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def load_nifti(path: Path, like: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Voxels of a NIfTI file as (slices, rows, columns): axial, feet to head, front up, patient's right on
     the left; and their affine, from numbers of voxels to the right, front and head to millimetres.
 
-    The nearest axis-aligned orientation is taken; nothing is resampled.
+    The nearest axis-aligned orientation is taken; nothing is resampled. Axes of length 1 after the third are
+    dropped.
+
+    Args:
+        path: of the file.
+        like: the affine of another volume. The orientation nearest to its axes is taken instead: of two
+            oblique scans of the same voxels, each for itself could be nearest to another one.
 
     Raises:
         InputError: nibabel is not installed, or the file is no 3-D NIfTI volume of one number a voxel.
@@ -22,24 +29,30 @@ def load_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except ImportError as error:
         raise InputError("Reading NIfTI needs nibabel; install it with `pip install nibabel`.") from error
     try:
-        image = nibabel.as_closest_canonical(nibabel.load(path))
+        image = nibabel.squeeze_image(nibabel.load(path))
+        axes = image.affine if like is None else np.linalg.inv(like) @ image.affine
+        if len(image.shape) >= 3:
+            image = image.as_reoriented(nibabel.io_orientation(axes))
         voxels = np.asanyarray(image.dataobj)
     except Exception as error:  # nibabel raises whatever its parsers met
-        raise InputError(f"{path} is not a NIfTI volume that nibabel can read ({error}).") from error
+        reason = shown(" ".join(str(error).split()))
+        raise InputError(f"{shown(path)} is not a NIfTI volume that nibabel can read ({reason}).") from error
     if voxels.ndim != 3:
-        raise InputError(f"{path} has {voxels.ndim} axes; give one 3-D volume a file.")
+        raise InputError(f"{shown(path)} has {voxels.ndim} axes; give one 3-D volume a file.")
     if voxels.dtype.kind not in "buif":
-        raise InputError(f"{path} holds colours or complex numbers; give a volume of one number a voxel.")
+        raise InputError(
+            f"{shown(path)} holds colours or complex numbers; give a volume of one number a voxel."
+        )
     return voxels.transpose(2, 1, 0)[:, ::-1, ::-1], image.affine
 
 
-def load_labels(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def load_labels(path: Path, like: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """As `load_nifti`, with the whole numbers that labels are.
 
     Raises:
         InputError: as `load_nifti`.
     """
-    values, affine = load_nifti(path)
+    values, affine = load_nifti(path, like)
     # Scale factors and resampling leave values such as 1.00001.
     return np.rint(values) if values.dtype.kind == "f" else values, affine
 
@@ -52,7 +65,8 @@ def load_labelled(volume: Path, labels: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         InputError: as `load_nifti`, or the two differ in shape or place, or no voxel is finite.
     """
-    (voxels, affine), (values, other) = load_nifti(volume), load_labels(labels)
+    voxels, affine = load_nifti(volume)
+    values, other = load_labels(labels, like=affine)
     if voxels.shape != values.shape:
         raise InputError(
             f"{labels} has the shape {values.shape} but {volume} {voxels.shape}; resample the labels to the "
