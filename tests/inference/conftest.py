@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from PIL import Image
 from places import GOLDEN, MICRO
@@ -24,7 +25,7 @@ def image() -> Image.Image:
 
 @pytest.fixture
 def watch_calls(monkeypatch):
-    """Of a predictor, what every stage, and the generation of ids, will have given, call by call."""
+    """Of a predictor, what every stage has given, and the ids and states of answers, call by call."""
 
     def watch(model: UniBiomed) -> dict[str, list]:
         seen: dict[str, list] = {}
@@ -38,11 +39,17 @@ def watch_calls(monkeypatch):
 
             monkeypatch.setattr(owner, name, call)
 
-        record(model, "_generate")
+        finish, seen["said"] = model._finish, []
+
+        def call_finish(answering, hide_absent):
+            seen["said"].append((answering.said, list(np.asarray(answering.state.hidden))))
+            return finish(answering, hide_absent)
+
+        monkeypatch.setattr(model, "_finish", call_finish)
         for name, stage in list(vars(model.stages).items()):
             if hasattr(stage, "lower"):  # a compiled function
                 record(model.stages, name)
-        assert seen.keys() == {"_generate", *STAGES}
+        assert seen.keys() == {"said", *STAGES}
         return seen
 
     return watch

@@ -47,15 +47,16 @@ WORDS = OpenedRequest("Why?")
 
 def arrays_of(tokenizer, requests, max_new_tokens=40, config=SMALL):
     prompts = [prompt_of(config, tokenizer, request) for request in requests]
-    return prompts, *prompt_arrays(config, tokenizer, requests, prompts, max_new_tokens)
+    return prompts, prompt_arrays(config, tokenizer, requests, prompts, max_new_tokens)
 
 
 def test_prompts_are_padded_and_rows_beyond_the_batch_end_at_once(byte_tokenizer):
     requests = [about_image(0, 5, forced={2: 7, 39: 8, 40: 9}), about_image(1, 1), WORDS]
-    prompts, arrays, new = arrays_of(byte_tokenizer, requests)
+    prompts, arrays = arrays_of(byte_tokenizer, requests)
     lengths = [len(prompt.ids) for prompt in prompts]
     assert arrays.ids.shape == arrays.source.shape == (4, 64) and arrays.forced.shape == (4, 64)
-    assert arrays.lengths.tolist() == [*lengths, 1] and new == 40
+    assert arrays.lengths.tolist() == [*lengths, 1]
+    assert arrays.limits.tokens.tolist() == [40, 40, 40, 1]
     for row, prompt in enumerate(prompts):
         assert arrays.ids[row, : lengths[row]].tolist() == prompt.ids
         assert (arrays.ids[row, lengths[row] :] == byte_tokenizer.pad_id).all()
@@ -67,15 +68,16 @@ def test_prompts_are_padded_and_rows_beyond_the_batch_end_at_once(byte_tokenizer
     dictated = {
         (int(row), int(step)): int(arrays.forced[row, step]) for row, step in np.argwhere(arrays.forced >= 0)
     }
-    assert dictated == {(0, 2): 7, (0, 39): 8, (3, 0): byte_tokenizer.eos_id}
+    assert dictated == {(0, 2): 7, (0, 39): 8}
 
 
 def test_an_answer_ends_where_the_context_does(byte_tokenizer):
     language = dataclasses.replace(SMALL.language, max_position_embeddings=50)
     config = dataclasses.replace(SMALL, language=language)
-    (prompt,), arrays, new = arrays_of(byte_tokenizer, [WORDS], config=config)
-    assert new == 50 - len(prompt.ids) < 40 and arrays.forced.shape == (1, 32)
-    assert arrays_of(byte_tokenizer, [WORDS], 2, config)[2] == 2
+    (prompt,), arrays = arrays_of(byte_tokenizer, [WORDS], config=config)
+    (room,) = arrays.limits.tokens.tolist()
+    assert room == 50 - len(prompt.ids) < 40 and arrays.forced.shape == (1, 32)
+    assert arrays_of(byte_tokenizer, [WORDS], 2, config)[1].limits.tokens.tolist() == [2]
     with pytest.raises(InputError, match="max_new_tokens is 0"):
         arrays_of(byte_tokenizer, [WORDS], 0)
     with pytest.raises(InputError, match="the model's context holds 50; shorten the text"):

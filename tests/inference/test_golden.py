@@ -27,7 +27,7 @@ from unibiomed_jax import InputError, Request, UniBiomed
 from unibiomed_jax.config.precision import BFLOAT16, CPU, FLOAT32
 from unibiomed_jax.conversion.from_torch import read_released
 from unibiomed_jax.inference.answer import Answer
-from unibiomed_jax.inference.generate import ground
+from unibiomed_jax.inference.generate import Limits, ground
 from unibiomed_jax.inputs.tiles import sam_image
 from unibiomed_jax.inputs.tokenizer import Tokenizer
 from unibiomed_jax.models.ops import normalize
@@ -40,7 +40,7 @@ def test_same_words_and_masks_as_the_reference(model, image, case, results):
     golden = load(case)
     asked = request(model, image, case, golden)
     answer = model.predict_batch([asked], max_new_tokens=NEW_TOKENS)[0]
-    ((ids, _),) = results["_generate"]
+    ((ids, _),) = results["said"]
     assert ids == [golden["generated_ids"].tolist()]
     assert answer.text == str(golden["prediction"])
     assert written_out(answer).startswith(str(golden["input_text"]))
@@ -78,9 +78,10 @@ def test_prompt_embeddings_and_logits(model, image, case):
         np.testing.assert_array_equal(pixels.transpose(0, 3, 1, 2), golden["pixel_values"])
         model._encode_visual([asked.image])
         assert_close(asked.image.visual.reshape(golden["vit_embeds"].shape), golden["vit_embeds"], 1e-5)
-    ids, hidden = model._generate([asked], [prompt], len(said), {"prefill": 0.0, "decode": 0.0})
+    answering = model._start([asked], len(said), None, None)
+    *_, ids = model._looks(answering, len(said))
     assert ids[0] == said
-    states = hidden[0][: len(said) - 1]
+    states = np.asarray(answering.state.hidden)[0, : len(said) - 1]
     assert_close(states, golden["last_hidden_tail"][1:], 1e-4)
     network = nnx.merge(model.graphdef, model.params)
     objects = np.flatnonzero(np.array(said[:-1]) == model.tokenizer.seg_id)
@@ -137,7 +138,7 @@ def test_bfloat16_everywhere_stays_near_the_reference(image, watch_calls):
         asked = dataclasses.replace(request(model, image, case, golden), forced=forced)
         answer = model.predict_batch([asked], max_new_tokens=len(forced))[0]
         expected = golden["last_hidden_tail"][1:]
-        _, (states,) = results["_generate"][-1]
+        _, (states,) = results["said"][-1]
         difference = np.abs(np.asarray(states[: len(expected)], np.float32) - expected)
         # Eight bits: 0.4 % an operation. Not zero, or the policy would be float32.
         assert 1e-3 < difference.mean() / np.abs(expected).mean() < 0.02
@@ -242,7 +243,7 @@ def test_a_box_is_the_region_it_encloses(model, image, results):
     for boxes, regions in (([(123, 82, 246, 184)], ()), ((), [region]), ([(0, 0, 100, 100)], ())):
         model.predict(image, question, boxes=boxes, regions=regions, max_new_tokens=NEW_TOKENS)
     # Words of a random model hardly change; its states do.
-    boxed, masked, elsewhere = (hidden for _, (hidden,) in results["_generate"])
+    boxed, masked, elsewhere = (hidden for _, (hidden,) in results["said"])
     assert np.array_equal(boxed, masked) and not np.allclose(boxed, elsewhere, atol=1e-3)
 
 
@@ -331,6 +332,7 @@ def test_the_whole_model_as_one_jitted_function(model, image):
         np.full(2, len(prompt.ids), np.int32),
         np.stack([sam_image(opened.frames[0], model.config.sam2.image_size)[None]] * 2),
         forced,
+        Limits(np.full(2, new, np.int32), np.full(2, 2, np.int32)),
     )
     assert np.asarray(result.valid).tolist() == [[True, False]] * 2
     for row in range(2):

@@ -101,7 +101,7 @@ ROOM = 64
 @jax.jit
 def ends_of(ids, step, stop, end_id):
     """Whether a row ends with each of its tokens, and whether with its newest."""
-    state = Decoding(None, None, ids, None, step, None)
+    state = Decoding(None, None, ids, None, step, None, None, None)
     return (
         _ended(state, end_id, stop, every_step=True)[0],
         _ended(state, end_id, stop)[0, 0],

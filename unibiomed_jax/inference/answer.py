@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int, UInt8
 from PIL import Image
 
+from unibiomed_jax.config.fields import ABOVE_ZERO, POSITIVE_SHARE, SEED, require_limits
 from unibiomed_jax.inputs.images import ImageRecord, ImageSource
 from unibiomed_jax.models.sam2 import ImageFeatures
 
@@ -115,6 +117,25 @@ class OpenedRequest(Request):
     """A request whose image has been read."""
 
     image: OpenedImage | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn instead of taking the likeliest. The same seed gives the same answer.
+
+    Raises:
+        InputError: a number outside its limit.
+    """
+
+    # Above 1 the answer is more varied, towards 0 it is the likeliest one.
+    temperature: Annotated[float, ABOVE_ZERO] = 1.0
+    # Draw only from the likeliest tokens that have this much probability together.
+    top_p: Annotated[float, POSITIVE_SHARE] = 1.0
+    # In a batch every request is drawn as if it were alone.
+    seed: Annotated[int, SEED] = 0
+
+    def __post_init__(self):
+        require_limits(self)
 
 
 @dataclasses.dataclass(frozen=True)

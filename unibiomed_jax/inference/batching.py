@@ -12,11 +12,15 @@ from unibiomed_jax.config.model import ModelConfig, Sam2Config
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inference.answer import OpenedImage, OpenedRequest, Prompt
 from unibiomed_jax.inference.buckets import frame_bucket, power_of_two, tile_bucket, token_bucket
+from unibiomed_jax.inference.generate import Limits
 from unibiomed_jax.inputs.prompt import build_prompt, expand, visual_tokens
 from unibiomed_jax.inputs.regions import box_masks, region_cells
 from unibiomed_jax.inputs.tiles import sam_image
 from unibiomed_jax.inputs.tokenizer import Tokenizer
 from unibiomed_jax.models.sam2 import FramePlan, plan_frames
+
+# More [SEG] than an answer can have.
+NO_LIMIT = 2**30
 
 
 class PromptArrays(NamedTuple):
@@ -28,6 +32,8 @@ class PromptArrays(NamedTuple):
     lengths: Int32[np.ndarray, " rows"]
     # Tokens to say whatever the model prefers; -1 leaves the choice to the model.
     forced: Int32[np.ndarray, "rows new"]
+    # Where a row ends at the latest.
+    limits: Limits
 
 
 def prompt_of(config: ModelConfig, tokenizer: Tokenizer, request: OpenedRequest) -> Prompt:
@@ -88,32 +94,37 @@ def prompt_arrays(
     requests: Sequence[OpenedRequest],
     prompts: Sequence[Prompt],
     max_new_tokens: int,
-) -> tuple[PromptArrays, int]:
-    """A batch of prompts, and how many tokens a row may say.
+    max_masks: int | None = None,
+) -> PromptArrays:
+    """A batch of prompts; each may be answered to where its own context ends.
 
     Raises:
-        InputError: no token may be said.
+        InputError: no token, or no mask, may be said.
     """
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}; at least one token must be generated.")
+    if max_masks is not None and max_masks < 1:
+        raise InputError(f"max_masks is {max_masks}; give at least 1, or leave it out.")
     batch = len(prompts)
     lengths = np.array([len(prompt.ids) for prompt in prompts], np.int32)
-    new = int(min(max_new_tokens, config.language.max_position_embeddings - lengths.max()))
+    tokens = np.minimum(max_new_tokens, config.language.max_position_embeddings - lengths)
     rows, length = power_of_two(batch), token_bucket(int(lengths.max()))
     lengths = np.pad(lengths, (0, rows - batch), constant_values=1)
     ids = np.full((rows, length), tokenizer.pad_id, np.int32)
     source = np.full((rows, length), -1, np.int32)
-    forced = np.full((rows, token_bucket(new)), -1, np.int32)
-    forced[batch:, 0] = tokenizer.eos_id
+    forced = np.full((rows, token_bucket(int(tokens.max()))), -1, np.int32)
     for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
         ids[row, : lengths[row]] = prompt.ids
         if request.image is not None:
             places = np.flatnonzero(ids[row] == tokenizer.image_context_id)
             source[row, places] = np.arange(len(places))
         for step, token in request.forced.items():
-            if step < new:
+            if step < tokens[row]:
                 forced[row, step] = token
-    return PromptArrays(ids, source, lengths, forced), new
+    # Rows beyond the batch are done with their first token.
+    tokens = np.pad(tokens, (0, rows - batch), constant_values=1).astype(np.int32)
+    segs = np.full(rows, NO_LIMIT if max_masks is None else max_masks, np.int32)
+    return PromptArrays(ids, source, lengths, forced, Limits(tokens, segs))
 
 
 def frame_arrays(

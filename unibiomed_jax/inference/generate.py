@@ -1,8 +1,8 @@
-"""Greedy decoding as a compiled while-loop.
+"""Decoding as a compiled while-loop: greedy, or drawn at a temperature.
 
 The reference stops when the decoded *text* ends with the stop string, which only the host can see. The loop
 therefore pauses when a row says the last token of the stop string (or after `limit` tokens); the host then
-looks at the text and resumes. Greedy decoding makes any overshoot exact: it is cut off.
+looks at the text and resumes. Any overshoot is exact: it is cut off.
 """
 
 from __future__ import annotations
@@ -11,10 +11,34 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from unibiomed_jax.models.sam2 import FrameMasks, FramePlan
 from unibiomed_jax.models.unibiomed import UniBiomedModel
+
+
+class Draw(NamedTuple):
+    """How tokens are drawn; without it the likeliest is taken.
+
+    Every row of a batch is drawn as if it were alone: random numbers depend on the seed and on the step.
+    """
+
+    # Logits are divided by it.
+    temperature: Float[Array | np.floating, ""]
+    # Only the likeliest tokens that have this much probability together are drawn from (Holtzman et al.
+    # 2020, arXiv 1904.09751).
+    top_p: Float[Array | np.floating, ""]
+    seed: Int[Array | np.integer, ""]
+
+
+class Limits(NamedTuple):
+    """Where a row ends at the latest."""
+
+    # Tokens that it may say.
+    tokens: Int[Array | np.ndarray, "batch"]
+    # [SEG] after which it stops, one token later: the state at a [SEG] is known with the next token.
+    segs: Int[Array | np.ndarray, "batch"]
 
 
 class Decoding(NamedTuple):
@@ -32,6 +56,8 @@ class Decoding(NamedTuple):
     step: Int[Array, ""]
     # Tokens to say whatever the model prefers; -1 leaves the choice to the model.
     forced: Int[Array, "batch new"]
+    limits: Limits
+    draw: Draw | None
 
 
 def prefill(
@@ -41,6 +67,8 @@ def prefill(
     lengths: Int[Array, "batch"],
     visual: Float[Array, "batch rows embed"],
     forced: Int[Array, "batch new"],
+    limits: Limits,
+    draw: Draw | None = None,
 ) -> Decoding:
     """Read the prompts (right-padded; `lengths` says where they end) and say the first token."""
     language_model = model.language_model
@@ -48,7 +76,7 @@ def prefill(
     embeds = model.embed_prompt(ids, visual, source)
     cache = language_model.init_cache(batch, ids.shape[1] + new, embeds.dtype)
     hidden, cache = language_model.prefill(embeds, lengths, cache)
-    first = _choose(language_model.logits(hidden), forced[:, 0])
+    first = _choose(language_model.logits(hidden), forced[:, 0], 0, draw)
     return Decoding(
         cache=cache,
         lengths=lengths,
@@ -56,6 +84,8 @@ def prefill(
         hidden=jnp.zeros((batch, new, hidden.shape[-1]), hidden.dtype),
         step=jnp.asarray(1, jnp.int32),
         forced=forced,
+        limits=limits,
+        draw=draw,
     )
 
 
@@ -78,12 +108,13 @@ def advance(
     stop: StopText | None = None,
     *,
     end_id: int,
+    seg_id: int,
     pause_id: int = -1,
 ) -> Decoding:
     """Say up to `limit` more tokens, without a host round trip between them.
 
-    Stops early when every row is done, has said `end_id` or the stop text, and when a row that is not done
-    says `pause_id`.
+    Stops early when every row is done, has said `end_id` or the stop text or reached its limits, and when a
+    row that is not done says `pause_id`.
     """
     language_model = model.language_model
     new = state.ids.shape[1]
@@ -99,7 +130,7 @@ def advance(
         embeds = language_model.embed(spoken).astype(model.precision.language)
         hidden, cache = language_model.decode_step(embeds, state.lengths + state.step - 1, state.cache)
         forced = jax.lax.dynamic_index_in_dim(state.forced, state.step, axis=1, keepdims=False)
-        token = _choose(language_model.logits(hidden), forced)
+        token = _choose(language_model.logits(hidden), forced, state.step, state.draw)
         state = state._replace(
             cache=cache,
             ids=jax.lax.dynamic_update_index_in_dim(state.ids, token, state.step, axis=1),
@@ -107,9 +138,10 @@ def advance(
             step=state.step + 1,
         )
         paused = jnp.any((token == pause_id) & ~done)
-        return state, done | _ended(state, end_id, stop)[:, 0], paused
+        return state, done | _ended(state, end_id, stop)[:, 0] | _full(state, seg_id), paused
 
     done = done | jnp.any((state.ids == end_id) & (jnp.arange(new) < state.step), axis=1)
+    done = done | _full(state, seg_id)
     return jax.lax.while_loop(going, say, (state, done, jnp.asarray(False)))[0]
 
 
@@ -135,6 +167,8 @@ def ground(
     lengths: Int[Array, " batch"],
     frames: UInt8[Array, "batch frames size size 3"],
     forced: Int[Array, "batch new"],
+    limits: Limits,
+    draw: Draw | None = None,
     stop: StopText | None = None,
     plan: FramePlan | None = None,
     *,
@@ -161,13 +195,14 @@ def ground(
     visual = jnp.zeros((batch, 1, model.config.language.hidden_size))
     if tiles.shape[1]:
         visual = model.visual_rows(tiles)
-    state = prefill(model, ids, source, lengths, visual, forced)
+    state = prefill(model, ids, source, lengths, visual, forced, limits, draw)
     nobody = jnp.zeros(batch, bool)
-    state = advance(model, state, nobody, jnp.asarray(new), stop, end_id=end_id)
+    state = advance(model, state, nobody, jnp.asarray(new), stop, end_id=end_id, seg_id=seg_id)
 
     steps = jnp.arange(new)
     ended = _ended(state, end_id, stop, every_step=True) & (steps < state.step)
     count = jnp.where(ended.any(1), jnp.argmax(ended, axis=1) + 1, state.step)
+    count = jnp.minimum(count, limits.tokens)
     is_seg = (state.ids == seg_id) & (steps < count[:, None] - 1)
     places = jax.vmap(lambda row: jnp.nonzero(row, size=objects, fill_value=0)[0])(is_seg)
     hidden = jnp.take_along_axis(state.hidden, places[..., None], axis=1)
@@ -202,5 +237,30 @@ def _ended(
     return ended | spelled
 
 
-def _choose(logits: Float[Array, "batch vocab"], forced: Int[Array, "batch"]) -> Int[Array, "batch"]:
+def _full(state: Decoding, seg_id: int) -> Bool[Array, " batch"]:
+    """Whether a row has reached one of its limits."""
+    known = (state.ids == seg_id) & (jnp.arange(state.ids.shape[1]) < state.step - 1)
+    return (state.step >= state.limits.tokens) | (known.sum(1) >= state.limits.segs)
+
+
+def _choose(
+    logits: Float[Array, "batch vocab"],
+    forced: Int[Array, " batch"],
+    step: Int[Array, ""] | int,
+    draw: Draw | None,
+) -> Int[Array, " batch"]:
+    """The next token of every row."""
+    if draw is not None:
+        logits = likeliest(logits / draw.temperature, draw.top_p)
+        key = jax.random.fold_in(jax.random.key(draw.seed), step)
+        logits = logits + jax.random.gumbel(key, logits.shape[-1:])
     return jnp.where(forced >= 0, forced, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+
+
+def likeliest(logits: Float[Array, "batch vocab"], top_p: Float[Array, ""]) -> Float[Array, "batch vocab"]:
+    """The logits, -inf but for the fewest likeliest tokens whose probabilities sum to `top_p` or more."""
+    descending = jnp.sort(logits, axis=-1, descending=True)
+    probability = jax.nn.softmax(descending, axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    least = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)

@@ -14,12 +14,20 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float32
 
-from unibiomed_jax import checkpoint, runtime
+from unibiomed_jax import runtime
 from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.config.precision import FLOAT32, Precision, default_precision
-from unibiomed_jax.conversion.from_torch import read_released
+from unibiomed_jax.conversion import loading
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.inference.answer import Answer, OpenedImage, OpenedRequest, Prompt, Request, Segment
+from unibiomed_jax.inference.answer import (
+    Answer,
+    OpenedImage,
+    OpenedRequest,
+    Prompt,
+    Request,
+    Sampling,
+    Segment,
+)
 from unibiomed_jax.inference.batching import (
     frame_arrays,
     prompt_arrays,
@@ -33,14 +41,14 @@ from unibiomed_jax.inference.buckets import (
     tile_chunks,
 )
 from unibiomed_jax.inference.cpu import split_linears, stored_in_bfloat16
-from unibiomed_jax.inference.generate import Decoding
+from unibiomed_jax.inference.generate import Decoding, Draw, Limits
 from unibiomed_jax.inference.phrases import Phrase, parse_answer
+from unibiomed_jax.inference.segments import full_size
 from unibiomed_jax.inference.stages import Stages
-from unibiomed_jax.inference.stopping import find_stop
+from unibiomed_jax.inference.stopping import end_of
 from unibiomed_jax.inputs.images import ImageRecord, ImageSource, open_frames, open_image
 from unibiomed_jax.inputs.tiles import frame_tiles, image_tiles, sam_image
 from unibiomed_jax.inputs.tokenizer import Tokenizer
-from unibiomed_jax.masks.resize import upscale_masks
 from unibiomed_jax.models.layers import unstack_layers
 from unibiomed_jax.models.sam2 import plan_frames
 from unibiomed_jax.models.unibiomed import UniBiomedModel
@@ -49,6 +57,24 @@ from unibiomed_jax.sharding.layout import Layout
 
 # Tokens between two looks of the host at the text. The loop also stops by itself where the text may end.
 TOKENS_PER_LOOK = 64
+
+
+# The same where the words are shown as they come.
+TOKENS_PER_PIECE = 8
+
+
+@dataclasses.dataclass
+class _Answering:
+    """Answers that are being said."""
+
+    requests: list[OpenedRequest]
+    prompts: list[Prompt]
+    limits: Limits
+    state: Decoding
+    # By stage.
+    seconds: dict[str, float]
+    # Token ids of every answer so far, cut where it ends.
+    said: list[list[int]] = dataclasses.field(default_factory=list)
 
 
 class UniBiomed:
@@ -92,13 +118,19 @@ class UniBiomed:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, precision: Precision | None = None) -> UniBiomed:
-        """Load a converted checkpoint directory, or a released one (which is converted in memory).
+        """Load a checkpoint.
+
+        Args:
+            path: a converted folder, a released one (which is converted in memory), or, as a text,
+                `owner/name[@revision]` on the Hugging Face hub: what is downloaded and converted is kept for
+                the next time.
+            precision: of the arithmetic; by default what suits the device.
 
         Raises:
-            InputError: the directory or a file of it is missing, damaged or of another model.
+            InputError: the folder or a file of it is missing, damaged or of another model, or the repository
+                cannot be downloaded.
         """
-        path = Path(path)
-        loaded = checkpoint.load(path) if checkpoint.is_checkpoint(path) else read_released(path)
+        loaded = loading.load(path)
         return cls(
             loaded.config,
             loaded.params,
@@ -160,20 +192,35 @@ class UniBiomed:
         boxes: Sequence[Sequence[float]] = (),
         history: Answer | None = None,
         max_new_tokens: int = 2048,
+        max_masks: int | None = None,
+        sampling: Sampling | None = None,
         hide_absent: bool = False,
     ) -> Answer:
         """Answer one question; see `Request` for the arguments and `predict_batch` for the rest."""
-        request = Request(prompt, image, regions, boxes, history)
-        return self.predict_batch([request], max_new_tokens=max_new_tokens, hide_absent=hide_absent)[0]
+        return self.predict_batch(
+            [Request(prompt, image, regions, boxes, history)],
+            max_new_tokens=max_new_tokens,
+            max_masks=max_masks,
+            sampling=sampling,
+            hide_absent=hide_absent,
+        )[0]
 
     def predict_batch(
-        self, requests: Sequence[Request], *, max_new_tokens: int = 2048, hide_absent: bool = False
+        self,
+        requests: Sequence[Request],
+        *,
+        max_new_tokens: int = 2048,
+        max_masks: int | None = None,
+        sampling: Sampling | None = None,
+        hide_absent: bool = False,
     ) -> list[Answer]:
         """Answer several questions about different images in one go, with the answers of one by one.
 
         Args:
             requests: the questions.
             max_new_tokens: longest answer in tokens, shortened where the model's context ends.
+            max_masks: stop an answer with this many `[SEG]`, one token after the last of them.
+            sampling: draw the tokens; by default the likeliest is taken, as the reference does.
             hide_absent: empty the masks (frame by frame) whose object score is not above 0. The reference
                 never does, so that masks of things that are not there stay.
 
@@ -182,29 +229,49 @@ class UniBiomed:
         """
         if not requests:
             return []
-        seconds: dict[str, float] = defaultdict(float)
-        with _timed(seconds, "read images"):
-            opened = self._opened(requests)
-            prompts = [self.prompt_of(request) for request in opened]
-        with _timed(seconds, "encode tiles"):
-            self._encode_visual(list({id(r.image): r.image for r in opened if r.image}.values()))
-        said, hidden = self._generate(opened, prompts, max_new_tokens, seconds)
+        answering = self._start(requests, max_new_tokens, max_masks, sampling)
+        for _ in self._looks(answering, TOKENS_PER_LOOK):
+            pass
+        return self._finish(answering, hide_absent)
 
-        answers = []
-        for request, prompt, ids, states in zip(opened, prompts, said, hidden, strict=True):
-            positions = self._seg_positions(ids)
-            segments: tuple[Segment, ...] = ()
-            if request.image is not None and positions:
-                phrases = parse_answer(self.tokenizer.decode(ids), request.prompt)
-                segments = self._segment(request.image, states[positions], phrases, hide_absent, seconds)
-            answers.append(self._answer(request, prompt, ids, segments, seconds))
-        return answers
+    def stream(
+        self,
+        image: ImageSource | OpenedImage | None,
+        prompt: str,
+        *,
+        regions: Sequence[np.ndarray] = (),
+        boxes: Sequence[Sequence[float]] = (),
+        history: Answer | None = None,
+        max_new_tokens: int = 2048,
+        max_masks: int | None = None,
+        sampling: Sampling | None = None,
+        hide_absent: bool = False,
+    ) -> Iterator[str | Answer]:
+        """As `predict`, in pieces: the text as it is said, a few tokens at a time, and the answer at the end.
+
+        The pieces joined are the text of the answer (but for white space around it).
+        """
+        request = Request(prompt, image, regions, boxes, history)
+        answering = self._start([request], max_new_tokens, max_masks, sampling)
+        shown = ""
+        for (ids,) in self._looks(answering, TOKENS_PER_PIECE):
+            text = self.tokenizer.decode(ids)
+            if text.startswith(shown) and not text.endswith("\ufffd"):  # half a character, so far
+                yield text[len(shown) :]
+                shown = text
+        (answer,) = self._finish(answering, hide_absent)
+        rest = self.tokenizer.decode(answering.said[0])[len(shown) :]
+        if rest:
+            yield rest
+        yield answer
 
     def ground(
         self,
         requests: Sequence[Request],
         *,
         max_new_tokens: int = 256,
+        max_masks: int | None = None,
+        sampling: Sampling | None = None,
         objects: int = 4,
         hide_absent: bool = False,
     ) -> list[Answer]:
@@ -217,8 +284,8 @@ class UniBiomed:
         Args:
             requests: the questions.
             max_new_tokens: longest answer in tokens, shortened where the model's context ends.
+            max_masks, sampling, hide_absent: as in `predict_batch`.
             objects: masks that an answer has room for.
-            hide_absent: as in `predict_batch`.
 
         Raises:
             InputError: a request that cannot be answered, requests of several kinds, or an answer with more
@@ -233,21 +300,21 @@ class UniBiomed:
             opened = self._opened(requests)
             prompts = [self.prompt_of(request) for request in opened]
             frames, plan = frame_arrays(self.config.sam2, opened)
-            (ids, source, lengths, forced), new = prompt_arrays(
-                self.config, self.tokenizer, opened, prompts, max_new_tokens
+            ids, source, lengths, forced, limits = prompt_arrays(
+                self.config, self.tokenizer, opened, prompts, max_new_tokens, max_masks
             )
             tiles = tile_arrays(self.config, opened, len(ids))
             for row, prompt in enumerate(prompts):
                 source[row, source[row] >= 0] = prompt.rows
         with _timed(seconds, "ground"):
-            inputs = (tiles, ids, source, lengths, frames, forced, self.stages.stop_text(), plan)
+            inputs = (tiles, ids, source, lengths, frames, forced, limits, drawn(sampling))
+            inputs = (*inputs, self.stages.stop_text(), plan)
             result = jax.device_get(self.stages.ground(self.params, *inputs, objects=objects))
 
-        answers = []
+        answers, size = [], self.config.sam2.image_size
         for row, (request, prompt) in enumerate(zip(opened, prompts, strict=True)):
-            said = result.ids[row, : min(new, int(result.count[row]))].tolist()
-            end = find_stop(self.tokenizer, said)
-            said = said if end is None else said[:end]
+            said = result.ids[row, : int(result.count[row])].tolist()
+            said = said[: end_of(self.tokenizer, said, int(limits.tokens[row]), int(limits.segs[row]))]
             count = len(self._seg_positions(said))
             segments: tuple[Segment, ...] = ()
             if request.image is not None and count > objects:
@@ -262,7 +329,7 @@ class UniBiomed:
                 )
                 found = (masks, ious.max(-1), scores)
                 with _timed(seconds, "resize masks"):
-                    segments = self._segments(request.image, *found, phrases, hide_absent)
+                    segments = full_size(request.image, *found, phrases, size, hide_absent)
             answers.append(self._answer(request, prompt, said, segments, seconds))
         return answers
 
@@ -298,46 +365,69 @@ class UniBiomed:
         for image, part in zip(images, np.split(rows, bounds), strict=True):
             image.visual = part.reshape(-1, part.shape[-1])
 
-    def _generate(
+    def _start(
         self,
-        requests: Sequence[OpenedRequest],
-        prompts: Sequence[Prompt],
+        requests: Sequence[Request],
         max_new_tokens: int,
-        seconds: dict[str, float],
-    ) -> tuple[list[list[int]], list[np.ndarray]]:
-        """Token ids and hidden states of every answer, cut where the reference stops."""
-        (ids, source, lengths, forced), new = prompt_arrays(
-            self.config, self.tokenizer, requests, prompts, max_new_tokens
-        )
-        visual = np.zeros((*ids.shape, self.config.language.hidden_size), np.float32)
-        for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
+        max_masks: int | None,
+        sampling: Sampling | None,
+    ) -> _Answering:
+        """Read and encode what is asked, and say the first token of every answer."""
+        seconds: dict[str, float] = defaultdict(float)
+        with _timed(seconds, "read images"):
+            opened = self._opened(requests)
+            prompts = [self.prompt_of(request) for request in opened]
+        with _timed(seconds, "encode tiles"):
+            self._encode_visual(list({id(r.image): r.image for r in opened if r.image}.values()))
+        arrays = prompt_arrays(self.config, self.tokenizer, opened, prompts, max_new_tokens, max_masks)
+        visual = np.zeros((*arrays.ids.shape, self.config.language.hidden_size), np.float32)
+        for row, (request, prompt) in enumerate(zip(opened, prompts, strict=True)):
             if request.image is not None and request.image.visual is not None:
                 visual[row, : len(prompt.rows)] = request.image.visual[prompt.rows]
         with _timed(seconds, "prefill"):
-            state = self.stages.prefill(self.params, ids, source, lengths, visual, forced)
+            prompt_inputs = (arrays.ids, arrays.source, arrays.lengths, visual, arrays.forced)
+            state = self.stages.prefill(self.params, *prompt_inputs, arrays.limits, drawn(sampling))
             jax.block_until_ready(state.step)
-        with _timed(seconds, "decode"):
-            return self._decode(state, len(prompts), new)
+        return _Answering(opened, prompts, arrays.limits, state, seconds)
 
-    def _decode(self, state: Decoding, batch: int, new: int) -> tuple[list[list[int]], list[np.ndarray]]:
-        """Token ids and hidden states of the first `batch` rows."""
+    def _looks(self, answering: _Answering, tokens: int) -> Iterator[list[list[int]]]:
+        """Say all answers to their ends; after every few tokens, what has been said, cut where it ends."""
+        batch = len(answering.requests)
+        tokens_of, segs_of = (np.asarray(limit).tolist() for limit in answering.limits)
         ends: list[int | None] = [None] * batch
         looked = 0
         while True:
-            step = int(state.step)
-            said = np.asarray(state.ids)[:, :step]
-            for i in range(batch):
-                if ends[i] is None:
-                    ends[i] = find_stop(self.tokenizer, said[i].tolist(), looked)
-            looked = step
-            if step >= new or all(end is not None for end in ends):
-                break
-            done = np.array([*(end is not None for end in ends), *[True] * (len(state.lengths) - batch)])
-            limit = np.int32(min(TOKENS_PER_LOOK, new - step))
-            state = self.stages.advance(self.params, state, done, limit)
-        hidden = np.asarray(state.hidden)
-        counts = [step if end is None else end for end in ends]
-        return [said[i, :n].tolist() for i, n in enumerate(counts)], [hidden[i] for i in range(batch)]
+            with _timed(answering.seconds, "decode"):
+                step = int(answering.state.step)
+                said = np.asarray(answering.state.ids)[:, :step]
+                for row in range(batch):
+                    if ends[row] is None:
+                        ends[row] = end_of(
+                            self.tokenizer, said[row].tolist(), tokens_of[row], segs_of[row], looked
+                        )
+                looked = step
+                answering.said = [said[row, : ends[row]].tolist() for row in range(batch)]
+            yield answering.said
+            if all(end is not None for end in ends):
+                return
+            with _timed(answering.seconds, "decode"):
+                done = np.array([*(end is not None for end in ends), *[True] * (len(said) - batch)])
+                answering.state = self.stages.advance(self.params, answering.state, done, np.int32(tokens))
+
+    def _finish(self, answering: _Answering, hide_absent: bool) -> list[Answer]:
+        """The answers with their masks, once all is said."""
+        hidden, seconds = np.asarray(answering.state.hidden), answering.seconds
+        answers = []
+        for row, (request, prompt) in enumerate(zip(answering.requests, answering.prompts, strict=True)):
+            ids = answering.said[row]
+            positions = self._seg_positions(ids)
+            segments: tuple[Segment, ...] = ()
+            if request.image is not None and positions:
+                phrases = parse_answer(self.tokenizer.decode(ids), request.prompt)
+                states = hidden[row, positions]
+                segments = self._segment(request.image, states, phrases, hide_absent, seconds)
+            answers.append(self._answer(request, prompt, ids, segments, seconds))
+        return answers
 
     def _segment(
         self,
@@ -369,41 +459,13 @@ class UniBiomed:
                 ious = np.asarray(decoded.ious)[0].max(-1)[:, None]
                 scores = np.asarray(decoded.object_scores)[0][:, None]
         with _timed(seconds, "resize masks"):
-            return self._segments(image, masks[:count], ious, scores, phrases, hide_absent)
+            return full_size(image, masks[:count], ious, scores, phrases, size, hide_absent)
 
     # ------------------------------------------------------------------------------------------ answers
 
     def _seg_positions(self, ids: Sequence[int]) -> list[int]:
         """Where an answer says [SEG] and has a state for it: not as its very last token."""
         return [step for step, token in enumerate(ids[:-1]) if token == self.tokenizer.seg_id]
-
-    def _segments(
-        self,
-        image: OpenedImage,
-        masks: Float32[np.ndarray, "objects frames M M"],
-        ious: Float32[np.ndarray, "objects frames"],
-        scores: Float32[np.ndarray, "objects frames"],
-        phrases: Sequence[Phrase],
-        hide_absent: bool,
-    ) -> tuple[Segment, ...]:
-        """Masks at the size of the image, with their phrases."""
-        width, height = image.size
-        segments = []
-        for i, low in enumerate(masks):
-            logits = upscale_masks(low, (height, width), self.config.sam2.image_size)
-            if hide_absent:
-                logits = np.where(scores[i][:, None, None] > 0, logits, -np.abs(logits))
-            drop = (lambda x: x) if image.is_volume else (lambda x: x[0])
-            segments.append(
-                Segment(
-                    phrase=phrases[i].text,
-                    mask=drop(logits > 0),
-                    logits=drop(logits),
-                    iou=drop(ious[i].tolist()),
-                    object_score=drop(scores[i].tolist()),
-                )
-            )
-        return tuple(segments)
 
     def _answer(
         self,
@@ -431,3 +493,10 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     begin = time.perf_counter()
     yield
     seconds[stage] += time.perf_counter() - begin
+
+
+def drawn(sampling: Sampling | None) -> Draw | None:
+    """How tokens are drawn, for the device."""
+    if sampling is None:
+        return None
+    return Draw(np.float32(sampling.temperature), np.float32(sampling.top_p), np.uint32(sampling.seed))

@@ -27,14 +27,15 @@ class Stages:
         """`layout` says what is compiled for."""
         self._graphdef, self._layout = graphdef, layout
         end_id, pause_id = tokenizer.eos_id, tokenizer.encode(STOP_TEXT)[-1]
-        advance = functools.partial(generate.advance, end_id=end_id, pause_id=pause_id)
+        ends = {"end_id": end_id, "seg_id": tokenizer.seg_id}
+        advance = functools.partial(generate.advance, **ends, pause_id=pause_id)
         self.encode_tiles = self._compiled(UniBiomedModel.encode_tiles)
         self.prefill = self._compiled(generate.prefill)
         self.advance = self._compiled(advance, donate_argnums=1)
         self.encode_image = self._compiled(UniBiomedModel.encode_image)
         self.segment = self._compiled(UniBiomedModel.segment)
         self.segment_frames = self._compiled(UniBiomedModel.segment_frames)
-        ground = functools.partial(generate.ground, end_id=end_id, seg_id=tokenizer.seg_id)
+        ground = functools.partial(generate.ground, **ends)
         self.ground = self._compiled(ground, static_argnames="objects")
         self.stop_text = functools.cache(lambda: stop_text(tokenizer, vocab_size))
 

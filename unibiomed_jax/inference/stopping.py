@@ -35,6 +35,25 @@ def find_stop(tokenizer: Tokenizer, ids: Sequence[int], start: int = 0) -> int |
     return None
 
 
+def end_of(tokenizer: Tokenizer, ids: Sequence[int], tokens: int, segs: int, looked: int = 0) -> int | None:
+    """Where an answer ends: where the reference stops, or at a limit; None where it goes on.
+
+    Args:
+        tokenizer: the model's.
+        ids: generated so far.
+        tokens: that may be said.
+        segs: [SEG] after which the answer ends, with the token that the state at the last of them chose.
+        looked: ids[:looked] are known to go on.
+    """
+    ends = [find_stop(tokenizer, ids, looked)]
+    if len(ids) >= tokens:
+        ends.append(tokens)
+    places = [step for step, token in enumerate(ids) if token == tokenizer.seg_id]
+    if len(places) >= segs and places[segs - 1] + 2 <= len(ids):
+        ends.append(places[segs - 1] + 2)
+    return min((end for end in ends if end is not None), default=None)
+
+
 def stop_text(tokenizer: Tokenizer, vocab_size: int) -> StopText:
     """What of `find_stop` can be told from ids alone: the usual cut of `<|end|>` into tokens.
 
