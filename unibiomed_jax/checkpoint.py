@@ -30,7 +30,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 from unibiomed_jax.config.fields import from_dict, to_dict
 from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import new_folder, require_space
+from unibiomed_jax.files import new_folder, read_json, require_space
 from unibiomed_jax.inputs.tokenizer import copy_tokenizer
 from unibiomed_jax.parameters import LoraInfo, abstract_params, flatten, merge_adapters, unflatten
 
@@ -222,12 +222,9 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
 
 
 def _read_json(folder: Path, name: str) -> Any:
-    try:
-        return json.loads((folder / name).read_text())
-    except FileNotFoundError:
-        raise InputError(f"{folder} is not a complete checkpoint ({name} is missing); {REMEDY}.") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / name} is damaged ({error}); {REMEDY}.") from None
+    if not (folder / name).exists():
+        raise InputError(f"{folder} is not a complete checkpoint ({name} is missing); {REMEDY}.")
+    return read_json(folder / name, remedy=REMEDY, complaint="is damaged")
 
 
 def read_part(path: str | os.PathLike, name: str, manifest: Manifest) -> dict[str, np.ndarray]:

@@ -154,7 +154,7 @@ def header(path, text, data=b""):
     ("entries", "data", "reason"),
     [
         ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
-         4, "'a' is set twice"),
+         4, "'a' occurs twice"),
         ('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', 4, "'a' .size and shape differ"),
         ('{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,-4]}}', 0, "'a' .size and shape differ"),
         ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', 8, "'a' .overlap or gap"),
@@ -204,7 +204,7 @@ def test_shards_must_agree_with_their_index(sharded):
     with pytest.raises(InputError, match="holds 'c' but .* says one.safetensors"):
         read_folder(folder)
     (folder / INDEX).write_text('{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}')
-    with pytest.raises(InputError, match="'a' is set twice"):
+    with pytest.raises(InputError, match="'a' occurs twice"):
         read_folder(folder)
     (folder / INDEX).write_text('{"weight_map": ["one.safetensors"]}')
     with pytest.raises(InputError, match="no table 'weight_map'"):

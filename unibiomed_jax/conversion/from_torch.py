@@ -4,6 +4,7 @@ A source is one of
   a released UniBiomed folder (safetensors, config.json, tokenizer);
   a training .pth, with --base the weights it was trained from (and --sam2, if those are InternVL2.5);
   an InternVL2.5 folder, with --sam2 sam2_hiera_large.pt: the weights that training starts from.
+A folder may be one that the Hugging Face hub has, as `owner/name[@revision]`; see `hub`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from unibiomed_jax import checkpoint
-from unibiomed_jax.conversion import sources
+from unibiomed_jax.conversion import hub, sources
 from unibiomed_jax.conversion.assemble import build_parts
 from unibiomed_jax.conversion.options import FromTorchOptions
 from unibiomed_jax.conversion.reading import DTYPE_NAMES, require_torch_file
@@ -32,17 +33,18 @@ def open_source(options: FromTorchOptions) -> Source:
     """Read names, shapes and configuration of what is to be converted, and judge them.
 
     Raises:
-        InputError: it is incomplete, damaged, of an unknown kind, or options do not fit it.
+        InputError: it is incomplete, damaged, of an unknown kind, cannot be downloaded, or options do not fit
+            it.
     """
-    if options.src.suffix in (".pth", ".pt"):
-        require_torch_file(options.src)
+    if (file := Path(options.src)).suffix in (".pth", ".pt"):
+        require_torch_file(file)
         if options.base is None:
             raise InputError(
-                f"{options.src} holds only what training changed; add what it was trained from with --base."
+                f"{file} holds only what training changed; add what it was trained from with --base."
             )
         return sources.trained(
-            options.src,
-            options.base,
+            file,
+            hub.local(options.base),
             options.sam2,
             rank=options.lora_rank,
             alpha=options.lora_alpha,
@@ -52,9 +54,12 @@ def open_source(options: FromTorchOptions) -> Source:
         raise InputError(
             f"--base and --keep-lora go with a training .pth, which {options.src} is not; leave them out."
         )
+    src = hub.local(options.src)
+    if checkpoint.is_checkpoint(src):
+        raise InputError(f"{options.src} is a converted checkpoint already; use it as it is.")
     if options.sam2 is not None:
-        return sources.starting_weights(options.src, options.sam2, options.seed)
-    return sources.released(options.src)
+        return sources.starting_weights(src, options.sam2, options.seed)
+    return sources.released(src)
 
 
 def convert(source: Source, dst: Path, *, overwrite: bool = False) -> str:

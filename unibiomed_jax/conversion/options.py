@@ -8,17 +8,20 @@ from typing import Annotated
 
 import tyro
 
+# How a folder is asked for that may also be a repository of the Hugging Face hub (see `hub.repository`).
+SOURCE = tyro.conf.arg(metavar="OWNER/NAME[@REVISION]|PATH")
+
 
 @dataclass(frozen=True)
 class FromTorchOptions:
     """Convert a PyTorch checkpoint into the folder that inference and training read."""
 
-    # The checkpoint: a released folder, a training .pth, or an InternVL2.5 folder.
-    src: Annotated[Path, tyro.conf.Positional]
+    # The checkpoint: a released or an InternVL2.5 folder, here or on Hugging Face, or a training .pth.
+    src: Annotated[str | Path, tyro.conf.Positional, SOURCE]
     # The folder to create.
     dst: Annotated[Path, tyro.conf.Positional]
-    # The weights a training .pth was trained from: a released or an InternVL2.5 folder.
-    base: Path | None = None
+    # The weights a training .pth was trained from: a released or an InternVL2.5 folder, here or there.
+    base: Annotated[str | Path | None, SOURCE] = None
     # The SAM 2.0 file that goes with an InternVL2.5 folder.
     sam2: Path | None = None
     # Leave the adapters of a training .pth apart instead of merging them.
@@ -42,6 +45,8 @@ class ToTorchOptions:
     dst: Annotated[Path, tyro.conf.Positional]
     # Write adapters that are kept apart as a PEFT adapter in DST/adapter instead of merging them.
     adapter: bool = False
+    # Write the weights although some settings (the size of SAM2's image, limits of tiles) would be lost.
+    lossy: bool = False
     # Replace DST if it exists.
     overwrite: bool = False
 

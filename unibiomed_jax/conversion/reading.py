@@ -17,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from unibiomed_jax import files
 from unibiomed_jax.errors import InputError
 
 # The number formats of weights, by their name in safetensors files.
@@ -47,24 +48,9 @@ def read_json(path: Path) -> Any:
     """Parse a JSON file.
 
     Raises:
-        InputError: the file is missing, is not JSON, or sets a name twice.
+        InputError: the file is missing, is not JSON, or names a key twice.
     """
-    try:
-        return json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; copy it from the release.") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); check its rights.") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}); copy it from the release again.") from None
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is set twice")
-    return result
+    return files.read_json(path, remedy="copy it from the release again", unique_keys=True)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -79,7 +65,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             length = struct.unpack("<Q", file.read(8))[0]
             if length > min(size - 8, MAX_HEADER_BYTES):
                 raise InputError(f"{path} is truncated or not a safetensors file; download it again.")
-            header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
+            header = json.loads(file.read(length), object_pairs_hook=files.unlike_keys)
     except FileNotFoundError:
         raise InputError(f"{path} is missing; download it again.") from None
     except OSError as error:
@@ -98,7 +84,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             shape = tuple(int(extent) for extent in entry["shape"])
             begin, end = (int(offset) for offset in entry["data_offsets"])
             dtype_name = str(entry["dtype"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise InputError(f"{path} has a corrupt entry for {name!r}; download it again.") from None
         if dtype_name not in DTYPES:
             raise InputError(

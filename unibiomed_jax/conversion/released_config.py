@@ -10,6 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from unibiomed_jax.config.model import LanguageConfig, ModelConfig, Sam2Config, VisionConfig
+from unibiomed_jax.config.presets import SAM2_VARIANTS
+from unibiomed_jax.conversion.tables import sam2
 from unibiomed_jax.errors import InputError
 
 # Conversation templates whose text this package writes.
@@ -245,3 +247,31 @@ def _describes(original: dict, config: ModelConfig) -> bool:
     unsaid = {name: getattr(config, name) for name in ("max_tiles", "min_tiles", "use_thumbnail")}
     language = replace(read.language, vocab_multiple=config.language.vocab_multiple)
     return replace(read, language=language, **unsaid) == config
+
+
+def unsaid(config: ModelConfig) -> list[str]:
+    """What a released checkpoint has no words for, setting by setting; the original code has one value.
+
+    SAM2's sizes are known by its tensors (`presets.SAM2_VARIANTS`), and the limits of tiles are in the code.
+    """
+    usual = ModelConfig()
+    lost = [
+        f"{name} is {getattr(config, name)} and would be {getattr(usual, name)}"
+        for name in ("min_tiles", "max_tiles", "use_thumbnail")
+        if getattr(config, name) != getattr(usual, name)
+    ]
+    shapes = abstract_shapes(config.sam2)
+    variant = next((known for known in SAM2_VARIANTS.values() if abstract_shapes(known) == shapes), None)
+    if variant is None:
+        return [*lost, "SAM2 has sizes of no release"]
+    lost += [
+        f"sam2.{name} is {value} and would be {getattr(variant, name)}"
+        for name, value in vars(config.sam2).items()
+        if value != getattr(variant, name)
+    ]
+    return lost
+
+
+def abstract_shapes(config: Sam2Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of SAM2."""
+    return {name: row.shape for row in sam2.rows(config) for name in row.names}

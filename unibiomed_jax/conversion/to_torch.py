@@ -23,7 +23,7 @@ from unibiomed_jax.conversion.assemble import split_leaf
 from unibiomed_jax.conversion.layout import Row
 from unibiomed_jax.conversion.peft import save_peft_adapter
 from unibiomed_jax.conversion.reading import DTYPES, read_json
-from unibiomed_jax.conversion.released_config import release_config
+from unibiomed_jax.conversion.released_config import release_config, unsaid
 from unibiomed_jax.conversion.tables import largest_first, model_rows
 from unibiomed_jax.conversion.tables.qwen2 import EMBEDDING, HEAD, lora_rows
 from unibiomed_jax.conversion.writing import SHARD_BYTES, write_safetensors
@@ -35,24 +35,37 @@ Plan = dict[str, tuple[np.dtype, tuple[int, ...]]]
 
 
 def convert(
-    src: Path, dst: Path, *, adapter: bool = False, overwrite: bool = False, shard_bytes: int = SHARD_BYTES
+    src: Path,
+    dst: Path,
+    *,
+    adapter: bool = False,
+    lossy: bool = False,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Plan:
     """Write the checkpoint folder `src` as a released one; it appears complete or not at all.
 
     Args:
         adapter: write adapters that are kept apart for PEFT, in `adapter/`, instead of merging them.
+        lossy: write the weights although some settings have no place in the released layout.
         shard_bytes: size above which the weights are cut into several files.
 
     Returns:
         Number format and shape of every tensor written.
 
     Raises:
-        InputError: `src` is damaged, `adapter` is asked for where there is none, `dst` exists, or the disk is
-            full.
+        InputError: `src` is damaged or has settings that would be lost, `adapter` is asked for where there is
+            none, `dst` exists, or the disk is full.
     """
     config, manifest = checkpoint.read_config(src), checkpoint.read_manifest(src)
     if adapter and manifest.lora is None:
         raise InputError(f"{src} has no adapters apart from its kernels; leave out --adapter.")
+    lost = unsaid(config)
+    if lost and not lossy:
+        raise InputError(
+            f"{src} has what the released layout cannot say: {'; '.join(lost)}. Set it back, or write the "
+            "weights all the same with --lossy."
+        )
     rows = model_rows(config)
     extra = lora_rows(config.language, manifest.lora.rank) if manifest.lora else []
     checkpoint.check_shapes(manifest.shapes, {row.path: row.leaf_shape for row in rows + extra}, str(src))
