@@ -24,7 +24,7 @@ from unibiomed_jax.training.log import RunLog
 from unibiomed_jax.training.meter import Meter
 from unibiomed_jax.training.signals import stop_at_once, stop_on_signals
 from unibiomed_jax.training.snapshot import Checkpointer
-from unibiomed_jax.training.start import belongs_to, open_data, prepare, starting_state, summary
+from unibiomed_jax.training.start import belongs_to, going_on, open_data, prepare, starting_state, summary
 from unibiomed_jax.training.step import TrainStep
 from unibiomed_jax.training.validation import Validation, build_validation, is_best
 
@@ -70,7 +70,7 @@ def main() -> int:
     iterator = iter(data)
     if restored is not None:
         iterator.set_state(restored.position)
-        console.print(f"Going on after update {restored.step} of {config.optim.steps}.")
+        console.print(going_on(restored, config), highlight=False)
     for sentence in summary(start, data):
         console.print(sentence)
     first = int(state.step)

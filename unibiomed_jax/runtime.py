@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -10,14 +11,28 @@ from pathlib import Path
 
 import jax
 
+from unibiomed_jax.errors import InputError
+
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
 
-def cache_folder() -> Path:
-    """Where compiled programs are kept between runs: in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "unibiomed_jax" / "compiled"
+def cache_folder(kind: str) -> Path:
+    """Where things of a kind are kept between runs (`compiled`, `converted`): in the user's cache folder.
+
+    Raises:
+        InputError: the account has no home folder, as some in containers have none.
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
+    if not base:
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError:
+            raise InputError(
+                "This account has no home folder to keep things in between runs; set XDG_CACHE_HOME to a "
+                "folder that can be written."
+            ) from None
+    return Path(base).absolute() / "unibiomed_jax" / kind
 
 
 @functools.cache
@@ -30,8 +45,11 @@ def prepare() -> None:
     more than 64 MB, so programs run on the thread that calls them; a backend that has started stays as it is.
     """
     if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        with contextlib.suppress(InputError, OSError):  # without a place for it, every run compiles anew
+            folder = cache_folder("compiled")
+            folder.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if sys.platform == "linux" and jax.default_backend() == "cpu":
         try:

@@ -146,9 +146,10 @@ def test_slices_are_ordered_by_number_and_those_of_subfolders_left_out(tmp_path)
     for name in ("slice10.png", "slice2.png", "slice1.png", "masks/slice1.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(IMAGE, tmp_path / name)
-    (slices,) = _sources(options(tmp_path, tmp_path / "out", volume=True)).values()
+    sources, _ = _sources(options(tmp_path, tmp_path / "out", volume=True))
+    (slices,) = sources.values()
     assert [path.name for path in slices] == ["slice1.png", "slice2.png", "slice10.png"]
-    assert len(_sources(options(tmp_path, tmp_path / "out"))) == 4
+    assert len(_sources(options(tmp_path, tmp_path / "out"))[0]) == 4
 
 
 def test_a_volume_leaves_a_mask_and_an_overlay_a_slice(loaded, tmp_path):

@@ -296,7 +296,7 @@ def test_the_model_answers_and_goes_to_the_released_layout_and_back(finished, tm
     picture = np.zeros((40, 60, 3), np.uint8)
     answer = model.predict(picture, "<image>\nPlease segment the liver.", max_new_tokens=3)
     assert answer.text
-    to_torch.convert(finished / "model", tmp_path / "released")
+    to_torch.convert(finished / "model", tmp_path / "released", lossy=True)  # one tile, not up to twelve
     rows = model_rows(checkpoint.read_config(finished / "model"))
     again = {
         f"{part}.{path}": leaf

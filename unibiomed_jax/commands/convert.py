@@ -38,7 +38,8 @@ def from_torch(options: FromTorchOptions) -> int:
 def to_torch(options: ToTorchOptions) -> int:
     """Run `unibiomed convert to-torch`."""
     start = time.perf_counter()
-    plan = exporting.convert(options.src, options.dst, adapter=options.adapter, overwrite=options.overwrite)
+    settings = {"adapter": options.adapter, "lossy": options.lossy, "overwrite": options.overwrite}
+    plan = exporting.convert(options.src, options.dst, **settings)
     size = sum(int(np.prod(shape)) * dtype.itemsize for dtype, shape in plan.values())
     print(f"Wrote {len(plan):,} tensors, {_speed(size, start)}, to {options.dst}.")
     if files := exporting.missing_code(options.dst):

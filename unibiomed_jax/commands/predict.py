@@ -5,21 +5,43 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from unibiomed_jax.commands.run import DONE, FAILED_IN_PART
 from unibiomed_jax.errors import DiskFullError, InputError
-from unibiomed_jax.inputs.images import IMAGE_SUFFIXES, by_number
+from unibiomed_jax.files import shown
+from unibiomed_jax.inputs.images import by_number
 
 console = Console()
 errors = Console(stderr=True)
+# Formats of which files are taken from a folder; a file that is named is read whatever it is called.
+FORMATS = (
+    "AVIF",
+    "BMP",
+    "DIB",
+    "GIF",
+    "JPEG",
+    "JPEG2000",
+    "MPO",
+    "PCX",
+    "PNG",
+    "PPM",
+    "SGI",
+    "TGA",
+    "TIFF",
+    "WEBP",
+)
+# Names of what was left out that are printed; all are counted.
+NAMED = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +52,13 @@ class PredictOptions:
     image_or_folder: Annotated[Path, tyro.conf.Positional]
     # The question; write <image> where the image goes: "<image>Please segment the liver."
     prompt: str
-    # A converted checkpoint directory, or a released one.
-    checkpoint: Path
+    # A converted or a released folder, or a repository on Hugging Face.
+    checkpoint: Annotated[str | Path, tyro.conf.arg(metavar="OWNER/NAME[@REVISION]|PATH")]
     # Where the answers go, a folder an image.
     out: Path
     # The folder is one volume: its images, sorted by name and number (2 before 10), are the slices.
     volume: bool = False
-    # Slices that the language model sees (default: the first five).
+    # Slices that the language model sees (default: the first five, or as many as the checkpoint takes).
     conditioning: tuple[int, ...] | None = None
     # Mask images of the regions that the question refers to (a single image only).
     region: tuple[Path, ...] = ()
@@ -44,6 +66,16 @@ class PredictOptions:
     hide_absent: bool = False
     # Longest answer, tokens.
     max_new_tokens: int = 2048
+    # Stop an answer with this many masks.
+    max_masks: int | None = None
+    # Draw the words at this temperature instead of taking the likeliest.
+    temperature: float | None = None
+    # With a temperature: draw only from the likeliest words that have this much probability together.
+    top_p: float = 1.0
+    # With a temperature: another seed, another answer.
+    seed: int = 0
+    # Show the words as they are said (a single image or volume).
+    stream: bool = False
     # Images answered in one go; takes the memory of the next power of two.
     batch_size: int = 1
     # "auto": bfloat16, as the reference; on a CPU the fastest policy that keeps the answers of float32.
@@ -54,48 +86,47 @@ class PredictOptions:
 
 def predict(options: PredictOptions) -> int:
     """Run `unibiomed predict`; FAILED_IN_PART if an image failed."""
-    from unibiomed_jax.config.precision import BFLOAT16, FLOAT32
+    from unibiomed_jax.config.precision import BFLOAT16, FLOAT32  # JAX starts only when it is needed
+    from unibiomed_jax.conversion import loading
     from unibiomed_jax.inference.answer import INTENDED_USE
     from unibiomed_jax.inference.predictor import UniBiomed
-    from unibiomed_jax.outputs import answer_folder
 
-    sources = _sources(options)
+    sources, left_out = _sources(options)
     _check(options, sources)
     precision = {"auto": None, "float32": FLOAT32, "bfloat16": BFLOAT16}[options.precision]
-    with console.status(f"Loading {escape(str(options.checkpoint))}"):
+    loading.fetch(options.checkpoint)  # with a progress bar of its own, which the spinner would garble
+    with console.status(f"Loading {escape(shown(options.checkpoint))}"):
         model = UniBiomed.from_pretrained(options.checkpoint, precision=precision)
 
-    todo = {
-        name: source
-        for name, source in sources.items()
-        if options.overwrite
-        or not answer_folder.is_done(
-            options.out / name,
-            prompt=options.prompt,
-            checkpoint_hash=model.checkpoint_hash,
-            request=_settings(options, source),
-        )
-    }
+    todo = [name for name in sources if options.overwrite or not _is_done(model, options, name, sources)]
     if len(todo) < len(sources):
-        console.print(f"{len(sources) - len(todo)} of {len(sources)} already answered in {options.out}.")
+        _say(f"{len(sources) - len(todo)} of {len(sources)} already answered in {shown(options.out)}.")
     reasons: dict[str, str | None] = {}  # why it failed, or None for what is done
-    names = list(todo)
     bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with bar as progress:
-        task = progress.add_task("Answering", total=len(names))
+    with contextlib.nullcontext() if options.stream else bar:
+        task = bar.add_task("Answering", total=len(todo))
         try:
-            for start in range(0, len(names), options.batch_size):
-                group = names[start : start + options.batch_size]
-                for name, reason in _answer(model, options, {name: todo[name] for name in group}):
+            for start in range(0, len(todo), options.batch_size):
+                group = {name: sources[name] for name in todo[start : start + options.batch_size]}
+                for name, reason in _answer(model, options, group):
                     reasons[name] = reason
-                    progress.advance(task)
+                    bar.advance(task)
         except DiskFullError as error:
-            reasons |= {name: str(error) for name in names if name not in reasons}
+            reasons |= {name: str(error) for name in todo if name not in reasons}
+        except KeyboardInterrupt:
+            done = sum(reason is None for reason in reasons.values())
+            raise KeyboardInterrupt(
+                f"Stopped; {done} of {len(todo)} answered, the same command goes on."
+            ) from None
 
     failures = {name: reason for name, reason in reasons.items() if reason is not None}
-    console.print(f"{len(names) - len(failures)} answered, {len(failures)} failed; results in {options.out}")
+    _say(f"{len(todo) - len(failures)} answered, {len(failures)} failed; results in {shown(options.out)}")
     for name, reason in failures.items():
-        errors.print(f"[red]{escape(name)}[/red]: {escape(reason)}", highlight=False, soft_wrap=True)
+        errors.print(f"[red]{escape(shown(name))}[/red]: {escape(reason)}", highlight=False, soft_wrap=True)
+    if left_out:
+        names = ", ".join(shown(path.name) for path in left_out[:NAMED])
+        more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
+        _say(f"{len(left_out)} files are no images that this command reads and were left out: {names}{more}.")
     console.print(INTENDED_USE, style="italic")
     return FAILED_IN_PART if failures else DONE
 
@@ -107,7 +138,7 @@ def _answer(model, options: PredictOptions, group: dict[str, list[Path]]) -> Ite
         DiskFullError: the answer of the next image and of all after it cannot be written.
     """
     from unibiomed_jax.inference.answer import Request
-    from unibiomed_jax.inputs.images import open_mask
+    from unibiomed_jax.inputs.masks import open_mask
     from unibiomed_jax.outputs import answer_folder
 
     requests: dict[str, Request] = {}
@@ -123,9 +154,7 @@ def _answer(model, options: PredictOptions, group: dict[str, list[Path]]) -> Ite
         except InputError as error:
             yield name, str(error)
     try:
-        answers = model.predict_batch(
-            list(requests.values()), max_new_tokens=options.max_new_tokens, hide_absent=options.hide_absent
-        )
+        answers = _said(model, options, list(requests.values()))
     except (RuntimeError, MemoryError) as error:  # such as too little memory for these images
         reason = f"not answered: {error or type(error).__name__}; try a smaller --batch-size"
         yield from ((name, reason) for name in requests)
@@ -147,17 +176,70 @@ def _answer(model, options: PredictOptions, group: dict[str, list[Path]]) -> Ite
             yield name, None
 
 
+def _said(model, options: PredictOptions, requests: list) -> list:
+    """The answers to requests; the words of a single one are shown as they come, if that is asked for."""
+    from unibiomed_jax.inference.answer import Sampling
+
+    settings = {
+        "max_new_tokens": options.max_new_tokens,
+        "max_masks": options.max_masks,
+        "sampling": None
+        if options.temperature is None
+        else Sampling(options.temperature, options.top_p, options.seed),
+        "hide_absent": options.hide_absent,
+    }
+    if not options.stream or not requests:
+        return model.predict_batch(requests, **settings)
+    (request,) = requests
+    answer = None
+    for piece in model.stream(request.image, request.prompt, regions=request.regions, **settings):
+        if isinstance(piece, str):
+            console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        else:
+            answer = piece
+    console.print()
+    return [answer]
+
+
 def _check(options: PredictOptions, sources: dict[str, list[Path]]) -> None:
     """Refuse options that do not go together, before the model is loaded."""
-    for name in ("batch_size", "max_new_tokens"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1.")
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"--prompt {shown(options.prompt)!r} is no valid text; type it in a terminal that uses UTF-8."
+        ) from None
+    for name in ("batch_size", "max_new_tokens", "max_masks"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1.")
     if options.region and len(sources) > 1:
         raise InputError(
-            f"--region belongs to one image, but {options.image_or_folder} holds {len(sources)}; name one."
+            f"--region belongs to one image, but {shown(options.image_or_folder)} holds {len(sources)}; name "
+            "one."
+        )
+    if options.stream and len(sources) > 1:
+        raise InputError(
+            f"--stream shows one answer, but {shown(options.image_or_folder)} holds {len(sources)} images; "
+            "name one."
         )
     if options.conditioning is not None and not options.volume:
         raise InputError("--conditioning chooses slices of a volume; add --volume, or leave it out.")
+    if options.temperature is None and (options.top_p != 1.0 or options.seed):
+        raise InputError("--top-p and --seed belong to words that are drawn; add --temperature.")
+
+
+def _is_done(model, options: PredictOptions, name: str, sources: dict[str, list[Path]]) -> bool:
+    """Whether the answer lies there; only then the image is read, to see whether it is the same."""
+    from unibiomed_jax.outputs import answer_folder
+
+    folder = options.out / name
+    return answer_folder.exists(folder) and answer_folder.is_done(
+        folder,
+        prompt=options.prompt,
+        checkpoint_hash=model.checkpoint_hash,
+        request=_settings(options, sources[name]),
+    )
 
 
 def _settings(options: PredictOptions, paths: list[Path]) -> dict:
@@ -166,37 +248,60 @@ def _settings(options: PredictOptions, paths: list[Path]) -> dict:
     for path in (*paths, *options.region):
         with contextlib.suppress(OSError):  # a file that cannot be read is named when it is opened
             digest.update(path.read_bytes())
+    drawn = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
     return {
         "volume": options.volume,
         "conditioning": None if options.conditioning is None else list(options.conditioning),
-        "regions": [str(path) for path in options.region],
+        "regions": [shown(path) for path in options.region],
         "hide_absent": options.hide_absent,
         "max_new_tokens": options.max_new_tokens,
         "precision": options.precision,
         "sha256": digest.hexdigest(),
+        **({} if options.max_masks is None else {"max_masks": options.max_masks}),
+        **({} if options.temperature is None else drawn),
     }
 
 
-def _sources(options: PredictOptions) -> dict[str, list[Path]]:
-    """Name of the answer's folder -> the image, or all slices of the volume."""
+def _sources(options: PredictOptions) -> tuple[dict[str, list[Path]], list[Path]]:
+    """Name of the answer's folder -> the image, or all slices of the volume; and what else lies there.
+
+    Hidden files and folders (.DS_Store, ._0.png) are passed over.
+    """
     path = options.image_or_folder
     if not path.exists():
-        raise InputError(f"{path} does not exist; check the path.")
+        raise InputError(f"{shown(path)} does not exist; check the path.")
     if path.is_file():
         if options.volume:
-            raise InputError(f"{path} is a file; --volume needs a folder of slices.")
-        return {path.name: [path]}
-    answers = options.out.resolve()  # not to be asked about, should they lie inside the folder
-    found = sorted(
-        (
-            p
-            for p in (path.iterdir() if options.volume else path.rglob("*"))
-            if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and answers not in p.resolve().parents
-        ),
-        key=by_number,
-    )
-    if not found:
-        raise InputError(f"{path} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}); check the folder.")
+            raise InputError(f"{shown(path)} is a file; --volume needs a folder of slices.")
+        return {path.name: [path]}, []
+    suffixes = image_suffixes()
+    images, left_out = [], []
+    for found in _files(path, options.out.resolve(), deep=not options.volume):
+        (images if found.suffix.lower() in suffixes else left_out).append(found)
+    images.sort(key=by_number)
+    if not images:
+        raise InputError(f"{shown(path)} holds no image ({', '.join(sorted(suffixes))}); check the folder.")
     if options.volume:
-        return {path.resolve().name: found}
-    return {str(p.relative_to(path)): [p] for p in found}
+        return {path.resolve().name: images}, left_out
+    return {str(found.relative_to(path)): [found] for found in images}, left_out
+
+
+def image_suffixes() -> set[str]:
+    """The endings that Pillow gives to files of these formats."""
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+
+
+def _files(folder: Path, answers: Path, *, deep: bool) -> Iterator[Path]:
+    """The files of a folder that are not hidden, without those of the answers, should they lie inside."""
+    for place, folders, files in os.walk(folder):
+        inside = Path(place)
+        folders[:] = sorted(
+            name
+            for name in folders
+            if deep and not name.startswith(".") and (inside / name).resolve() != answers
+        )
+        yield from (inside / name for name in sorted(files) if not name.startswith("."))
+
+
+def _say(sentence: str) -> None:
+    console.print(escape(sentence), highlight=False, soft_wrap=True)

@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import NO_SPACE
+from unibiomed_jax.files import NO_SPACE, shown
 
 # Exit codes. (The command-line parser ends with IMPOSSIBLE, too.)
 DONE, FAILED_IN_PART, IMPOSSIBLE, INTERRUPTED = 0, 1, 2, 130
@@ -22,6 +22,9 @@ def run(program: Callable[[], int | None]) -> int:
     Returns:
         The exit code: what the program returned (None: DONE), IMPOSSIBLE, or INTERRUPTED.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what the terminal cannot show is written as an escape
+            stream.reconfigure(errors="backslashreplace")
     try:
         return program() or DONE
     except InputError as error:
@@ -33,8 +36,8 @@ def run(program: Callable[[], int | None]) -> int:
             _say(f"{error.filename} cannot be used ({error.strerror}); mend that, or choose another place.")
         else:
             raise
-    except KeyboardInterrupt:
-        _say("Interrupted.")
+    except KeyboardInterrupt as error:
+        _say(str(error) or "Interrupted.")
         return INTERRUPTED
     return IMPOSSIBLE
 
@@ -46,4 +49,4 @@ def main(options: type, command: Callable[[Any], int | None], arguments: Sequenc
 
 def _say(sentence: str) -> None:
     stderr = Console(stderr=True)
-    stderr.print(f"Error: {sentence}", style="red", markup=False, highlight=False, soft_wrap=True)
+    stderr.print(f"Error: {shown(sentence)}", style="red", markup=False, highlight=False, soft_wrap=True)

@@ -16,7 +16,7 @@ from pycocotools import mask as coco
 from unibiomed_jax.config.fields import to_dict
 from unibiomed_jax.config.precision import Precision
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import new_folder
+from unibiomed_jax.files import new_folder, shown
 from unibiomed_jax.inference.answer import Answer, OpenedImage, Segment
 from unibiomed_jax.inference.phrases import clean_answer
 from unibiomed_jax.masks.overlay import overlay
@@ -55,7 +55,7 @@ def record(
             }
             for segment in answer.segments
         ],
-        "preprocessing": [vars(record) for record in answer.records],
+        "preprocessing": [vars(read) | {"source": shown(read.source)} for read in answer.records],
         "checkpoint": checkpoint_hash,
         "precision": to_dict(precision),
         "versions": {name: version(name) for name in ("unibiomed-jax", "jax", "flax", "numpy", "pillow")},
@@ -71,8 +71,8 @@ def write(folder: Path, image: OpenedImage, answer: Answer, answer_record: dict)
         DiskFullError: no space is left.
         InputError: the folder may not be written, or holds something else than an answer.
     """
-    if folder.exists() and not (folder / ANSWER_FILE).is_file():
-        raise InputError(f"{folder} holds something else than an answer; choose another --out.")
+    if folder.exists() and not exists(folder):
+        raise InputError(f"{shown(folder)} holds something else than an answer; choose another --out.")
     try:
         with new_folder(folder, overwrite=True) as partial:
             for number, segment in enumerate(answer.segments):
@@ -82,8 +82,13 @@ def write(folder: Path, image: OpenedImage, answer: Answer, answer_record: dict)
             (partial / ANSWER_FILE).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(
-            f"{folder} could not be written ({error.strerror}); choose another --out."
+            f"{shown(folder)} could not be written ({error.strerror}); choose another --out."
         ) from error
+
+
+def exists(folder: Path) -> bool:
+    """Whether `folder` holds an answer, to whatever question."""
+    return (folder / ANSWER_FILE).is_file()
 
 
 def is_done(folder: Path, *, prompt: str, checkpoint_hash: str, request: Mapping) -> bool:

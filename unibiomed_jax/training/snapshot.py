@@ -53,6 +53,8 @@ class Restored:
     position: dict
     # Update at which it was saved.
     step: int
+    # The configuration it was saved with, as JSON values.
+    config: dict
 
 
 class Checkpointer:
@@ -247,7 +249,7 @@ class Checkpointer:
                     )
         loaded = leaves_by_name(ocp.load(path / "state", nested(abstract)))
         state = jax.tree.unflatten(jax.tree.structure(abstract), [loaded[name] for name in leaves])
-        return Restored(state, _read_json(path / "position.json"), step)
+        return Restored(state, _read_json(path / "position.json"), step, _read_json(path / "config.json"))
 
     def _finish(self, step: int, partial: Path, response) -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,6 +213,35 @@ def starting_state(
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract["train"])
     state = start.layout.jit(lambda table: init_state(table, config), out_shardings=places)(trainable)
     return None, state, frozen
+
+
+def going_on(restored: Restored, config: TrainConfig) -> str:
+    """What is said where a run goes on: from where, and what is not as it was.
+
+    Raises:
+        InputError: the run has done more than it should, or its updates would be made of other batches.
+    """
+    steps, accumulate = config.optim.steps, config.optim.accumulate
+    if restored.step > steps:
+        raise InputError(
+            f"The run in {config.folder} has done {restored.step} updates, more than --optim.steps={steps}; "
+            f"raise it, or write the model of a checkpoint with --export."
+        )
+    then = restored.config.get("optim", {}).get("accumulate", accumulate)
+    if then != accumulate:
+        raise InputError(
+            f"The run in {config.folder} makes an update of {then} batches, and --optim.accumulate="
+            f"{accumulate} would change what its learning rate and its place in the data mean; leave it at "
+            f"{then}, or choose another --folder."
+        )
+    was, now = flatten(restored.config), flatten(json.loads(json.dumps(to_dict(config))))
+    changed = [
+        f"{name} {was[name]} -> {value}"
+        for name, value in now.items()
+        if name in was and was[name] != value and name not in ("folder", "data.datasets", "validation")
+    ]
+    told = f" Changed since then: {', '.join(changed)}." if changed else ""
+    return f"Going on after update {restored.step} of {steps}.{told}"
 
 
 def starting_parameters(config: TrainConfig, layout: Layout) -> tuple[Parameters, Parameters]:
