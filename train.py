@@ -60,6 +60,8 @@ def main() -> int:
     step = TrainStep(start.graphdef, config, start.ids, layout)
     if acts.dry_run:
         table, seconds = footprint(start, step, data)
+        for sentence in summary(start, data):
+            console.print(sentence)
         console.print(table, f"Compiled in {seconds:.0f} s.")
         return 0
     stop = stop_on_signals()

@@ -243,7 +243,7 @@ def run(
             importance=0.0,
             masks_from=masks_from,
             token_chunk=128,
-            track=True,
+            follow=True,
         ),
         lora=LoraConfig(rank=0),
         freeze=FreezeConfig(trainable=trainable, frozen=frozen, frozen_dtype="float32"),

@@ -17,7 +17,7 @@ from unibiomed_jax.models.unibiomed import UniBiomedModel
 from unibiomed_jax.parameters import count, partition, split
 from unibiomed_jax.sharding.axes import FUSED, axis_units, logical_axes
 from unibiomed_jax.sharding.layout import AxisLayout, Layout
-from unibiomed_jax.sharding.strategies import DATA_PARALLEL, FSDP, find_strategy
+from unibiomed_jax.sharding.strategies import DATA_PARALLEL, FSDP, STRATEGIES, find_strategy
 from unibiomed_jax.training import lora
 from unibiomed_jax.training.config import REFERENCE_FREEZE, FreezeConfig
 
@@ -238,7 +238,35 @@ def eight_devices(tmp_path_factory):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("strategy", ["data_parallel", "fsdp"])
+@pytest.mark.parametrize(
+    ("strategy", "sentence"),
+    [
+        (
+            {"batch": "model"},
+            "divides 'batch' over 'model', but the mesh has the axes data; give it",
+        ),
+        (
+            {"batch": "data", "embed": ("data", "x")},
+            "divides 'embed' over 'x', but the mesh has",
+        ),
+        (
+            {"batch": "data", "embedding": "data"},
+            "divides 'embedding', which is no meaning of an axis",
+        ),
+    ],
+)
+def test_a_strategy_that_does_not_fit_is_one_sentence(strategy, sentence):
+    with pytest.raises(InputError, match=sentence):
+        Layout(EIGHT, strategy, UNITS)
+
+
+def test_a_strategy_may_leave_batches_whole():
+    layout = Layout(EIGHT, {"embed": "data"}, UNITS)
+    assert layout.batch.spec == PartitionSpec(None)
+    layout.require_divisible(3)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_eight_devices_compute_what_one_does(eight_devices, strategy):
     found = eight_devices[strategy]
     assert found["loss"] < 1e-5 and found["gradient"] < 1e-5 and found["norm"] < 1e-5

@@ -62,7 +62,7 @@ def test_a_direction_that_is_not_finite_is_not_applied(eps):
     """Without eps, a gradient of zero gives 0 / 0, though loss and norm are finite."""
     config = TrainConfig(optim=OptimConfig(lr=1.0, warmup=0.0, eps=eps, ema=0.5))
     start = step.init_state({"a": jnp.array([1.0, 2.0])}, config)
-    sums = LossSums(jnp.float32(1), jnp.int32(0), jnp.float32(0), jnp.float32(0))
+    sums = LossSums(jnp.float32(1), jnp.float32(0), jnp.float32(0))
     state, metrics = step.update(config, start, {"a": jnp.array([0.0, 1.0])}, sums, LossCounts(1, 1))
     assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])
     assert int(metrics["bad_steps"]) == (eps == 0)

@@ -159,7 +159,7 @@ def test_a_checkpoint_of_another_model_names_the_leaf(checkpointer):
         checkpointer.restore(other)
 
 
-def test_a_checkpoint_of_equal_shapes_on_another_foundation_is_refused(checkpointer):
+def test_a_checkpoint_of_equal_shapes_but_another_model_or_start_is_refused(checkpointer):
     heads = {"model.vision.num_heads": 2, "model.sizes": (1, 2), "initial": "seed 1"}
     save(checkpointer, 1, belongs_to=heads)
     checkpointer.wait()

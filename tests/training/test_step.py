@@ -13,10 +13,10 @@ from unibiomed_jax.sharding.layout import Layout
 from unibiomed_jax.training import forward
 from unibiomed_jax.training import step as step_module
 from unibiomed_jax.training.config import FreezeConfig, RematConfig
-from unibiomed_jax.training.forward import LossCounts
+from unibiomed_jax.training.forward import LossCounts, empty_sums
 from unibiomed_jax.training.initialise import structure
 from unibiomed_jax.training.start import starting_parameters
-from unibiomed_jax.training.step import TrainStep, empty_sums, gradients, init_state
+from unibiomed_jax.training.step import TrainStep, gradients, init_state
 
 LAYOUT = Layout.over(jax.devices()[:1])
 CONFIG = dataclasses.replace(
@@ -115,8 +115,8 @@ def test_following_an_object_teaches_the_memory():
     batch = {name: jnp.asarray(array) for name, array in random_batch(0, size=1, frames=2).items()}
     counts = forward.count_targets(batch, IDS, config.loss)
 
-    def taught(track):
-        changed = dataclasses.replace(config, loss=dataclasses.replace(config.loss, track=track))
+    def taught(follow):
+        changed = dataclasses.replace(config, loss=dataclasses.replace(config.loss, follow=follow))
         find = jax.jit(lambda state: gradients(graphdef, changed, IDS, state, frozen, batch, counts, 0)[0])
         return {path for path, gradient in find(state).items() if np.any(gradient)}
 

@@ -30,6 +30,8 @@ from unibiomed_jax.conversion.tables import model_rows
 from unibiomed_jax.parameters import flatten
 from unibiomed_jax.training.snapshot import find_damage, leaves_by_name
 
+pytestmark = pytest.mark.slow
+
 CONFIG = MICRO_RUN
 KILLS = int(os.environ.get("UNIBIOMED_KILLS", "3"))
 STEPS = 8 * KILLS + 4

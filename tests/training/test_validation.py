@@ -26,14 +26,14 @@ def measured(sums, counts, right, dice, dice_valid):
 
 def test_dice_is_of_the_right_masks_and_answers_are_of_named_rows():
     first = measured(
-        sums=(6.0, 9, 30.0, 0.6),
+        sums=(6.0, 30.0, 0.6),
         counts=(3, 1),
         right=[False, True, True],  # the last row only pads the batch
         dice=[[0.5, 0.9, 0.7, 0.1], [0.1, 0.1, 0.1, 0.1], [1, 1, 1, 1]],
         dice_valid=[[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]],
     )
     second = measured(
-        sums=(2.0, 9, 10.0, 0.2),
+        sums=(2.0, 10.0, 0.2),
         counts=(1, 1),
         right=[True, False],
         dice=[[0.2, 1, 0.6, 1], [0.8, 0, 0, 0]],

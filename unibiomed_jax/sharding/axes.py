@@ -67,9 +67,10 @@ LOGICAL_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("sam2.*", (None,)),
 )
 
+# What a strategy may divide: the axes above, the samples of a batch and the rank of an adapter.
+MEANINGS = {"batch", "rank", *(meaning for _, axes in LOGICAL_AXES for meaning in axes if meaning)}
 
-# Axes that hold several things one after the other: a part of such an axis would be some of one and none of
-# another.
+# Axes that hold several arrays side by side; a slice would mix them, so they are never divided.
 FUSED = dict.fromkeys(("vision_qkv", "trunk_qkv"), "queries, keys and values")
 
 

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.sharding.axes import FUSED, axis_units, logical_axes
+from unibiomed_jax.sharding.axes import FUSED, MEANINGS, axis_units, logical_axes
 from unibiomed_jax.sharding.strategies import DATA_PARALLEL, Strategy
 
 
@@ -49,6 +49,21 @@ class Layout:
     # Numbers along an axis that may not be parted, by its meaning; 1 where nothing is said.
     units: Mapping[str, int]
 
+    def __post_init__(self):
+        """Raise InputError for a strategy that does not fit the mesh, or names what no parameter has."""
+        for meaning, axes in self.strategy.items():
+            if meaning not in MEANINGS:
+                raise InputError(
+                    f"The strategy divides {meaning!r}, which is no meaning of an axis; choose from "
+                    f"{', '.join(sorted(MEANINGS))}."
+                )
+            for axis in (axes,) if isinstance(axes, str) else axes:
+                if axis not in self.mesh.axis_names:
+                    raise InputError(
+                        f"The strategy divides {meaning!r} over {axis!r}, but the mesh has the axes "
+                        f"{', '.join(self.mesh.axis_names)}; give it that axis, or choose one of them."
+                    )
+
     @classmethod
     def over(
         cls,
@@ -62,7 +77,7 @@ class Layout:
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
-        """While a function is traced: what it is compiled for (see `sharding.target`)."""
+        """Trace what is inside for the devices of this layout (see `sharding.target`)."""
         mesh = self.mesh.abstract_mesh if isinstance(self.mesh, Mesh) else self.mesh
         with jax.sharding.use_abstract_mesh(mesh):
             yield
@@ -158,8 +173,8 @@ class Layout:
 
     @property
     def batch(self) -> NamedSharding:
-        """Batches are divided along their first axis."""
-        return NamedSharding(self.mesh, PartitionSpec(self.strategy["batch"]))
+        """Batches are divided along their first axis, if the strategy divides them."""
+        return NamedSharding(self.mesh, PartitionSpec(self.strategy.get("batch")))
 
     def place_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """This host's share of a batch as global arrays."""
@@ -173,7 +188,7 @@ class Layout:
         Raises:
             InputError: names both numbers.
         """
-        axes = self.strategy["batch"]
+        axes = self.strategy.get("batch", ())
         devices = math.prod(self.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
         if batch_size % devices:
             raise InputError(

@@ -46,7 +46,7 @@ class LossConfig:
     copies: Annotated[int | None, ONE_OR_MORE] = None
     # Segment the frames of a sequence after SAM2's conditioning frames by following the object, as inference
     # does, which trains the memory. The reference prompts every frame and leaves the memory as it was.
-    track: bool = False
+    follow: bool = False
     # Update from which on masks are learned; before it, only words. A mask decoder from random parameters
     # that starts while [SEG] says nothing yet learns to drown it, and stays deaf.
     masks_from: Annotated[int, ZERO_OR_MORE] = 0
@@ -172,7 +172,7 @@ class TrainConfig:
     remat: RematConfig = field(default_factory=RematConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
-    # How parameters and batches are spread over the devices: "data_parallel" or "fsdp".
+    # How parameters and batches are spread over the devices: a name in `sharding.strategies.STRATEGIES`.
     strategy: str = "data_parallel"
     # Random parameters, dropout and sampling points (the data has its own seed).
     seed: Annotated[int, SEED] = 42

@@ -26,7 +26,7 @@ from unibiomed_jax.training.validation import SCORES
 
 @dataclasses.dataclass(frozen=True)
 class _CommandLine:
-    """An experiment and what to do with it; both without a name of their own before their fields."""
+    """What the command line sets: the experiment's fields and the acts, without a prefix."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     acts: Annotated[Acts, tyro.conf.arg(name="")]

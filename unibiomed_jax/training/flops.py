@@ -79,7 +79,7 @@ def step_flops(work: Work, trainable: Collection[str]) -> float:
 
     A weight that trains costs its forward product again for its own gradient; a part in or below which
     something trains costs it again for the gradient that passes to its input. SAM2's memory is not counted:
-    where objects are followed (loss.track), more is computed than this says.
+    where objects are followed (loss.follow), more is computed than this says.
     """
     weights = [path for path in trainable if ".lora." not in path]
 

@@ -1,4 +1,4 @@
-"""What a batch of arrays asks of the model, and the sums of the losses of its answer."""
+"""A batch of arrays through the model, and its losses as sums."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from unibiomed_jax.training.losses import (
 
 # Names and shapes of a batch; B samples, T tokens, O object slots, F frame slots, S and M the sides of SAM2's
 # image and of its masks (S / 4). Valid tiles, frames and objects come first in their row.
-#   pixel_values (B, tiles, side, side, 3)   bytes, or normalised floats
+#   pixel_values (B, tiles, side, side, 3)   bytes
 #   input_ids, labels (B, T)                 label -100: not learned; labels are not shifted
-#   sam_pixels (B, F, S, S, 3)               bytes, or normalised floats
+#   sam_pixels (B, F, S, S, 3)               bytes
 #   masks (B, O, F, M, M)                    0 or 1
 #   object_valid (B, O), frame_valid (B, F)  bool
 Arrays = dict[str, Array]
@@ -56,9 +56,12 @@ class LossSums(NamedTuple):
     """Sums over a batch; they add up over batches."""
 
     tokens: Float[Array, ""]
-    tokens_correct: Int[Array, ""]
     masks: Float[Array, ""]
     dice: Float[Array, ""]
+
+
+# Losses of masks, by their names in `mean_losses`: they wait for `LossConfig.masks_from`.
+MASK_LOSSES = ("loss_mask", "loss_dice")
 
 
 class LossCounts(NamedTuple):
@@ -157,7 +160,12 @@ def loss_sums(
         masks, dice = mask_losses(
             sample_bilinear(logits, points), sample_bilinear(targets, points), valid.reshape(-1)
         )
-    return LossSums(answers.cross_entropy.sum(), answers.correct.sum(), masks, dice)
+    return LossSums(answers.cross_entropy.sum(), masks, dice)
+
+
+def empty_sums() -> LossSums:
+    """The neutral element of adding sums."""
+    return LossSums(*(jnp.zeros(()) for _ in LossSums._fields))
 
 
 def mean_losses(sums: LossSums, counts: LossCounts, config: LossConfig) -> dict[str, Float[Array, ""]]:

@@ -27,7 +27,6 @@ UNTAUGHT_HEADS = {
 # is little beside the pixels: attention would be slow to see place. The mask decoder's own tokens keep it, so
 # that the language vector is heard among them.
 POSITION_SPREAD = 0.5
-
 POSITIONS = (
     "*.pos_embed",
     "*.pos_embed_window",
@@ -39,17 +38,13 @@ POSITIONS = (
 # The trunk's maps are sums that no norm has passed; made so much smaller, they reach the mask decoder at the
 # size of the language vector.
 NECK = "*.image_encoder.neck.*"
-
 NECK_SCALE = 0.3
 
 # Masks start as background, as boxes do in RetinaNet (Lin et al. 2017, arXiv 1708.02002), and nearly flat.
 # They have no bias: "background" would be learned by blowing up the maps until the words count for nothing.
 MASK_DECODER = "sam2.sam_mask_decoder"
-
 MASK_WEIGHTS = f"{MASK_DECODER}.output_hypernetworks_mlps.layers.2"
-
 MASK_SCALE = 0.4
-
 BACKGROUND_LOGIT = -2.0
 
 # Layer scales start at 1 and not at InternViT's 0.1, which is meant for many layers.

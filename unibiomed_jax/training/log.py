@@ -17,7 +17,7 @@ from unibiomed_jax.masks.overlay import overlay
 
 
 class RunLog:
-    """`log.jsonl`, one line a report: {"step", "kind", "seconds" since 1970, the measures ...}.
+    """`log.jsonl`, one line per report: {"step", "kind", "seconds" since 1970, the measures ...}.
 
     JSON has no word for a number that is not finite: it is written as null.
     """

@@ -1,7 +1,7 @@
 """Checkpoints that a run resumes from, to the bit.
 
     <folder>/00000500/
-        state/           an Orbax checkpoint of the train state (and of the frozen parameters, at choice)
+        state/           an Orbax checkpoint of the train state (and, with `save_frozen`, of what is frozen)
         config.json      the run's configuration
         position.json    where the data pipeline stood
         tokenizer/       the tokenizer's files
@@ -61,8 +61,8 @@ class Checkpointer:
     """Saves in the background and keeps the newest and the best.
 
     One save runs at a time; the next one waits for it. An error of the background (a full disk, say) is
-    raised by the next call of `save`, `wait` or `check`. As a context, it lets the save that runs finish when
-    the block ends, whatever ends it.
+    raised by the next call of `save`, `wait` or `check`. As a context manager it waits for a running save,
+    however the block ends.
     """
 
     def __init__(self, folder: str | os.PathLike, config: CheckpointConfig):

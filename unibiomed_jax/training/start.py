@@ -154,7 +154,7 @@ def summary(start: Start, data: Pipeline) -> list[str]:
         f"{data.steps_per_epoch:,} batches an epoch, {config.optim.steps:,} updates of "
         f"{config.optim.accumulate} batches of {config.data.batch_size}."
     ]
-    # An axis that cannot be divided matters only where no other one of the parameter is.
+    # An axis that cannot be divided matters only where the parameter has no other divided axis.
     rows = layout.explain(trainable | frozen)
     whole = [row for row in rows if row.obstacles and not any(row.spec)]
     if whole:

@@ -16,12 +16,14 @@ from unibiomed_jax.parameters import Parameters, merge
 from unibiomed_jax.sharding.layout import Layout
 from unibiomed_jax.training.config import TrainConfig
 from unibiomed_jax.training.forward import (
+    MASK_LOSSES,
     Arrays,
     LossCounts,
     LossSums,
     TokenIds,
     answer_batch,
     count_targets,
+    empty_sums,
     loss_sums,
     mean_losses,
 )
@@ -92,14 +94,15 @@ def gradients(
             batch,
             ids,
             token_chunk=config.loss.token_chunk,
-            follow=config.loss.track,
+            follow=config.loss.follow,
             remat=config.remat,
             dropout_key=dropout_key,
         )
         sums = loss_sums(prediction, batch, config.loss, points_key)
         losses = mean_losses(sums, counts, config.loss)
-        masks = losses["loss_mask"] + losses["loss_dice"]
-        return losses["loss_tokens"] + jnp.where(state.step < config.loss.masks_from, 0, masks), sums
+        masks = sum(losses[name] for name in MASK_LOSSES)
+        others = sum(losses[name] for name in losses if name not in ("loss", *MASK_LOSSES))
+        return others + jnp.where(state.step < config.loss.masks_from, 0, masks), sums
 
     with jax.default_matmul_precision("highest"):  # for what the policy computes in float32
         return jax.grad(share, has_aux=True)(state.trainable)
@@ -108,8 +111,9 @@ def gradients(
 def update(
     config: TrainConfig, state: TrainState, grads: Parameters, sums: LossSums, counts: LossCounts
 ) -> tuple[TrainState, Metrics]:
-    """Apply the gradients, unless the loss, their norm or that of the direction they give is not finite: then
-    only the counters move.
+    """Apply the gradients.
+
+    If the loss, the gradient norm or the norm of the update is not finite, only the counters change.
     """
     losses = mean_losses(sums, counts, config.loss)
     norm = optax.global_norm(grads)
@@ -193,9 +197,3 @@ class TrainStep:
         for index, batch in enumerate(batches):
             total = self.accumulate(total, state, frozen, batch, counts, jnp.int32(index))
         return self.finish(state, total, counts)
-
-
-def empty_sums() -> LossSums:
-    """The neutral element of adding sums."""
-    zero = jnp.zeros(())
-    return LossSums(zero, jnp.zeros((), jnp.int32), zero, zero)

@@ -63,7 +63,7 @@ def build_validation(graphdef: nnx.GraphDef, config: TrainConfig, ids: TokenIds,
         with jax.default_matmul_precision("highest"):
             model = merge(graphdef, trainable, frozen)
             prediction = answer_batch(
-                model, batch, ids, token_chunk=config.loss.token_chunk, follow=config.loss.track
+                model, batch, ids, token_chunk=config.loss.token_chunk, follow=config.loss.follow
             )
         truth = batch["masks"] > 0
         masks = prediction.masks > 0
