@@ -1,4 +1,5 @@
 # Two commands: `make demo` and `make test`. Each prepares a virtual environment of its own first.
+SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -12,8 +13,9 @@ PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist workste
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py --out demo_output
 
+# The time it prints last is that of the tests; `user` is the CPU's.
 test: $(VENV)/.installed-test-$(PARITY) lint
-	$(PYTEST)
+	time $(PYTEST)
 
 # What can be known in two minutes: no run of train.py, no comparison with PyTorch, nothing of full size.
 fast: $(VENV)/.installed-test-$(PARITY)

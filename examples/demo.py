@@ -132,7 +132,7 @@ def main(args: Args) -> None:
         answer_folder.write(args.out / example.name, request.image, answer, record)
         console.print(f"[bold]{example.name}[/bold]  {example.question}")
         console.print(f"    {clean_answer(answer.text)}  ({dice(answer, example)})", markup=False)
-    console.print(f"Written to {args.out}: for each of them answer.json, a PNG a mask, overlay.png")
+    console.print(f"Written to {args.out}: for each of them answer.json, a PNG per mask, overlay.png")
     console.print(
         "[bold]unibiomed-tiny is a small teaching model:[/bold] docs/unibiomed_tiny.md says what it was "
         "trained on, what was measured and what it cannot do."

@@ -2,7 +2,7 @@
 
     python examples/volume.py
 
-Writes volume_answer/: answer.json, a PNG a slice for the mask, and an overlay a slice.
+Writes volume_answer/: answer.json, a PNG per slice for the mask, and an overlay per slice.
 """
 
 from pathlib import Path

@@ -7,7 +7,6 @@
 1-bit PNG. Every split is by patient, as far as the source tells patients apart.
 """
 
-import argparse
 import collections
 import json
 import re
@@ -24,6 +23,7 @@ from sample_attribution import LICENCES, README, write_attribution, write_readme
 from sample_sources import MICROSCOPY, SOURCES, Source, patient_of  # noqa: E402
 from sample_volumes import Volume, read_volumes  # noqa: E402
 
+from unibiomed_jax.commands.run import main  # noqa: E402
 from unibiomed_jax.datasets.volumes import write_volume  # noqa: E402
 from unibiomed_jax.datasets.write import (  # noqa: E402
     SPLITS,
@@ -271,20 +271,22 @@ def write_questions(data: Path, out: Path, splits: dict) -> None:
     tables.save(out / QUESTION_IMAGES)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder that holds the source folders")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; an older one is replaced")
-    parser.add_argument("--all", action="store_true", help="also build what may not ship with the repository")
-    options = parser.parse_args()
-    try:
-        check_folders(options.data, options.out, options.all)
-        with new_folder(options.out, overwrite=True) as folder:
-            write_dataset(options.data, folder, options.all)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+@dataclass(frozen=True)
+class Options:
+    """Build the sample dataset from the folders of real images that it comes from."""
+
+    # Folder that holds the source folders.
+    data: Path
+    # Folder to write; an older one is replaced.
+    out: Path
+    # Also build what may not ship with the repository.
+    all: bool = False
+
+
+def build(options: Options) -> None:
+    check_folders(options.data, options.out, options.all)
+    with new_folder(options.out, overwrite=True) as folder:
+        write_dataset(options.data, folder, options.all)
 
 
 def check_folders(data: Path, out: Path, everything: bool) -> None:
@@ -342,4 +344,4 @@ def write_dataset(data: Path, out: Path, everything: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(Options, build)

@@ -6,12 +6,14 @@ release's order, so that everything that reads a released tokenizer reads this o
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from unibiomed_jax.commands.run import run
 from unibiomed_jax.data.mixture import find_datasets, read_mixture
 from unibiomed_jax.data.prompts import PromptConfig, variants
 from unibiomed_jax.inputs import tokenizer as release
@@ -76,4 +78,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(run(lambda: tyro.cli(main)))

@@ -329,6 +329,7 @@ def test_safetensors(given):
     try_all(200, "safetensors", attempt)
 
 
+@pytest.mark.slow
 def test_releases(given):
     """A released checkpoint whose config.json or index was changed converts whole or not at all."""
     folder = copied(MICRO, given / "release")
@@ -347,6 +348,7 @@ def test_releases(given):
     try_all(50, "release", attempt, MEMORY_WITH_THREADS)
 
 
+@pytest.mark.slow
 def test_checkpoints(given, tmp_path):
     """A checkpoint gives the numbers that were written, or none."""
     original = given / "original"

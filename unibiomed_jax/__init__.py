@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 from unibiomed_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from unibiomed_jax.inference.answer import Answer, OpenedImage, Request, Segment
+    from unibiomed_jax.inference.answer import Answer, OpenedImage, Request, Sampling, Segment
     from unibiomed_jax.inference.predictor import UniBiomed
 
-__all__ = ["Answer", "InputError", "OpenedImage", "Request", "Segment", "UniBiomed"]
+__all__ = ["Answer", "InputError", "OpenedImage", "Request", "Sampling", "Segment", "UniBiomed"]
 
 
 def __getattr__(name: str):

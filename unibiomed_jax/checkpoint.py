@@ -4,7 +4,7 @@
     manifest.json    shape, dtype and sha256 of every parameter; written last
     params/<part>/   an Orbax checkpoint for each part (vision_model, mlp1, language_model, ...)
     tokenizer/       the tokenizer's files
-    release/         what only the way back to the released layout needs (optional)
+    release/         what export to the released layout needs besides the weights (optional)
 
 The parts are separate Orbax checkpoints so that saving and loading need little memory besides the result.
 """
@@ -99,7 +99,7 @@ def write(
                     saving.result()
                 host = {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
                 for path, leaf in host.items():
-                    leaves[f"{name}.{path}"] = hasher.submit(record, leaf)
+                    leaves[f"{name}.{path}"] = hasher.submit(leaf_record, leaf)
                 saving = ocp.save_async(folder / "params" / name, _string_keys(unflatten(host)))
                 del tree, host, leaf
             records = {path: future.result() for path, future in leaves.items()}
@@ -165,14 +165,14 @@ def _string_keys(tree: Mapping) -> dict:
     return {str(k): _string_keys(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
 
 
-def record(leaf: np.ndarray) -> dict:
+def leaf_record(leaf: np.ndarray) -> dict:
     """Shape, dtype and sha256 of a parameter, as the manifest records them."""
     digest = hashlib.sha256(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sha256": digest.hexdigest()}
 
 
 def identity(leaves: Mapping[str, dict]) -> str:
-    """One sha256 for all parameters, from the `record` of each."""
+    """One sha256 for all parameters, from the `leaf_record` of each."""
     lines = [
         f"{path} {leaf['dtype']} {leaf['shape']} {leaf['sha256']}" for path, leaf in sorted(leaves.items())
     ]
@@ -181,7 +181,7 @@ def identity(leaves: Mapping[str, dict]) -> str:
 
 def hash_of(params: Mapping | nnx.State) -> str:
     """The identity of weights in memory: what a checkpoint of them would have as its hash."""
-    return identity({path: record(np.asarray(leaf)) for path, leaf in flatten(params).items()})
+    return identity({path: leaf_record(np.asarray(leaf)) for path, leaf in flatten(params).items()})
 
 
 def is_checkpoint(path: str | os.PathLike) -> bool:
@@ -240,7 +240,7 @@ def read_part(path: str | os.PathLike, name: str, manifest: Manifest) -> dict[st
     }
     found = _restore(Path(path), name, abstract)
     with ThreadPoolExecutor(HASHERS) as hashers:
-        for p, measured in zip(found, hashers.map(record, found.values()), strict=True):
+        for p, measured in zip(found, hashers.map(leaf_record, found.values()), strict=True):
             if measured != leaves[p]:
                 raise InputError(
                     f"{path}: {name}.{p} is damaged or was changed after it was written; {REMEDY}."
@@ -283,7 +283,7 @@ def load(
     for name in dict.fromkeys(p.partition(".")[0] for p in manifest.leaves):
         wanted = dtype if isinstance(dtype, str) or dtype is None else dtype.get(name)
         part = read_part(path, name, manifest)
-        for p, leaf in part.items():  # the host array goes when its like on the devices takes its place
+        for p, leaf in part.items():  # each host array is freed once its copy is on the devices
             host = leaf.astype(dtype_of(wanted), copy=False) if wanted else leaf
             part[p] = jax.make_array_from_callback(
                 host.shape, place(f"{name}.{p}", host.shape), host.__getitem__

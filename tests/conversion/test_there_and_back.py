@@ -30,10 +30,10 @@ from unibiomed_jax import checkpoint
 from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.config.presets import LANGUAGE_MODELS, SAM2_VARIANTS
 from unibiomed_jax.conversion import from_torch, sources, to_torch
-from unibiomed_jax.conversion.layout import Layout, Row, contiguous, copy
 from unibiomed_jax.conversion.reading import INDEX
+from unibiomed_jax.conversion.rows import Rearrangement, Row, contiguous, copy
 from unibiomed_jax.conversion.tables import model_rows, sam2
-from unibiomed_jax.conversion.tables.qwen2 import EMBEDDING, HEAD
+from unibiomed_jax.conversion.tables.qwen2 import TORCH_EMBEDDING, TORCH_HEAD
 from unibiomed_jax.conversion.writing import BLOCK, DirectFile, write_safetensors
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.parameters import abstract_params, flatten, unflatten
@@ -67,28 +67,28 @@ def rearrangements(draw):
     dropped = tuple(sorted(draw(st.sets(st.integers(0, rank - 1), max_size=rank - 1))))
     axes = tuple(draw(st.permutations(range(rank - len(dropped)))))
     shape = tuple(1 if axis in dropped else draw(st.integers(1, 5)) for axis in range(rank))
-    return Layout(dropped, axes), shape
+    return Rearrangement(dropped, axes), shape
 
 
 @given(rearrangements(), st.data())
-def test_every_layout_is_undone_by_its_inverse(layout_and_shape, data):
-    layout, shape = layout_and_shape
+def test_every_rearrangement_is_undone_by_its_inverse(rearrangement_and_shape, data):
+    rearrangement, shape = rearrangement_and_shape
     tensor = data.draw(arrays(np.uint16, shape))
-    leaf = layout.forward(tensor)
-    assert leaf.shape == layout.forward_shape(shape)
-    assert np.array_equal(layout.inverse(leaf), tensor)
+    leaf = rearrangement.forward(tensor)
+    assert leaf.shape == rearrangement.forward_shape(shape)
+    assert np.array_equal(rearrangement.inverse(leaf), tensor)
     assert np.array_equal(contiguous(leaf), leaf) and contiguous(leaf).flags.c_contiguous
     target = np.zeros(shape, np.uint16)
-    copy(layout.inverse(layout.forward(target)), contiguous(tensor))
+    copy(rearrangement.inverse(rearrangement.forward(target)), contiguous(tensor))
     assert np.array_equal(target, tensor)
 
 
 @given(rearrangements(), st.integers(0, 3), st.integers(0, 4), st.integers(0, 2**32 - 1))
-def test_rows_give_back_what_they_were_filled_with(layout_and_shape, stacked, extra, seed):
-    layout, shape = layout_and_shape
+def test_rows_give_back_what_they_were_filled_with(rearrangement_and_shape, stacked, extra, seed):
+    rearrangement, shape = rearrangement_and_shape
     stack = tuple(range(5, 5 + stacked)) if stacked else None
-    padded = shape[0] + extra if not stacked and 0 not in layout.dropped else 0
-    row = Row("t.{i}" if stack else "t", "leaf", shape, layout, stack, padded)
+    padded = shape[0] + extra if not stacked and 0 not in rearrangement.dropped else 0
+    row = Row("t.{i}" if stack else "t", "leaf", shape, rearrangement, stack, padded)
     rng = np.random.default_rng(seed)
     tensors = {name: rng.standard_normal(shape).astype(np.float32) for name in row.names}
     leaf = np.full(row.leaf_shape, np.nan, np.float32)
@@ -210,10 +210,10 @@ def test_vocabulary_is_padded_with_zeros_inside_and_trimmed_outside(tmp_path):
     params = checkpoint.read_part(tmp_path / "converted", "language_model", manifest)
     embedding, head = params["embed_tokens"], params["lm_head.kernel"]
     assert embedding.shape == (384, 16) and head.shape == (16, 384)
-    assert np.array_equal(embedding[:300], tensors[EMBEDDING]) and not embedding[300:].any()
-    assert np.array_equal(head[:, :300], tensors[HEAD].T) and not head[:, 300:].any()
+    assert np.array_equal(embedding[:300], tensors[TORCH_EMBEDDING]) and not embedding[300:].any()
+    assert np.array_equal(head[:, :300], tensors[TORCH_HEAD].T) and not head[:, 300:].any()
     plan = to_torch.convert(tmp_path / "converted", tmp_path / "back")
-    assert plan[EMBEDDING][1] == plan[HEAD][1] == (300, 16)
+    assert plan[TORCH_EMBEDDING][1] == plan[TORCH_HEAD][1] == (300, 16)
 
 
 def test_gamma_and_g_weight_are_one_name(tmp_path):
@@ -246,7 +246,7 @@ def test_a_tied_head_comes_back_as_it_was_stored(tmp_path, stored):
     config = tied(SMALL)
     tensors = random_tensors(config)
     if stored:
-        tensors[HEAD] = tensors[EMBEDDING].copy()
+        tensors[TORCH_HEAD] = tensors[TORCH_EMBEDDING].copy()
     from_torch.convert(
         sources.released(write_released(tmp_path / "released", tensors, config)), tmp_path / "converted"
     )
@@ -258,8 +258,8 @@ def test_a_tied_head_comes_back_as_it_was_stored(tmp_path, stored):
 def test_a_tied_head_that_differs_is_refused(tmp_path):
     config = tied(SMALL)
     tensors = random_tensors(config)
-    tensors[HEAD] = tensors[EMBEDDING].copy()
-    tensors[HEAD][3, 5] = -tensors[HEAD][3, 5]
+    tensors[TORCH_HEAD] = tensors[TORCH_EMBEDDING].copy()
+    tensors[TORCH_HEAD][3, 5] = -tensors[TORCH_HEAD][3, 5]
     with pytest.raises(InputError, match="ties language_model.lm_head.weight .* contents differ"):
         sources.released(write_released(tmp_path / "released", tensors, config))
 

@@ -18,7 +18,7 @@ from unibiomed_jax.inference.cpu import (
     FAST_PARTS,
     MAX_DECODE_ROWS,
     SplitLinear,
-    split,
+    bfloat16_parts,
     split_linears,
 )
 from unibiomed_jax.inputs.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ from unibiomed_jax.models.qwen2 import Qwen2
 @pytest.mark.parametrize(("parts", "error"), [(1, 2**-8), (2, 2**-16), (3, 2**-23)])
 def test_the_parts_of_a_split_add_up_to_the_number(parts, error):
     x = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
-    numbers = [np.asarray(part) for part in jax.jit(split, static_argnums=1)(x, parts)]
+    numbers = [np.asarray(part) for part in jax.jit(bfloat16_parts, static_argnums=1)(x, parts)]
     for number in numbers:
         np.testing.assert_array_equal(number, number.astype(jnp.bfloat16).astype(np.float32))
     np.testing.assert_allclose(np.sum(numbers, axis=0, dtype=np.float64), x, rtol=error)

@@ -16,7 +16,7 @@ from unibiomed_jax.config.precision import BFLOAT16, FLOAT32
 from unibiomed_jax.config.presets import SAM2_VARIANTS
 from unibiomed_jax.conversion.tables.sam2 import rows
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.masks.resize import resize_bilinear, upscale_masks
+from unibiomed_jax.masks.resize import resize_logits, upscale_masks
 from unibiomed_jax.models import ops
 from unibiomed_jax.models.sam2 import Sam2, plan_frames, store
 
@@ -29,7 +29,7 @@ def load_model(precision=FLOAT32):
     tensors = load_file(GOLDEN / "micro" / "checkpoint" / "model.safetensors")
     values = {}
     for row in rows(CONFIG):
-        parts = [row.layout.forward(tensors[name]) for name in row.names]
+        parts = [row.rearrangement.forward(tensors[name]) for name in row.names]
         values[row.path.removeprefix("sam2.")] = np.stack(parts) if row.stack is not None else parts[0]
     model = nnx.eval_shape(lambda: Sam2(CONFIG, precision, rngs=nnx.Rngs(0)))
 
@@ -139,7 +139,7 @@ def test_volume_equals_the_reference(segment, video):
     assert_close(masks, case["sam_lowres"].reshape(masks.shape), 1e-4)
     assert_close(ious, case["sam_ious"].reshape(ious.shape), 1e-4)
     assert_close(scores, case["sam_obj_score"].reshape(scores.shape), 1e-4)
-    square = resize_bilinear(masks, (256, 256))[..., 8::16, 8::16]
+    square = resize_logits(masks, (256, 256))[..., 8::16, 8::16]
     assert_close(square, case["video_res_logits_sub16"][:, :, 0], 1e-4)
     for i, logits in enumerate(upscale_masks(masks, (240, 320), 256)):
         bits = np.unpackbits(case[f"mask{i}_bits"])[: logits.size].reshape(case[f"mask{i}_shape"])
@@ -278,7 +278,7 @@ def test_a_frame_recalls_what_lies_just_behind_it(model, conditioning):
 def test_host_resize_equals_the_compiled_one(size):
     x = np.random.default_rng(0).standard_normal((2, 48, 80)).astype(np.float32)
     expected = ops.resize_bilinear(x[..., None], size)[..., 0]
-    assert_close(resize_bilinear(x, size), expected, 1e-6)
+    assert_close(resize_logits(x, size), expected, 1e-6)
 
 
 def test_other_image_sizes_are_refused(model):

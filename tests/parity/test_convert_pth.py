@@ -27,7 +27,7 @@ from safetensors.torch import save_file  # noqa: E402
 from unibiomed_jax import checkpoint  # noqa: E402
 from unibiomed_jax.conversion import from_torch, sources, to_torch  # noqa: E402
 from unibiomed_jax.conversion.oracles.language import torch_language  # noqa: E402
-from unibiomed_jax.conversion.tables.qwen2 import EMBEDDING, HEAD  # noqa: E402
+from unibiomed_jax.conversion.tables.qwen2 import TORCH_EMBEDDING, TORCH_HEAD  # noqa: E402
 from unibiomed_jax.conversion.tables.sam2 import PREFIX  # noqa: E402
 from unibiomed_jax.errors import InputError  # noqa: E402
 from unibiomed_jax.inputs.tokenizer import UNIBIOMED_TOKENS, Tokenizer  # noqa: E402
@@ -268,9 +268,9 @@ def published(tmp_path_factory):
     """InternVL and SAM2 as they are published, in miniature."""
     root = tmp_path_factory.mktemp("published")
     tensors = micro_tensors()
-    rows = len(tensors[EMBEDDING]) - len(UNIBIOMED_TOKENS)
+    rows = len(tensors[TORCH_EMBEDDING]) - len(UNIBIOMED_TOKENS)
     internvl = {
-        name: values[:rows].copy() if name in (EMBEDDING, HEAD) else values
+        name: values[:rows].copy() if name in (TORCH_EMBEDDING, TORCH_HEAD) else values
         for name, values in tensors.items()
         if not name.startswith((PREFIX, "text_hidden_fcs."))
     }
@@ -319,7 +319,7 @@ def test_published_weights_start_a_training(published, tmp_path):
     found, golden = read_all(tmp_path / "back"), micro_tensors()
     assert found.keys() == golden.keys()
     for name, values in golden.items():
-        if name in (EMBEDDING, HEAD):
+        if name in (TORCH_EMBEDDING, TORCH_HEAD):
             new = found[name][rows:]
             assert np.array_equal(found[name][:rows], values[:rows])
             assert new.shape == (5, 64) and 0.015 < new.std() < 0.025 and abs(new.mean()) < 0.005
@@ -328,7 +328,7 @@ def test_published_weights_start_a_training(published, tmp_path):
             assert np.abs(found[name]).max() <= 64**-0.5 and found[name].std() > 0.5 * 64**-0.5
         else:
             assert np.array_equal(found[name], values), name
-    assert not np.array_equal(found[EMBEDDING][rows:], found[HEAD][rows:])
+    assert not np.array_equal(found[TORCH_EMBEDDING][rows:], found[TORCH_HEAD][rows:])
     loaded = checkpoint.read_config(tmp_path / "converted")
     assert loaded.template == "phi3_chat" and loaded.sam2 == SAM2_VARIANTS["micro"]
     assert sources.released(tmp_path / "back").config == loaded, "the result is a release like any other"
@@ -342,7 +342,7 @@ def test_published_weights_start_a_training(published, tmp_path):
 
     same = sources.starting_weights(folder, file, seed=3).tensors
     other = sources.starting_weights(folder, file, seed=4).tensors
-    for name in (EMBEDDING, HEAD, "text_hidden_fcs.0.weight", "text_hidden_fcs.2.bias"):
+    for name in (TORCH_EMBEDDING, TORCH_HEAD, "text_hidden_fcs.0.weight", "text_hidden_fcs.2.bias"):
         assert np.array_equal(same[name].read(), found[name]), name
         assert not np.array_equal(other[name].read(), found[name]), name
 

@@ -1,4 +1,4 @@
-"""`convert.verify` with PyTorch at hand: the outputs of every module, and the first that diverges."""
+"""`conversion.verify` with PyTorch at hand: the outputs of every module, and the first that diverges."""
 
 import numpy as np
 import pytest

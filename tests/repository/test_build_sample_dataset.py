@@ -58,7 +58,7 @@ def test_it_writes_the_dataset_of_the_repository(command, tmp_path):
 def test_a_missing_source(command, tmp_path, capsys):
     assert command(tmp_path / "nope", tmp_path / "out") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {tmp_path}/nope does not hold the source folder ")
+    assert line.startswith(f"Error: {tmp_path}/nope does not hold the source folder ")
     assert not (tmp_path / "out").exists()
 
 
@@ -70,5 +70,5 @@ def test_folders_of_others_stay(command, tmp_path, capsys, readme):
         (tmp_path / "README.md").write_text(readme)
     assert command(DATA, tmp_path) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {tmp_path} is no sample dataset of this script; ")
+    assert line.startswith(f"Error: {tmp_path} is no sample dataset of this script; ")
     assert (tmp_path / "thesis.tex").read_text() == "years of work"

@@ -5,11 +5,13 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 from places import ROOT
 
 from unibiomed_jax.inference.answer import INTENDED_USE
 
 
+@pytest.mark.slow
 def test_the_demo_answers_and_says_what_it_is(tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "demo.py"), "--out", str(tmp_path / "out")],

@@ -56,10 +56,10 @@ def verify(options: VerifyOptions) -> int:
     first = next((found.first for found in differences if found.first), None)
     if first:
         console.print(f"First divergence: {first}", highlight=False, markup=False)
-    worst = None
+    first_output = None
     if a.released != b.released and not options.weights_only:
-        worst = _compare_outputs(*((a, b) if a.released else (b, a)), console)
-    return FAILED_IN_PART if first or worst else DONE
+        first_output = _compare_outputs(*((a, b) if a.released else (b, a)), console)
+    return FAILED_IN_PART if first or first_output else DONE
 
 
 def _compare_outputs(released, converted, console: Console):
@@ -71,10 +71,10 @@ def _compare_outputs(released, converted, console: Console):
 
     outputs = list(oracles.compare(released, converted))
     console.print(oracles.outputs_table(outputs))
-    worst = next((found for found in outputs if not found.agrees), None)
-    if worst is not None:
-        console.print(f"First divergence: the output of {worst.module}", markup=False)
-    return worst
+    first_output = next((found for found in outputs if not found.agrees), None)
+    if first_output is not None:
+        console.print(f"First divergence: the output of {first_output.module}", markup=False)
+    return first_output
 
 
 def _speed(size: int, start: float) -> str:

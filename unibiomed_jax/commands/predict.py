@@ -54,7 +54,7 @@ class PredictOptions:
     prompt: str
     # A converted or a released folder, or a repository on Hugging Face.
     checkpoint: Annotated[str | Path, tyro.conf.arg(metavar="OWNER/NAME[@REVISION]|PATH")]
-    # Where the answers go, a folder an image.
+    # Where the answers go, a folder per image.
     out: Path
     # The folder is one volume: its images, sorted by name and number (2 before 10), are the slices.
     volume: bool = False
@@ -243,7 +243,7 @@ def _is_done(model, options: PredictOptions, name: str, sources: dict[str, list[
 
 
 def _settings(options: PredictOptions, paths: list[Path]) -> dict:
-    """What else an answer depends on: it is kept with the answer, and another one is asked for anew."""
+    """Everything else the answer depends on; stored with it, and asked again when it differs."""
     digest = hashlib.sha256()
     for path in (*paths, *options.region):
         with contextlib.suppress(OSError):  # a file that cannot be read is named when it is opened

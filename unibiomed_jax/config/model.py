@@ -13,7 +13,6 @@ from unibiomed_jax.errors import InputError
 
 # Mean and standard deviation of ImageNet's RGB on a scale of 0 to 1, which both image encoders are used to.
 PIXEL_MEAN = (0.485, 0.456, 0.406)
-
 PIXEL_STD = (0.229, 0.224, 0.225)
 
 

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from unibiomed_jax.conversion.layout import Row, copy
 from unibiomed_jax.conversion.reading import Tensor
+from unibiomed_jax.conversion.rows import Row, copy
 from unibiomed_jax.conversion.tables import largest_first
-from unibiomed_jax.conversion.tables.qwen2 import EMBEDDING, HEAD
+from unibiomed_jax.conversion.tables.qwen2 import TORCH_EMBEDDING, TORCH_HEAD
 from unibiomed_jax.errors import InputError
 
 # Threads that build the leaves of a part; reading and copying let go of the interpreter.
@@ -50,19 +50,19 @@ def check_tied_head(tensors: dict[str, Tensor], tied: bool, where: str) -> bool:
     Raises:
         InputError: the head is said to be tied but differs from the embedding.
     """
-    if not tied or HEAD not in tensors or EMBEDDING not in tensors:
+    if not tied or TORCH_HEAD not in tensors or TORCH_EMBEDDING not in tensors:
         return False
-    head, embedding = tensors[HEAD], tensors[EMBEDDING]
+    head, embedding = tensors[TORCH_HEAD], tensors[TORCH_EMBEDDING]
     if (
         head.shape != embedding.shape
         or head.dtype != embedding.dtype
         or not np.array_equal(_bits(head.read()), _bits(embedding.read()))
     ):
         raise InputError(
-            f"{where}: config.json ties {HEAD} to {EMBEDDING} but their contents differ; set "
+            f"{where}: config.json ties {TORCH_HEAD} to {TORCH_EMBEDDING} but their contents differ; set "
             "tie_word_embeddings to false in llm_config, or repair the checkpoint."
         )
-    del tensors[HEAD]
+    del tensors[TORCH_HEAD]
     return True
 
 

@@ -86,11 +86,11 @@ def convert(source: Source, dst: Path, *, overwrite: bool = False) -> str:
 def _write_release(source: Source, folder: Path) -> None:
     """What the way back needs besides the weights: number formats, config.json, the release's own code."""
     folder.mkdir()
-    layout = {
+    stored = {
         "stores_tied_head": source.stores_tied_head,
         "dtypes": {name: DTYPE_NAMES[tensor.dtype] for name, tensor in source.tensors.items()},
     }
-    (folder / "layout.json").write_text(json.dumps(layout, indent=1) + "\n")
+    (folder / "layout.json").write_text(json.dumps(stored, indent=1) + "\n")
     (folder / "config.json").write_text(json.dumps(source.release_config, indent=2) + "\n")
     for path in [*source.folder.glob("*.py"), source.folder / "generation_config.json"]:
         if path.is_file():

@@ -13,7 +13,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Layout:
+class Rearrangement:
     """An invertible rearrangement: leave out axes of length one, then reorder the remaining ones."""
 
     # Torch axes (all of length one) that our leaf does not have.
@@ -62,19 +62,19 @@ def contiguous(source: np.ndarray) -> np.ndarray:
     return target
 
 
-SAME = Layout()
+SAME = Rearrangement()
 # torch.nn.Linear (out, in) -> (in, out).
-LINEAR = Layout(axes=(1, 0))
+LINEAR = Rearrangement(axes=(1, 0))
 # torch.nn.Conv2d (out, in, rows, columns) -> (rows, columns, in, out); depthwise kernels are the same.
-CONV = Layout(axes=(2, 3, 1, 0))
+CONV = Rearrangement(axes=(2, 3, 1, 0))
 # torch.nn.ConvTranspose2d (in, out, rows, columns) -> (in, rows, columns, out).
-CONV_TRANSPOSE = Layout(axes=(0, 2, 3, 1))
+CONV_TRANSPOSE = Rearrangement(axes=(0, 2, 3, 1))
 # A table of positions (1, channels, rows, columns) -> (rows, columns, channels).
-POSITION = Layout(dropped=(0,), axes=(1, 2, 0))
+POSITION = Rearrangement(dropped=(0,), axes=(1, 2, 0))
 # A vector or matrix stored with a leading axis of length one.
-FIRST_DROPPED = Layout(dropped=(0,))
-FIRST_TWO_DROPPED = Layout(dropped=(0, 1))
-MIDDLE_TWO_DROPPED = Layout(dropped=(1, 2))
+FIRST_DROPPED = Rearrangement(dropped=(0,))
+FIRST_TWO_DROPPED = Rearrangement(dropped=(0, 1))
+MIDDLE_TWO_DROPPED = Rearrangement(dropped=(1, 2))
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Row:
     path: str
     # Shape of one torch tensor.
     shape: tuple[int, ...]
-    layout: Layout = SAME
+    rearrangement: Rearrangement = SAME
     # Numbers that replace "{i}", in the order of our leading axis; None: a single tensor, no leading axis.
     stack: tuple[int, ...] | None = None
     # Our vocabulary axis holds this many entries: zero rows follow torch's first axis; 0: nothing is added.
@@ -101,22 +101,24 @@ class Row:
     @property
     def leaf_shape(self) -> tuple[int, ...]:
         first = self.padded or (self.shape[0] if self.shape else 0)
-        one = self.layout.forward_shape((first, *self.shape[1:]))
+        one = self.rearrangement.forward_shape((first, *self.shape[1:]))
         return one if self.stack is None else (len(self.stack), *one)
 
     def parts(self, leaf: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """The torch tensors inside a leaf, as writable views in torch's layout, without the padding."""
         for name, part in zip(self.names, [leaf] if self.stack is None else leaf, strict=True):
-            tensor = self.layout.inverse(part)
+            tensor = self.rearrangement.inverse(part)
             yield name, tensor[: self.shape[0]] if self.padded else tensor
 
     def padding(self, leaf: np.ndarray) -> np.ndarray:
         """The rows of a leaf that no torch tensor fills, in torch's layout."""
-        return self.layout.inverse(leaf)[self.shape[0] :]
+        return self.rearrangement.inverse(leaf)[self.shape[0] :]
 
     def renamed(self, torch: str, ours: str) -> Row:
         """The same row below a prefix on each side."""
-        return Row(torch + self.torch, ours + self.path, self.shape, self.layout, self.stack, self.padded)
+        return Row(
+            torch + self.torch, ours + self.path, self.shape, self.rearrangement, self.stack, self.padded
+        )
 
 
 def linear(

@@ -13,11 +13,11 @@ import numpy as np
 from unibiomed_jax.config.model import ModelConfig, Sam2Config
 from unibiomed_jax.config.presets import SAM2_VARIANTS
 from unibiomed_jax.conversion.assemble import check_complete, check_tied_head
-from unibiomed_jax.conversion.layout import Row
 from unibiomed_jax.conversion.reading import Tensor, read_folder, read_json, read_torch
 from unibiomed_jax.conversion.released_config import model_config
+from unibiomed_jax.conversion.rows import Row
 from unibiomed_jax.conversion.tables import heads, model_rows, sam2
-from unibiomed_jax.conversion.tables.qwen2 import EMBEDDING, HEAD, lora_rows, projections
+from unibiomed_jax.conversion.tables.qwen2 import TORCH_EMBEDDING, TORCH_HEAD, lora_rows, projections
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inputs.tokenizer import UNIBIOMED_TOKENS
 from unibiomed_jax.parameters import LoraInfo, updated
@@ -76,7 +76,7 @@ def starting_weights(folder: Path, sam2_file: Path, seed: int = 0) -> Source:
     config, tensors = source.config, dict(source.tensors)
     rng = np.random.default_rng(seed)
     rows = config.language.vocab_size
-    for name in (EMBEDDING, HEAD):
+    for name in (TORCH_EMBEDDING, TORCH_HEAD):
         if name in tensors:
             tensors[name] = _with_new_rows(tensors[name], rows, rng.integers(2**63))
     for row in heads.rows(config):
@@ -141,7 +141,7 @@ def _internvl_with_sam2(folder: Path, sam2_file: Path) -> Source:
     old = found.language.vocab_size
     language = dataclasses.replace(found.language, vocab_size=old + len(UNIBIOMED_TOKENS))
     config = dataclasses.replace(found, language=language, sam2=recognise_sam2(tensors, str(sam2_file)))
-    for name in (EMBEDDING, HEAD):
+    for name in (TORCH_EMBEDDING, TORCH_HEAD):
         if name in tensors and tensors[name].shape[:1] != (old,):
             raise InputError(
                 f"{folder}: {name} has {tensors[name].shape[0]} rows, but config.json says {old}."

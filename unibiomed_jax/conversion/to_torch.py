@@ -20,12 +20,12 @@ from unibiomed_jax import checkpoint
 from unibiomed_jax.checkpoint import Manifest
 from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.conversion.assemble import split_leaf
-from unibiomed_jax.conversion.layout import Row
 from unibiomed_jax.conversion.peft import save_peft_adapter
 from unibiomed_jax.conversion.reading import DTYPES, read_json
 from unibiomed_jax.conversion.released_config import release_config, unsaid
+from unibiomed_jax.conversion.rows import Row
 from unibiomed_jax.conversion.tables import largest_first, model_rows
-from unibiomed_jax.conversion.tables.qwen2 import EMBEDDING, HEAD, lora_rows
+from unibiomed_jax.conversion.tables.qwen2 import TORCH_EMBEDDING, TORCH_HEAD, lora_rows
 from unibiomed_jax.conversion.writing import SHARD_BYTES, write_safetensors
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.files import new_folder, require_space
@@ -69,14 +69,14 @@ def convert(
     rows = model_rows(config)
     extra = lora_rows(config.language, manifest.lora.rank) if manifest.lora else []
     checkpoint.check_shapes(manifest.shapes, {row.path: row.leaf_shape for row in rows + extra}, str(src))
-    layout = _read_layout(src)
+    stored = _read_layout(src)
     plan = {
-        name: (_dtype(layout, name, manifest.leaves[row.path]["dtype"]), row.shape)
+        name: (_dtype(stored, name, manifest.leaves[row.path]["dtype"]), row.shape)
         for row in rows
         for name in row.names
     }
-    if layout["stores_tied_head"]:
-        plan[HEAD] = plan[EMBEDDING]
+    if stored["stores_tied_head"]:
+        plan[TORCH_HEAD] = plan[TORCH_EMBEDDING]
     require_space(dst, sum(int(np.prod(shape)) * dtype.itemsize for dtype, shape in plan.values()))
     with new_folder(dst, overwrite=overwrite) as folder:
         _copy_files(src, folder, config)
@@ -94,10 +94,10 @@ def _read_layout(src: Path) -> dict:
     return read_json(path) if path.exists() else {"stores_tied_head": False, "dtypes": {}}
 
 
-def _dtype(layout: dict, name: str, stored: str) -> np.dtype:
-    if name in layout["dtypes"]:
-        return DTYPES[layout["dtypes"][name]]
-    return checkpoint.dtype_of(stored)
+def _dtype(stored: dict, name: str, otherwise: str) -> np.dtype:
+    if name in stored["dtypes"]:
+        return DTYPES[stored["dtypes"][name]]
+    return checkpoint.dtype_of(otherwise)
 
 
 def _tensors(
@@ -110,8 +110,12 @@ def _tensors(
             leaf = leaves.pop(row.path.partition(".")[2])
             for name, tensor in split_leaf(row, leaf, dtypes):
                 yield name, tensor
-                if name == EMBEDDING and HEAD in plan and not any(HEAD in r.names for r in part_rows):
-                    yield HEAD, tensor
+                if (
+                    name == TORCH_EMBEDDING
+                    and TORCH_HEAD in plan
+                    and not any(TORCH_HEAD in r.names for r in part_rows)
+                ):
+                    yield TORCH_HEAD, tensor
 
 
 def _parts(

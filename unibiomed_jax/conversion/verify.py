@@ -2,7 +2,7 @@
 
 Each is a released folder or a converted one. The numbers are compared tensor by tensor. For a released folder
 against a converted one the outputs of the modules are compared too, those of PyTorch with ours on one random
-input (which needs the `parity` extra). The exit code is 0 only if everything agrees.
+input (which needs the `parity` extra). What comes back is a report; the command makes it an exit code.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from unibiomed_jax import checkpoint
 from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.conversion import sources
 from unibiomed_jax.conversion.assemble import build_leaf
-from unibiomed_jax.conversion.layout import Row
+from unibiomed_jax.conversion.rows import Row
 from unibiomed_jax.conversion.tables import by_component, model_rows
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.parameters import merge_adapters

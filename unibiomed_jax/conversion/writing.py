@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from unibiomed_jax.conversion.layout import contiguous
 from unibiomed_jax.conversion.reading import DTYPE_NAMES, DTYPES, INDEX
+from unibiomed_jax.conversion.rows import contiguous
 from unibiomed_jax.errors import InputError
 
 # A checkpoint larger than this is cut into shards.

@@ -15,7 +15,7 @@ from unibiomed_jax.files import shown
 def check_files(records: Sequence[Record]) -> None:
     """Look at every file's name and header, and at no pixel.
 
-    A header that cannot be read is left to the reading of the sample.
+    A header that cannot be read is passed over; reading the sample reports it.
 
     Raises:
         InputError: the first record whose image or mask file is missing, whose image has another size than

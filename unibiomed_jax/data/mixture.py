@@ -56,7 +56,7 @@ def find_datasets(root: str | os.PathLike, split: str = "train", **choices) -> t
     `{split}`, image paths are relative to the dataset's folder.
 
     Args:
-        root: searched with all folders below it, each once: under its own path, else that of a link to it.
+        root: searched with all folders below it; a folder that links also reach counts once.
         split: which tables.
         choices: further fields of every DatasetConfig (balance_to, repeats, slices).
 

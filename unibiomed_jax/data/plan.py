@@ -82,9 +82,9 @@ class BatchPlan:
             shapes: of every record of the mixture.
             batch_size: rows of a batch, all hosts together.
             seed: of the order.
-            shuffle: False gives every epoch the same order, whatever the seed, whose beginning is a fair
-                part of the whole: the samples of a shape are mixed once, the first batch of every shape
-                comes first, and the others are spread evenly.
+            shuffle: False: the same order in every epoch, whatever the seed; its beginning is a fair sample
+                of the whole: the samples of a shape are mixed once, the first batch of every shape comes
+                first, and the others are spread evenly.
             repeat: fill the last batch of a shape with repeated samples instead of blank rows.
         """
         if batch_size < 1:

@@ -11,8 +11,7 @@ from unibiomed_jax.errors import InputError
 from unibiomed_jax.files import find_file, read_json, shown, spelled
 from unibiomed_jax.inputs.images import by_number
 
-# In an abnormality, what says that there is nothing to outline: the mask is then all zero, whatever its file
-# holds.
+# A finding with these words has nothing to outline: its mask is all zero, whatever its file holds.
 NO_FINDINGS = "no findings"
 
 

@@ -95,7 +95,7 @@ class BuildReport:
     empty_splits: dict[str, str]
 
     def table(self) -> Table:
-        """For the terminal: one row a split."""
+        """For the terminal: one row per split."""
         table = Table("split", "patients", "images or volumes", "annotations")
         for split in SPLITS:
             counts = (self.patients[split], self.images[split], self.annotations[split])

@@ -68,7 +68,7 @@ class ValidationReport:
         return [problem for problem in self.problems if not problem.error]
 
     def table(self) -> Table:
-        """For the terminal: one row a dataset, its records by split."""
+        """For the terminal: one row per dataset, its records by split."""
         table = Table(
             Column("dataset", overflow="fold", min_width=20),
             *SPLITS,

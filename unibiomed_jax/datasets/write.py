@@ -49,7 +49,7 @@ def save_mask(path: Path, mask: np.ndarray) -> None:
 
 
 def save_json(path: Path, table: dict) -> None:
-    """Write a table with one entry a line; beside `path` first, so that no reader ever sees half a file."""
+    """Write a table with one entry per line; beside `path` first, so that no reader ever sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     beside.write_text(_lines(table, 2) + "\n", encoding="utf-8")

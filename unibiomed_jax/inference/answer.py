@@ -31,7 +31,7 @@ class Segment:
     mask: Bool[np.ndarray, "*frames height width"]
     # The logits of the mask at the same size: mask = logits > 0.
     logits: Float32[np.ndarray, "*frames height width"]
-    # IoU with the truth as the model itself predicts it, 0 to 1; one a frame for a volume.
+    # IoU with the truth as the model itself predicts it, 0 to 1; one per frame for a volume.
     iou: float | list[float]
     # Logit of "the object is in the image"; reported, never used to hide a mask unless asked.
     object_score: float | list[float]
@@ -45,7 +45,7 @@ class Answer:
     prompt: str
     # The answer as generated: special tokens and the stop text `<|end|>` are kept.
     text: str
-    # One entry a `[SEG]`; a `[SEG]` that is the very last token has no state and so no entry.
+    # One entry per `[SEG]`; a `[SEG]` that is the very last token has no state and so no entry.
     segments: tuple[Segment, ...]
     # How each image was read.
     records: tuple[ImageRecord, ...]
@@ -106,7 +106,7 @@ class Request:
     regions: Sequence[np.ndarray] = ()
     # ... or as boxes (x0, y0, x1, y1) in pixels.
     boxes: Sequence[Sequence[float]] = ()
-    # The answer to the previous question about the same image, opened again or not; of another it is refused.
+    # The answer to the previous question about this image; one about another image is refused.
     history: Answer | None = None
     # Tokens to say at given steps whatever the model prefers: {step: id}.
     forced: Mapping[int, int] = dataclasses.field(default_factory=dict)

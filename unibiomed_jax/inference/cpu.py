@@ -26,7 +26,7 @@ EXACT_PARTS = 3
 FAST_PARTS = 2
 
 
-def split(x: Float32[Array, "rows in"], parts: int) -> list[Float32[Array, "rows in"]]:
+def bfloat16_parts(x: Float32[Array, "rows in"], parts: int) -> list[Float32[Array, "rows in"]]:
     """Numbers of bfloat16 precision whose sum is the first 8 * parts bits of x, coarsest first."""
     numbers = []
     for _ in range(parts):
@@ -55,12 +55,12 @@ class SplitLinear(nnx.Module):
         rows = x.reshape(-1, x.shape[-1])
         count = len(rows)
         if count > MAX_DECODE_ROWS:
-            stacked = jnp.concatenate(split(rows, self.prompt_parts)).astype(jnp.bfloat16)
+            stacked = jnp.concatenate(bfloat16_parts(rows, self.prompt_parts)).astype(jnp.bfloat16)
             last_axes = (((1,), (1,)), ((), ()))
             y = jax.lax.dot_general(stacked, kernel, last_axes, preferred_element_type=jnp.float32)
             y = y.reshape(self.prompt_parts, count, -1).sum(0)
         else:
-            columns = row_major(jnp.concatenate(split(rows, EXACT_PARTS)).T.astype(jnp.bfloat16))
+            columns = row_major(jnp.concatenate(bfloat16_parts(rows, EXACT_PARTS)).T.astype(jnp.bfloat16))
             y = jnp.matmul(kernel, columns, preferred_element_type=jnp.float32)
             y = y.reshape(-1, EXACT_PARTS, count).sum(1).T
         y = y.reshape(*x.shape[:-1], -1)

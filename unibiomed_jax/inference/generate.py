@@ -185,9 +185,9 @@ def ground(
         tiles: what the language model sees of each image or frame; none for words alone.
         source: which row of an image's tiles, one after the other, takes the place of a token; -1: none.
         frames: what SAM2 sees of each image: one frame, or those of a volume; none for words alone.
-        stop: ends a row at the stop text; the words after it, where a device cannot tell, are cut afterwards.
+        stop: ends a row at the stop text; where ids alone do not show it, the host cuts the answer.
         plan: of volumes, with a leading batch axis: in which order frames are segmented.
-        objects: masks of an answer that have room.
+        objects: how many masks an answer has room for.
 
     See `prefill` for the other arguments.
     """

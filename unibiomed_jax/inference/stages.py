@@ -20,7 +20,8 @@ from unibiomed_jax.sharding.layout import Layout
 class Stages:
     """Functions of parameters and arrays, compiled once for every shape they meet.
 
-    The parameters are an argument, so that nothing is baked in. All but `ground` work on a part of an answer.
+    The parameters are an argument, so that no program holds a copy of them. `ground` is the whole answer; the
+    others are its stages.
     """
 
     def __init__(self, graphdef: nnx.GraphDef, tokenizer: Tokenizer, vocab_size: int, layout: Layout):

@@ -62,6 +62,6 @@ def stop_text(tokenizer: Tokenizer, vocab_size: int) -> StopText:
     first, *rest = tokenizer.encode(STOP_TEXT)
     names = (tokenizer.backend.id_to_token(token) or "" for token in range(vocab_size))
     alike = np.fromiter((name.endswith(STOP_TEXT[0]) for name in names), bool, vocab_size)
-    # Of a tokenizer that does not cut "<" off nothing is known.
+    # If the tokenizer does not split off '<', the device recognises nothing.
     begins = alike & (tokenizer.decode([first]) == STOP_TEXT[0])
     return StopText(begins, np.array(rest, np.int32))

@@ -21,7 +21,6 @@ STOP_TEXT = "<|end|>"
 # The turn around the user's text. Training left out the newline that inference has, and the released
 # weights were evaluated like that, so both forms are kept.
 INFERENCE_TURN = "<|user|>\n{input}<|end|>\n<|assistant|>\n"
-
 TRAINING_TURN = "<|user|>\n{input}<|end|><|assistant|>\n"
 
 

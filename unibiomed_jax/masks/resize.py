@@ -17,10 +17,10 @@ def upscale_masks(
     In two steps, as the reference: first to SAM2's `image_size`, then to the image's. A single step would
     move borders.
     """
-    return resize_bilinear(resize_bilinear(logits, (image_size, image_size)), size)
+    return resize_logits(resize_logits(logits, (image_size, image_size)), size)
 
 
-def resize_bilinear(
+def resize_logits(
     x: Float[np.ndarray, "*batch rows columns"], size: tuple[int, int]
 ) -> Float32[np.ndarray, "*batch height width"]:
     """torch.nn.functional.interpolate(mode="bilinear", align_corners=False) of the last two axes, in float32.

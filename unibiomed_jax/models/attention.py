@@ -6,7 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
+from jax.experimental import layout as jax_layout
 from jaxtyping import Array, Bool, Float
 
 from unibiomed_jax.sharding.target import target
@@ -27,7 +27,9 @@ def row_major(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """
     if target().devices > 1:
         return x
-    constrain = functools.partial(with_layout_constraint, layouts=Layout(tuple(range(x.ndim))))
+    constrain = functools.partial(
+        jax_layout.with_layout_constraint, layouts=jax_layout.Layout(tuple(range(x.ndim)))
+    )
     return jax.lax.platform_dependent(jnp.asarray(x), cpu=constrain, default=lambda x: x)
 
 

@@ -1,4 +1,4 @@
-"""Answers on disk: a folder an image with answer.json, one PNG a mask and an overlay to look at."""
+"""Answers on disk: a folder per image with answer.json, one PNG per mask and an overlay to look at."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run_length(mask: np.ndarray) -> dict:
 def record(
     answer: Answer, *, checkpoint_hash: str, precision: Precision, request: Mapping | None = None
 ) -> dict:
-    """The answer as JSON-ready values; masks of a volume are lists, one entry a frame.
+    """The answer as JSON-ready values; masks of a volume are lists, one entry per frame.
 
     `request` is whatever else was asked for: regions, chosen slices, limits.
     """

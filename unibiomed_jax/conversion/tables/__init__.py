@@ -3,7 +3,7 @@
 import math
 
 from unibiomed_jax.config.model import ModelConfig
-from unibiomed_jax.conversion.layout import Row
+from unibiomed_jax.conversion.rows import Row
 from unibiomed_jax.conversion.tables import heads, internvit, qwen2, sam2
 
 

@@ -1,7 +1,7 @@
 """The two small bridges: vision to language, and language to masks."""
 
 from unibiomed_jax.config.model import ModelConfig
-from unibiomed_jax.conversion.layout import Row, linear, norm
+from unibiomed_jax.conversion.rows import Row, linear, norm
 
 
 def rows(config: ModelConfig) -> list[Row]:

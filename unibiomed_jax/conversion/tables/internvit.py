@@ -1,7 +1,7 @@
 """InternViT: names of the released checkpoint beside ours."""
 
 from unibiomed_jax.config.model import VisionConfig
-from unibiomed_jax.conversion.layout import CONV, FIRST_DROPPED, FIRST_TWO_DROPPED, SAME, Row, linear, norm
+from unibiomed_jax.conversion.rows import CONV, FIRST_DROPPED, FIRST_TWO_DROPPED, SAME, Row, linear, norm
 
 
 def rows(config: VisionConfig) -> list[Row]:

@@ -1,10 +1,10 @@
 """Qwen2.5 and its low-rank adapters: names of the released checkpoint beside ours."""
 
 from unibiomed_jax.config.model import LanguageConfig
-from unibiomed_jax.conversion.layout import LINEAR, SAME, Row, linear
+from unibiomed_jax.conversion.rows import LINEAR, SAME, Row, linear
 
-EMBEDDING = "language_model.model.embed_tokens.weight"
-HEAD = "language_model.lm_head.weight"
+TORCH_EMBEDDING = "language_model.model.embed_tokens.weight"
+TORCH_HEAD = "language_model.lm_head.weight"
 
 
 def projections(config: LanguageConfig) -> dict[str, tuple[int, int, bool]]:
@@ -29,11 +29,11 @@ def rows(config: LanguageConfig) -> list[Row]:
     width, table = config.hidden_size, (config.vocab_size, config.hidden_size)
     padded = config.padded_vocab_size
     result = [
-        Row(EMBEDDING, "language_model.embed_tokens", table, SAME, None, padded),
+        Row(TORCH_EMBEDDING, "language_model.embed_tokens", table, SAME, None, padded),
         Row("language_model.model.norm.weight", "language_model.norm.scale", (width,)),
     ]
     if not config.tie_word_embeddings:
-        result.append(Row(HEAD, "language_model.lm_head.kernel", table, LINEAR, None, padded))
+        result.append(Row(TORCH_HEAD, "language_model.lm_head.kernel", table, LINEAR, None, padded))
     for name, (out, into, bias) in projections(config).items():
         result += linear(f"{block}.{name}", f"{ours}.{name}", out, into, bias=bias, stack=blocks)
     for name in ("input_layernorm", "post_attention_layernorm"):

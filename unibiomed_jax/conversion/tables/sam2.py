@@ -1,7 +1,7 @@
 """SAM2: names of the released checkpoint beside ours."""
 
 from unibiomed_jax.config.model import HieraConfig, Sam2Config
-from unibiomed_jax.conversion.layout import (
+from unibiomed_jax.conversion.rows import (
     CONV_TRANSPOSE,
     FIRST_DROPPED,
     FIRST_TWO_DROPPED,
