@@ -18,7 +18,7 @@ from PIL import Image
 
 from unibiomed_jax import Request, UniBiomed
 from unibiomed_jax.config.model import LanguageConfig, ModelConfig, VisionConfig
-from unibiomed_jax.config.precision import FLOAT32, POLICIES, Precision, default_precision
+from unibiomed_jax.config.precision import BFLOAT16, FLOAT32, Precision, default_precision
 from unibiomed_jax.config.presets import SAM2_VARIANTS
 from unibiomed_jax.inputs.tokenizer import Tokenizer
 from unibiomed_jax.models.unibiomed import UniBiomedModel
@@ -70,7 +70,7 @@ def random_parameters(config: ModelConfig) -> dict:
 def random_model(size: str, precision: str, tokenizer: Path | None = None) -> UniBiomed:
     """The predictor at one of SIZES; `precision` is auto, float32 or bfloat16."""
     config = SIZES[size]
-    policy = default_precision() if precision == "auto" else POLICIES[precision]
+    policy = {"auto": default_precision(), "float32": FLOAT32, "bfloat16": BFLOAT16}[precision]
     with tempfile.TemporaryDirectory() as folder:
         if tokenizer is None:
             (tokenizer := Path(folder)).joinpath("tokenizer.json").write_bytes(

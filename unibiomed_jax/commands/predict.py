@@ -78,7 +78,7 @@ class PredictOptions:
     stream: bool = False
     # Images answered in one go; takes the memory of the next power of two.
     batch_size: int = 1
-    # "auto": bfloat16, as the reference; on a CPU the fastest policy that keeps the answers of float32.
+    # "auto": bfloat16, as the reference; on a CPU float32, with bfloat16 products where it has units.
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     # Answer again what is already answered.
     overwrite: bool = False

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 
@@ -35,10 +39,41 @@ FLOAT32 = Precision()
 BFLOAT16 = Precision("bfloat16", "bfloat16", "bfloat16", "bfloat16", bfloat16_position=True)
 # On a CPU with bfloat16 units large products gain from them: a call took 9.8 s instead of 17.9 s (jax 0.10,
 # benchmarks/predict.py). A decoding step does not gain: it is bound by reading the weights.
-# Masks stay within IoU 0.999 of float32's.
+# Masks of the recorded cases stay within IoU 0.999 of float32's; at full size, with random weights, 0.9955
+# was seen (docs/speed.md).
 CPU = Precision("bfloat16", "float32", "mixed", "float32")
 
 
 def default_precision() -> Precision:
-    """The fastest policy of this backend that keeps the answers of the reference."""
-    return CPU if jax.default_backend() == "cpu" else BFLOAT16
+    """The policy of this backend: bfloat16 as the reference, on a CPU what `cpu_precision` says."""
+    if jax.default_backend() != "cpu":
+        return BFLOAT16
+    return cpu_precision(cpu_features(), os.environ)
+
+
+def cpu_precision(features: set[str], environment: Mapping[str, str]) -> Precision:
+    """CPU where the processor has bfloat16 units and XLA may use them, FLOAT32 elsewhere.
+
+    Without them products of bfloat16 are those of float32 with conversions around: slower and coarser.
+
+    Args:
+        features: as `cpu_features` gives them.
+        environment: where XLA_FLAGS may limit the instructions that XLA uses.
+    """
+    allowed = re.search(r"--xla_cpu_max_isa=(\w+)", environment.get("XLA_FLAGS", ""))
+    if allowed and allowed[1].upper() not in _WITH_BFLOAT16:
+        return FLOAT32
+    return CPU if features & {"avx512_bf16", "amx_bf16", "bf16"} else FLOAT32
+
+
+# Values of XLA's --xla_cpu_max_isa that do not forbid the units.
+_WITH_BFLOAT16 = ("AVX512_BF16", "AMX", "AMX_FP16")
+
+
+def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """What Linux says that the first processor can do (x86: flags, Arm: Features); else empty."""
+    try:
+        found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+    except OSError:
+        return set()
+    return set(found[1].split()) if found else set()
