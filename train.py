@@ -72,7 +72,7 @@ def main() -> int:
     iterator = iter(data)
     if restored is not None:
         iterator.set_state(restored.position)
-        console.print(going_on(restored, config), highlight=False)
+        console.print(going_on(restored, config), highlight=False, markup=False, soft_wrap=True)
     for sentence in summary(start, data):
         console.print(sentence)
     first = int(state.step)

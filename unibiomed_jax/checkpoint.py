@@ -317,6 +317,8 @@ def _restore(path: Path, name: str, abstract: Mapping[str, Any]) -> dict[str, An
     folder = path.absolute() / "params" / name  # Orbax refuses relative paths
     try:
         return flatten(ocp.load(folder, _string_keys(unflatten(abstract))))
+    except MemoryError:
+        raise
     except Exception as error:  # Orbax and tensorstore raise many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise InputError(f"{folder} cannot be read ({reason}); {REMEDY}.") from error

@@ -108,6 +108,29 @@ def test_answers_inside_the_folder_are_not_asked_about(loaded, tmp_path, capsys)
     for _ in range(2):
         assert predict(options(tmp_path, tmp_path / "answers")) == 0
     assert answered(tmp_path / "answers") == ["a.png"]
+    capsys.readouterr()
+    assert predict(options(tmp_path, tmp_path / "others", prompt="<image>And the liver?")) == 0
+    assert "1 files are no images that this command reads and were left out: answer.json." in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert answered(tmp_path / "others") == ["a.png"]
+
+
+def test_linked_folders_are_named(loaded, tmp_path, capsys):
+    picture(tmp_path / "in.png")
+    (tmp_path / "in").mkdir()
+    picture(tmp_path / "in" / "a.png")
+    (tmp_path / "elsewhere").mkdir()
+    picture(tmp_path / "elsewhere" / "b.png")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    assert predict(options(tmp_path / "in", tmp_path / "out")) == 0
+    assert answered(tmp_path / "out") == ["a.png"] and "left out: link." in capsys.readouterr().out
+
+
+def test_answers_need_a_folder_of_their_own(loaded, tmp_path):
+    picture(tmp_path / "a.png")
+    with pytest.raises(InputError, match="is where the images lie; give the answers another folder"):
+        predict(options(tmp_path, tmp_path))
 
 
 def test_a_stop_says_how_far_it_came_and_the_same_command_goes_on(loaded, tmp_path, capsys, monkeypatch):

@@ -112,6 +112,16 @@ def test_the_same_seed_draws_the_same_words_and_another_one_others(model, image)
     greedy = model.predict(image, QUESTION, max_new_tokens=12).text
     # What is left of the likeliest alone is the likeliest.
     assert said(1, top_p=1e-6) == said(2, temperature=1e-5) == greedy
+    # Also of numbers that float32 does not know.
+    assert said(1, top_p=1e-46) == said(2, temperature=1e-38) == said(3, temperature=1e-60) == greedy
+
+
+def test_limits_beyond_any_answer_are_no_limits(model, image):
+    expected = model.predict(image, QUESTION, max_new_tokens=12)
+    asked = dictated(model, image, expected.text + "<|end|>")
+    for limits in ({"max_new_tokens": 10**18}, {"max_masks": 10**18}):
+        (answer,) = model.predict_batch([asked], **{"max_new_tokens": 80, **limits})
+        assert answer.text.startswith(expected.text)
 
 
 def test_a_draw_does_not_depend_on_the_batch_or_on_the_way(model, image):
@@ -140,6 +150,11 @@ def test_the_likeliest_are_the_fewest_that_have_the_share(weights, top_p):
     assert kept.any() and probability[kept].min() >= probability[~kept].max(initial=0)
     assert probability[kept].sum() >= top_p - 1e-5
     assert probability[kept].sum() - probability[kept].min() < top_p + 1e-5
+
+
+def test_a_share_of_one_leaves_nothing_out():
+    logits = jax.random.normal(jax.random.key(0), (1, 150_000)) * 8
+    assert np.isfinite(np.asarray(likeliest(logits, jnp.float32(1)))).all()
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"seed": -1}])

@@ -8,7 +8,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from PIL import Image
@@ -20,6 +20,9 @@ from unibiomed_jax.commands.run import DONE, FAILED_IN_PART
 from unibiomed_jax.errors import DiskFullError, InputError
 from unibiomed_jax.files import shown
 from unibiomed_jax.inputs.images import by_number
+
+if TYPE_CHECKING:
+    from unibiomed_jax.inference.answer import Sampling
 
 console = Console()
 errors = Console(stderr=True)
@@ -178,14 +181,10 @@ def _answer(model, options: PredictOptions, group: dict[str, list[Path]]) -> Ite
 
 def _said(model, options: PredictOptions, requests: list) -> list:
     """The answers to requests; the words of a single one are shown as they come, if that is asked for."""
-    from unibiomed_jax.inference.answer import Sampling
-
     settings = {
         "max_new_tokens": options.max_new_tokens,
         "max_masks": options.max_masks,
-        "sampling": None
-        if options.temperature is None
-        else Sampling(options.temperature, options.top_p, options.seed),
+        "sampling": _sampling(options),
         "hide_absent": options.hide_absent,
     }
     if not options.stream or not requests:
@@ -227,6 +226,19 @@ def _check(options: PredictOptions, sources: dict[str, list[Path]]) -> None:
         raise InputError("--conditioning chooses slices of a volume; add --volume, or leave it out.")
     if options.temperature is None and (options.top_p != 1.0 or options.seed):
         raise InputError("--top-p and --seed belong to words that are drawn; add --temperature.")
+    _sampling(options)
+    if options.out.resolve() == options.image_or_folder.resolve():
+        raise InputError(
+            f"--out {shown(options.out)} is where the images lie; give the answers another folder."
+        )
+
+
+def _sampling(options: PredictOptions) -> Sampling | None:
+    from unibiomed_jax.inference.answer import Sampling  # with JAX, as above
+
+    if options.temperature is None:
+        return None
+    return Sampling(options.temperature, options.top_p, options.seed)
 
 
 def _is_done(model, options: PredictOptions, name: str, sources: dict[str, list[Path]]) -> bool:
@@ -292,9 +304,29 @@ def image_suffixes() -> set[str]:
 
 
 def _files(folder: Path, answers: Path, *, deep: bool) -> Iterator[Path]:
-    """The files of a folder that are not hidden, without those of the answers, should they lie inside."""
-    for place, folders, files in os.walk(folder):
+    """The files of a folder that are not hidden, and folders that are links, which are not followed.
+
+    Answers, of this run or of another, are no images, should they lie inside.
+
+    Raises:
+        InputError: a folder cannot be read.
+    """
+
+    from unibiomed_jax.outputs.answer_folder import ANSWER_FILE
+
+    def refuse(error: OSError) -> None:
+        raise InputError(
+            f"{shown(error.filename)} cannot be read ({error.strerror}); change its permissions."
+        )
+
+    for place, folders, files in os.walk(folder, onerror=refuse):
         inside = Path(place)
+        if ANSWER_FILE in files:
+            folders.clear()
+            yield inside / ANSWER_FILE
+            continue
+        if deep:
+            yield from (inside / name for name in sorted(folders) if (inside / name).is_symlink())
         folders[:] = sorted(
             name
             for name in folders

@@ -107,7 +107,8 @@ def prompt_arrays(
         raise InputError(f"max_masks is {max_masks}; give at least 1, or leave it out.")
     batch = len(prompts)
     lengths = np.array([len(prompt.ids) for prompt in prompts], np.int32)
-    tokens = np.minimum(max_new_tokens, config.language.max_position_embeddings - lengths)
+    context = config.language.max_position_embeddings
+    tokens = np.minimum(min(max_new_tokens, context), context - lengths)
     rows, length = power_of_two(batch), token_bucket(int(lengths.max()))
     lengths = np.pad(lengths, (0, rows - batch), constant_values=1)
     ids = np.full((rows, length), tokenizer.pad_id, np.int32)
@@ -123,7 +124,7 @@ def prompt_arrays(
                 forced[row, step] = token
     # Rows beyond the batch are done with their first token.
     tokens = np.pad(tokens, (0, rows - batch), constant_values=1).astype(np.int32)
-    segs = np.full(rows, NO_LIMIT if max_masks is None else max_masks, np.int32)
+    segs = np.full(rows, NO_LIMIT if max_masks is None else min(max_masks, NO_LIMIT), np.int32)
     return PromptArrays(ids, source, lengths, forced, Limits(tokens, segs))
 
 

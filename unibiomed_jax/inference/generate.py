@@ -251,6 +251,8 @@ def _choose(
 ) -> Int[Array, " batch"]:
     """The next token of every row."""
     if draw is not None:
+        # Differences to the likeliest, which no temperature can make infinite minus infinite.
+        logits = logits - logits.max(axis=-1, keepdims=True)
         logits = likeliest(logits / draw.temperature, draw.top_p)
         key = jax.random.fold_in(jax.random.key(draw.seed), step)
         logits = logits + jax.random.gumbel(key, logits.shape[-1:])
@@ -262,5 +264,7 @@ def likeliest(logits: Float[Array, "batch vocab"], top_p: Float[Array, ""]) -> F
     descending = jnp.sort(logits, axis=-1, descending=True)
     probability = jax.nn.softmax(descending, axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
-    least = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
+    kept = (before < top_p).at[..., 0].set(True)  # whatever top_p is rounded to
+    least = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
+    least = jnp.where(top_p < 1, least, -jnp.inf)  # a rounded sum may reach 1 before the end
     return jnp.where(logits >= least, logits, -jnp.inf)

@@ -499,4 +499,5 @@ def drawn(sampling: Sampling | None) -> Draw | None:
     """How tokens are drawn, for the device."""
     if sampling is None:
         return None
-    return Draw(np.float32(sampling.temperature), np.float32(sampling.top_p), np.uint32(sampling.seed))
+    temperature = max(sampling.temperature, np.finfo(np.float32).tiny)  # not rounded to 0
+    return Draw(np.float32(temperature), np.float32(sampling.top_p), np.uint32(sampling.seed))
