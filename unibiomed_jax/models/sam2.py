@@ -23,7 +23,7 @@ from unibiomed_jax.models.hiera import ImageEncoder
 from unibiomed_jax.models.layers import LINEAR_INIT, MLP, Conv2d
 from unibiomed_jax.models.mask_decoder import MaskDecoder, MaskDecoding
 from unibiomed_jax.models.memory import Memory, MemoryAttention, MemoryEncoder
-from unibiomed_jax.models.ops import normalize, resize_bilinear
+from unibiomed_jax.models.ops import normalize, normalize_fused, resize_bilinear
 from unibiomed_jax.models.prompt_encoder import PromptEncoder
 
 # A time at which no frame is: its distance to any frame is beyond every window of the memory.
@@ -204,14 +204,14 @@ class Sam2(nnx.Module):
         """Segment a volume or video: prompted frames each for itself, then the others by tracking.
 
         `frames` are RGB bytes at SAM2's size, or already normalised. They are encoded inside the loop, so
-        that memory does not grow with their number. Nothing recompiles while
-        the shapes stay: pad the frames with zeros and plan with `padded_to`; padding answers zeros.
+        that memory does not grow with their number. Nothing recompiles while the shapes stay: pad the frames
+        with zeros and plan with `padded_to`; padding answers zeros.
         """
         prompted, objects = self.config.max_conditioning_frames, len(language)
 
         def segment(state, step, index, direction):
             frame = jax.lax.dynamic_index_in_dim(frames, index)
-            features = self.encode_image(frame)
+            features = self.encode_image(normalize_fused(frame))
             decoding = jax.lax.cond(
                 step < prompted,
                 lambda: self.decode(features, language[None]),

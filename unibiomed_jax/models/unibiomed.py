@@ -23,7 +23,7 @@ from unibiomed_jax.config.precision import Precision
 from unibiomed_jax.models.internvit import InternVisionModel
 from unibiomed_jax.models.layers import Linear
 from unibiomed_jax.models.mask_decoder import MaskDecoding
-from unibiomed_jax.models.ops import normalize
+from unibiomed_jax.models.ops import normalize, normalize_fused
 from unibiomed_jax.models.projector import Projector, pixel_shuffle
 from unibiomed_jax.models.qwen2 import Qwen2
 from unibiomed_jax.models.sam2 import FrameMasks, FramePlan, ImageFeatures, Sam2, plan_frames
@@ -85,6 +85,7 @@ class UniBiomedModel(nnx.Module):
             remat: what the backward pass computes again.
             dropout_key: switches on the dropout of adapters and the stochastic depth of the vision model.
         """
+        tiles, frames = normalize_fused(tiles), normalize_fused(frames)
         lora_key = path_key = None
         if dropout_key is not None:
             lora_key, path_key = jax.random.split(dropout_key)
