@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test-$(PARITY) lint
 	time $(PYTEST)
 
-# What can be known in two minutes: no run of train.py, no comparison with PyTorch, nothing of full size.
+# What can be known in two minutes: no run of train.py, no comparison with PyTorch, no large program compiled.
 fast: $(VENV)/.installed-test-$(PARITY)
 	$(PYTEST) -m "not slow" --ignore tests/parity
 

@@ -48,6 +48,7 @@ def test_paths_and_nested_dicts_are_the_same_thing():
     assert unflatten(flatten(tree)) == tree
 
 
+@pytest.mark.slow
 def test_split_and_merge_give_the_model_back():
     model = adapted()
     graphdef, parameters = split(model)
@@ -68,6 +69,7 @@ def test_adapters_differ_between_layers_and_start_without_effect():
     np.testing.assert_array_equal(model.language_model(embeds), plain.language_model(embeds))
 
 
+@pytest.mark.slow
 def test_dropout_acts_only_with_a_key():
     model = adapted(dropout=0.5)
     for layer in lora.linear_layers(model).values():

@@ -17,6 +17,8 @@ from pycocotools import mask as coco
 from unibiomed_jax import InputError, Request, UniBiomed
 from unibiomed_jax.commands.predict import PredictOptions, _sources, predict
 
+pytestmark = pytest.mark.slow
+
 CHECKPOINT = GOLDEN / "micro" / "checkpoint"
 IMAGE = GOLDEN / "images" / "CT_abdomen.png"
 PROMPT = "<image>Please segment the liver."

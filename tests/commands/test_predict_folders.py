@@ -17,6 +17,8 @@ from unibiomed_jax.commands import predict as command
 from unibiomed_jax.commands.predict import PredictOptions, predict
 from unibiomed_jax.commands.run import INTERRUPTED, run
 
+pytestmark = pytest.mark.slow
+
 SAID = "<p> the liver </p> [SEG].<|end|>"
 PROMPT = "<image>Please segment the liver."
 

@@ -29,6 +29,8 @@ from unibiomed_jax.config.precision import FLOAT32
 from unibiomed_jax.conversion import from_torch, hub, loading, sources
 from unibiomed_jax.errors import DiskFullError
 
+pytestmark = pytest.mark.slow
+
 NAME = "lab/unibiomed-micro"
 # What is wanted of it.
 WANTED = {path.name for path in MICRO.iterdir()} | {"modeling_sa2va_chat.py"}

@@ -15,6 +15,8 @@ from micro_checkpoint import (
 from unibiomed_jax.conversion import from_torch, sources, verify
 from unibiomed_jax.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def micro():

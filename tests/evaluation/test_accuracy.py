@@ -16,6 +16,8 @@ from unibiomed_jax.data.records import Kind, Record
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.evaluation.accuracy import Result, ask, conversation, dice, markdown, read_records, tables
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def script():

@@ -25,6 +25,8 @@ from unibiomed_jax.inputs.tokenizer import Tokenizer
 from unibiomed_jax.models.layers import Linear, unstack_layers
 from unibiomed_jax.models.qwen2 import Qwen2
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("parts", "error"), [(1, 2**-8), (2, 2**-16), (3, 2**-23)])
 def test_the_parts_of_a_split_add_up_to_the_number(parts, error):

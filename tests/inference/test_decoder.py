@@ -10,6 +10,8 @@ from unibiomed_jax.config.model import LanguageConfig
 from unibiomed_jax.models.layers import Linear, Lora, stack_layers, unstack_layers
 from unibiomed_jax.models.qwen2 import Qwen2
 
+pytestmark = pytest.mark.slow
+
 CONFIG = LanguageConfig(
     vocab_size=20, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, mlp_dim=16, vocab_multiple=16
 )

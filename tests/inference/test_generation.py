@@ -15,6 +15,8 @@ from unibiomed_jax.config.precision import FLOAT32
 from unibiomed_jax.inference.answer import Sampling
 from unibiomed_jax.inference.generate import likeliest
 
+pytestmark = pytest.mark.slow
+
 QUESTION = "<image>Please segment the liver."
 
 

@@ -34,6 +34,8 @@ from unibiomed_jax.models.ops import normalize
 from unibiomed_jax.models.unibiomed import visual_source
 from unibiomed_jax.parameters import flatten, unflatten
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_same_words_and_masks_as_the_reference(model, image, case, results):

@@ -14,6 +14,8 @@ from unibiomed_jax import Answer, InputError, Request, UniBiomed
 from unibiomed_jax.conversion.from_torch import read_released
 from unibiomed_jax.parameters import flatten, unflatten
 
+pytestmark = pytest.mark.slow
+
 # Their prompts and their tiles have room in the same shapes, as a batch they leave one of four rows over.
 IMAGES = ["image_abdomen", "region_abdomen", "image_noseg"]
 

@@ -16,6 +16,8 @@ from unibiomed_jax.inference.stopping import find_stop, stop_text
 from unibiomed_jax.inputs.prompt import STOP_TEXT
 from unibiomed_jax.inputs.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 def reference_stop(tokenizer: Tokenizer, ids: list[int]) -> int | None:
     """Decode every prefix, as the original implementation does."""

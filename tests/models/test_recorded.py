@@ -9,6 +9,8 @@ from recorded_modules import FOLDER, MODULES, read
 
 from unibiomed_jax.models.layers import unstack_layers
 
+pytestmark = pytest.mark.slow
+
 
 def recorded_model(name, recording):
     """Our module with the recorded weights; all others are NaN, since torch did without them."""

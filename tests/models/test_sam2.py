@@ -20,6 +20,8 @@ from unibiomed_jax.masks.resize import resize_logits, upscale_masks
 from unibiomed_jax.models import ops
 from unibiomed_jax.models.sam2 import Sam2, plan_frames, store
 
+pytestmark = pytest.mark.slow
+
 CONFIG = SAM2_VARIANTS["micro"]
 PROMPTED = CONFIG.max_conditioning_frames
 

@@ -12,6 +12,8 @@ from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.config.precision import FLOAT32
 from unibiomed_jax.models.unibiomed import UniBiomedModel
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def encode():

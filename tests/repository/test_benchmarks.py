@@ -16,6 +16,8 @@ from unibiomed_jax.training.forward import count_targets
 from unibiomed_jax.training.initialise import structure
 from unibiomed_jax.training.step import TrainStep, init_state
 
+pytestmark = pytest.mark.slow
+
 FILE = ROOT / "benchmarks" / "cost.py"
 SPEC = importlib.util.spec_from_file_location("cost", FILE)
 cost = importlib.util.module_from_spec(SPEC)

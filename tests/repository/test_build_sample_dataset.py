@@ -41,6 +41,7 @@ def files(folder):
     return {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @needs_sources
 def test_it_writes_the_dataset_of_the_repository(command, tmp_path):
     out = tmp_path / "sample"

@@ -10,6 +10,8 @@ from places import ROOT
 
 from unibiomed_jax import cli
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = ROOT / "unibiomed_jax"
 README = (ROOT / "README.md").read_text()
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]

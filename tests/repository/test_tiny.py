@@ -17,6 +17,8 @@ from unibiomed_jax.parameters import flatten
 from unibiomed_jax.training.experiment import load_experiment
 from unibiomed_jax.training.start import find_tokenizer
 
+pytestmark = pytest.mark.slow
+
 RUNS = ROOT / "configs" / "unibiomed_tiny"
 
 

@@ -266,24 +266,29 @@ def test_a_strategy_may_leave_batches_whole():
     layout.require_divisible(3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_eight_devices_compute_what_one_does(eight_devices, strategy):
     found = eight_devices[strategy]
     assert found["loss"] < 1e-5 and found["gradient"] < 1e-5 and found["norm"] < 1e-5
 
 
+@pytest.mark.slow
 def test_devices_encode_their_own_images_without_talking(eight_devices):
     assert eight_devices["trunk_collectives"] == 0
 
 
+@pytest.mark.slow
 def test_a_program_knows_what_it_is_compiled_for(eight_devices):
     assert eight_devices["targets"] == {"none": [None, 1], "one": ["cpu", 1], "eight": ["cpu", 8]}
 
 
+@pytest.mark.slow
 def test_fsdp_spreads_parameters_and_moments(eight_devices):
     assert eight_devices["fsdp"]["bytes"] < 0.5 * eight_devices["data_parallel"]["bytes"]
 
 
+@pytest.mark.slow
 def test_a_run_says_which_parameters_stay_whole(eight_devices):
     (counts,) = eight_devices["data_parallel"]["said"]
     assert counts == (
@@ -300,6 +305,7 @@ def test_a_run_says_which_parameters_stay_whole(eight_devices):
     ]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_eight_devices_restores_onto_any_mesh_to_the_bit(eight_devices):
     assert eight_devices["restored"] == {"1": True, "4": True, "8": True}
 

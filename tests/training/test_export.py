@@ -18,6 +18,8 @@ from unibiomed_jax.training.forward import answer_batch
 from unibiomed_jax.training.initialise import build_model, random_parameters
 from unibiomed_jax.training.step import init_state
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = ROOT / "configs" / "unibiomed_tiny" / "tokenizer"
 OUTSIDE = ("mlp1.*", "text_hidden_fcs.*", "vision_model.*", "sam2.*")
 

@@ -51,6 +51,7 @@ WIDE = ModelConfig(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "freeze",
     [

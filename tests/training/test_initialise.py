@@ -23,6 +23,8 @@ from unibiomed_jax.training.initialise import (
 )
 from unibiomed_jax.training.start import resolve_model
 
+pytestmark = pytest.mark.slow
+
 TINY = str(places.TINY)
 
 

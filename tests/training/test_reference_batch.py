@@ -15,6 +15,8 @@ from unibiomed_jax.parameters import merge, split
 from unibiomed_jax.training.config import LossConfig
 from unibiomed_jax.training.forward import TokenIds, answer_batch, count_targets, loss_sums, mean_losses
 
+pytestmark = pytest.mark.slow
+
 MICRO = GOLDEN / "micro"
 IDS = TokenIds(image=280, seg=287)
 FIVE_COPIES = LossConfig(copies=5, token_chunk=64)

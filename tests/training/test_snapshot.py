@@ -16,6 +16,8 @@ from unibiomed_jax.inputs.tokenizer import Tokenizer
 from unibiomed_jax.training.config import CheckpointConfig
 from unibiomed_jax.training.snapshot import Checkpointer, find_damage
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = ROOT / "configs" / "unibiomed_tiny" / "tokenizer"
 
 

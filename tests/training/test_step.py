@@ -18,6 +18,8 @@ from unibiomed_jax.training.initialise import structure
 from unibiomed_jax.training.start import starting_parameters
 from unibiomed_jax.training.step import TrainStep, gradients, init_state
 
+pytestmark = pytest.mark.slow
+
 LAYOUT = Layout.over(jax.devices()[:1])
 CONFIG = dataclasses.replace(
     STEP,

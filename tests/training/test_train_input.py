@@ -32,6 +32,8 @@ from unibiomed_jax.training.log import RunLog
 from unibiomed_jax.training.snapshot import Checkpointer
 from unibiomed_jax.training.start import open_data
 
+pytestmark = pytest.mark.slow
+
 CONFIG = MICRO_RUN
 
 
