@@ -13,7 +13,7 @@ from places import MICRO
 from unibiomed_jax import InputError, Request, UniBiomed
 from unibiomed_jax.config.precision import FLOAT32
 from unibiomed_jax.inference.answer import Sampling
-from unibiomed_jax.inference.generate import likeliest
+from unibiomed_jax.inference.generate import Draw, _choose, likeliest
 
 pytestmark = pytest.mark.slow
 
@@ -136,11 +136,22 @@ def test_a_draw_does_not_depend_on_the_batch_or_on_the_way(model, image):
     assert alone.text == beside.text == whole.text
 
 
-def test_tokens_are_drawn_as_often_as_they_are_likely():
-    logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
-    keys = jax.random.split(jax.random.key(0), 20_000)
-    draws = jax.vmap(lambda key: jnp.argmax(logits + jax.random.gumbel(key, (4,))))(keys)
-    np.testing.assert_allclose(np.bincount(draws, minlength=4) / 20_000, [0.5, 0.3, 0.15, 0.05], atol=0.02)
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "expected"),
+    [
+        (1.0, None, [0.5, 0.3, 0.15, 0.05]),
+        (1.0, 0.8, [0.625, 0.375, 0, 0]),
+        (0.5, None, [0.6849, 0.2466, 0.0616, 0.0068]),  # the squares, normalised
+    ],
+)
+def test_tokens_are_drawn_as_often_as_they_are_likely(temperature, top_p, expected):
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+
+    def token(seed):
+        return _choose(logits, jnp.array([-1]), 0, Draw(jnp.float32(temperature), top_p, seed))[0]
+
+    draws = jax.vmap(token)(jnp.arange(20_000, dtype=jnp.uint32))
+    np.testing.assert_allclose(np.bincount(draws, minlength=4) / 20_000, expected, atol=0.02)
 
 
 @given(

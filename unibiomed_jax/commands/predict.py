@@ -27,22 +27,7 @@ if TYPE_CHECKING:
 console = Console()
 errors = Console(stderr=True)
 # Formats of which files are taken from a folder; a file that is named is read whatever it is called.
-FORMATS = (
-    "AVIF",
-    "BMP",
-    "DIB",
-    "GIF",
-    "JPEG",
-    "JPEG2000",
-    "MPO",
-    "PCX",
-    "PNG",
-    "PPM",
-    "SGI",
-    "TGA",
-    "TIFF",
-    "WEBP",
-)
+FORMATS = "AVIF BMP DIB GIF JPEG JPEG2000 MPO PCX PNG PPM SGI TGA TIFF WEBP".split()
 # Names of what was left out that are printed; all are counted.
 NAMED = 20
 
@@ -311,7 +296,6 @@ def _files(folder: Path, answers: Path, *, deep: bool) -> Iterator[Path]:
     Raises:
         InputError: a folder cannot be read.
     """
-
     from unibiomed_jax.outputs.answer_folder import ANSWER_FILE
 
     def refuse(error: OSError) -> None:

@@ -27,7 +27,7 @@ class PromptArrays(NamedTuple):
     """Prompts of a batch; rows beyond it are one token long and end at once."""
 
     ids: Int32[np.ndarray, "rows length"]
-    # For every visual token its number in the row; -1 elsewhere.
+    # For every visual token the row of its image's tiles that takes its place; -1 elsewhere.
     source: Int32[np.ndarray, "rows length"]
     lengths: Int32[np.ndarray, " rows"]
     # Tokens to say whatever the model prefers; -1 leaves the choice to the model.
@@ -117,8 +117,7 @@ def prompt_arrays(
     for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
         ids[row, : lengths[row]] = prompt.ids
         if request.image is not None:
-            places = np.flatnonzero(ids[row] == tokenizer.image_context_id)
-            source[row, places] = np.arange(len(places))
+            source[row, ids[row] == tokenizer.image_context_id] = prompt.rows
         for step, token in request.forced.items():
             if step < tokens[row]:
                 forced[row, step] = token

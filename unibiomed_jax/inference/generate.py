@@ -27,8 +27,8 @@ class Draw(NamedTuple):
     # Logits are divided by it.
     temperature: Float[Array | np.floating, ""]
     # Only the likeliest tokens that have this much probability together are drawn from (Holtzman et al.
-    # 2020, arXiv 1904.09751).
-    top_p: Float[Array | np.floating, ""]
+    # 2020, arXiv 1904.09751); None: from all, without sorting them.
+    top_p: Float[Array | np.floating, ""] | None
     seed: Int[Array | np.integer, ""]
 
 
@@ -253,7 +253,9 @@ def _choose(
     if draw is not None:
         # Differences to the likeliest, which no temperature can make infinite minus infinite.
         logits = logits - logits.max(axis=-1, keepdims=True)
-        logits = likeliest(logits / draw.temperature, draw.top_p)
+        logits = logits / draw.temperature
+        if draw.top_p is not None:
+            logits = likeliest(logits, draw.top_p)
         key = jax.random.fold_in(jax.random.key(draw.seed), step)
         logits = logits + jax.random.gumbel(key, logits.shape[-1:])
     return jnp.where(forced >= 0, forced, jnp.argmax(logits, axis=-1).astype(jnp.int32))
@@ -266,5 +268,5 @@ def likeliest(logits: Float[Array, "batch vocab"], top_p: Float[Array, ""]) -> F
     before = jnp.cumsum(probability, axis=-1) - probability
     kept = (before < top_p).at[..., 0].set(True)  # whatever top_p is rounded to
     least = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
-    least = jnp.where(top_p < 1, least, -jnp.inf)  # a rounded sum may reach 1 before the end
+    least = jnp.where(top_p < 1, least, -jnp.inf)  # rounded to 1, as rounded sums are before the end
     return jnp.where(logits >= least, logits, -jnp.inf)

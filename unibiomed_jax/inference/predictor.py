@@ -35,11 +35,7 @@ from unibiomed_jax.inference.batching import (
     tile_arrays,
     volume_arrays,
 )
-from unibiomed_jax.inference.buckets import (
-    in_chunks,
-    power_of_two,
-    tile_chunks,
-)
+from unibiomed_jax.inference.buckets import in_chunks, power_of_two, tile_chunks
 from unibiomed_jax.inference.cpu import split_linears, stored_in_bfloat16
 from unibiomed_jax.inference.generate import Decoding, Draw, Limits
 from unibiomed_jax.inference.phrases import Phrase, parse_answer
@@ -57,8 +53,6 @@ from unibiomed_jax.sharding.layout import Layout
 
 # Tokens between two looks of the host at the text. The loop also stops by itself where the text may end.
 TOKENS_PER_LOOK = 64
-
-
 # The same where the words are shown as they come.
 TOKENS_PER_PIECE = 8
 
@@ -304,8 +298,6 @@ class UniBiomed:
                 self.config, self.tokenizer, opened, prompts, max_new_tokens, max_masks
             )
             tiles = tile_arrays(self.config, opened, len(ids))
-            for row, prompt in enumerate(prompts):
-                source[row, source[row] >= 0] = prompt.rows
         with _timed(seconds, "ground"):
             inputs = (tiles, ids, source, lengths, frames, forced, limits, drawn(sampling))
             inputs = (*inputs, self.stages.stop_text(), plan)
@@ -381,9 +373,9 @@ class UniBiomed:
             self._encode_visual(list({id(r.image): r.image for r in opened if r.image}.values()))
         arrays = prompt_arrays(self.config, self.tokenizer, opened, prompts, max_new_tokens, max_masks)
         visual = np.zeros((*arrays.ids.shape, self.config.language.hidden_size), np.float32)
-        for row, (request, prompt) in enumerate(zip(opened, prompts, strict=True)):
+        for row, request in enumerate(opened):  # a prompt shows every row, so that it is as long
             if request.image is not None and request.image.visual is not None:
-                visual[row, : len(prompt.rows)] = request.image.visual[prompt.rows]
+                visual[row, : len(request.image.visual)] = request.image.visual
         with _timed(seconds, "prefill"):
             prompt_inputs = (arrays.ids, arrays.source, arrays.lengths, visual, arrays.forced)
             state = self.stages.prefill(self.params, *prompt_inputs, arrays.limits, drawn(sampling))
@@ -500,4 +492,5 @@ def drawn(sampling: Sampling | None) -> Draw | None:
     if sampling is None:
         return None
     temperature = max(sampling.temperature, np.finfo(np.float32).tiny)  # not rounded to 0
-    return Draw(np.float32(temperature), np.float32(sampling.top_p), np.uint32(sampling.seed))
+    top_p = None if sampling.top_p == 1 else np.float32(sampling.top_p)
+    return Draw(np.float32(temperature), top_p, np.uint32(sampling.seed))
