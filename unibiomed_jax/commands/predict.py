@@ -114,7 +114,7 @@ def predict(options: PredictOptions) -> int:
     if left_out:
         names = ", ".join(shown(path.name) for path in left_out[:NAMED])
         more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
-        _say(f"{len(left_out)} files are no images that this command reads and were left out: {names}{more}.")
+        _say(f"Left out, {len(left_out)} that this command does not read as images: {names}{more}.")
     console.print(INTENDED_USE, style="italic")
     return FAILED_IN_PART if failures else DONE
 
