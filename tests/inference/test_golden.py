@@ -26,6 +26,7 @@ from places import MICRO
 from unibiomed_jax import InputError, Request, UniBiomed
 from unibiomed_jax.config.precision import BFLOAT16, CPU, FLOAT32
 from unibiomed_jax.conversion.from_torch import read_released
+from unibiomed_jax.inference import predictor
 from unibiomed_jax.inference.answer import Answer
 from unibiomed_jax.inference.generate import Limits, ground
 from unibiomed_jax.inputs.tiles import sam_image
@@ -151,8 +152,9 @@ def test_bfloat16_everywhere_stays_near_the_reference(image, watch_calls):
             assert (mask & expected).sum() / (mask | expected).sum() > 0.99
 
 
-def test_a_checkpoint_stored_in_bfloat16_says_on_a_cpu_what_float32_weights_say(image):
+def test_a_checkpoint_stored_in_bfloat16_says_on_a_cpu_what_float32_weights_say(image, monkeypatch):
     """The language model of a release is stored in bfloat16, and a CPU multiplies it in parts."""
+    monkeypatch.setattr(predictor, "has_bfloat16_units", lambda: True)
     loaded = read_released(MICRO)
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), loaded.params["language_model"])
     models = []

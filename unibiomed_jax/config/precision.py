@@ -39,41 +39,34 @@ FLOAT32 = Precision()
 BFLOAT16 = Precision("bfloat16", "bfloat16", "bfloat16", "bfloat16", bfloat16_position=True)
 # On a CPU with bfloat16 units large products gain from them: a call took 9.8 s instead of 17.9 s (jax 0.10,
 # benchmarks/predict.py). A decoding step does not gain: it is bound by reading the weights.
-# Masks of the recorded cases stay within IoU 0.999 of float32's; at full size, with random weights, 0.9955
-# was seen (docs/speed.md).
+# Masks of the recorded cases stay within IoU 0.999 of float32's; at full size, with random weights, 0.9952
+# was seen (benchmarks/precision.py).
 CPU = Precision("bfloat16", "float32", "mixed", "float32")
 
 
 def default_precision() -> Precision:
-    """The policy of this backend: bfloat16 as the reference, on a CPU what `cpu_precision` says."""
+    """The policy of this backend: bfloat16 as the reference; of a CPU FLOAT32, or CPU if it has the units."""
     if jax.default_backend() != "cpu":
         return BFLOAT16
-    return cpu_precision(cpu_features(), os.environ)
+    return CPU if has_bfloat16_units() else FLOAT32
 
 
-def cpu_precision(features: set[str], environment: Mapping[str, str]) -> Precision:
-    """CPU where the processor has bfloat16 units and XLA may use them, FLOAT32 elsewhere.
+def has_bfloat16_units(
+    cpuinfo: Path = Path("/proc/cpuinfo"), environment: Mapping[str, str] = os.environ
+) -> bool:
+    """Whether the processor multiplies bfloat16, and XLA may use that; False where nobody says.
 
-    Without them products of bfloat16 are those of float32 with conversions around: slower and coarser.
+    Elsewhere products of bfloat16 are those of float32 with conversions around: slower and coarser.
 
     Args:
-        features: as `cpu_features` gives them.
+        cpuinfo: where Linux says what the processor can do (x86: flags, Arm: Features).
         environment: where XLA_FLAGS may limit the instructions that XLA uses.
     """
     allowed = re.search(r"--xla_cpu_max_isa=(\w+)", environment.get("XLA_FLAGS", ""))
-    if allowed and allowed[1].upper() not in _WITH_BFLOAT16:
-        return FLOAT32
-    return CPU if features & {"avx512_bf16", "amx_bf16", "bf16"} else FLOAT32
-
-
-# Values of XLA's --xla_cpu_max_isa that do not forbid the units.
-_WITH_BFLOAT16 = ("AVX512_BF16", "AMX", "AMX_FP16")
-
-
-def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """What Linux says that the first processor can do (x86: flags, Arm: Features); else empty."""
+    if allowed and allowed[1].upper() not in ("AVX512_BF16", "AMX", "AMX_FP16"):
+        return False
     try:
         found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
     except OSError:
-        return set()
-    return set(found[1].split()) if found else set()
+        return False
+    return found is not None and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(found[1].split())

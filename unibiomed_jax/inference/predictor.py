@@ -16,7 +16,7 @@ from jaxtyping import Float32
 
 from unibiomed_jax import runtime
 from unibiomed_jax.config.model import ModelConfig
-from unibiomed_jax.config.precision import FLOAT32, Precision, default_precision
+from unibiomed_jax.config.precision import FLOAT32, Precision, default_precision, has_bfloat16_units
 from unibiomed_jax.conversion import loading
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inference.answer import (
@@ -96,7 +96,10 @@ class UniBiomed:
         graphdef, state = nnx.split(model)
         on_cpu = jax.default_backend() == "cpu"
         in_parts = (
-            on_cpu and self.precision.language == "float32" and stored_in_bfloat16(params["language_model"])
+            on_cpu
+            and has_bfloat16_units()
+            and self.precision.language == "float32"
+            and stored_in_bfloat16(params["language_model"])
         )
         stored = dataclasses.replace(self.precision, language="bfloat16") if in_parts else self.precision
         nnx.replace_by_pure_dict(state, stored_for(params, config, stored))
