@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from unibiomed_jax import UniBiomed
-from unibiomed_jax.config.precision import FLOAT32
+from unibiomed_jax.config.precision import FLOAT32, PrecisionName
 from unibiomed_jax.inference.cpu import EXACT_PARTS, FAST_PARTS
 
 NEW_TOKENS = 24
@@ -50,7 +50,7 @@ class Args:
     # "full": UniBiomed-1B; "micro": only to see that this works.
     size: Literal["full", "micro"] = "full"
     # "auto" is what the library chooses on this backend.
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: PrecisionName = "auto"
     # Warm calls; their median is shown.
     repeats: int = 3
     # Which of the five cases to measure.
@@ -175,7 +175,9 @@ def peak_bytes() -> dict[str, int]:
 def table_of(result: dict) -> Table:
     peak = ", ".join(f"{place} {size / 1e9:.1f} GB" for place, size in result["peak"].items())
     title = f"{result['case']}: {result['tiles']} tiles, prompt of {result['prompt_tokens']} tokens each"
-    table = Table(title=title, caption=f"peak memory so far: {peak}")
+    whole = result["stages"]["whole call"]
+    compiling = f"the first call took {whole['first'] - whole['warm']:.1f} s longer: it compiles"
+    table = Table(title=title, caption=f"peak memory so far: {peak}; {compiling}")
     table.add_column("stage")
     for column in ("first, s", "warm, s", "a unit", "reached", "ceiling", "share"):
         table.add_column(column, justify="right")

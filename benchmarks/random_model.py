@@ -18,7 +18,7 @@ from PIL import Image
 
 from unibiomed_jax import Request, UniBiomed
 from unibiomed_jax.config.model import LanguageConfig, ModelConfig, VisionConfig
-from unibiomed_jax.config.precision import BFLOAT16, FLOAT32, Precision, default_precision
+from unibiomed_jax.config.precision import FLOAT32, Precision, PrecisionName, find_precision
 from unibiomed_jax.config.presets import SAM2_VARIANTS
 from unibiomed_jax.inputs.tokenizer import Tokenizer
 from unibiomed_jax.models.unibiomed import UniBiomedModel
@@ -67,10 +67,9 @@ def random_parameters(config: ModelConfig) -> dict:
     return jax.tree_util.tree_map_with_path(fill, nnx.to_pure_dict(nnx.state(model)))
 
 
-def random_model(size: str, precision: str, tokenizer: Path | None = None) -> UniBiomed:
-    """The predictor at one of SIZES; `precision` is auto, float32 or bfloat16."""
+def random_model(size: str, precision: PrecisionName, tokenizer: Path | None = None) -> UniBiomed:
+    """The predictor at one of SIZES."""
     config = SIZES[size]
-    policy = {"auto": default_precision(), "float32": FLOAT32, "bfloat16": BFLOAT16}[precision]
     with tempfile.TemporaryDirectory() as folder:
         if tokenizer is None:
             (tokenizer := Path(folder)).joinpath("tokenizer.json").write_bytes(
@@ -78,7 +77,7 @@ def random_model(size: str, precision: str, tokenizer: Path | None = None) -> Un
             )
             shutil.copy(TOKENIZER / "tokenizer_config.json", tokenizer)
         loaded = Tokenizer.from_folder(tokenizer)
-    return UniBiomed(config, random_parameters(config), loaded, precision=policy)
+    return UniBiomed(config, random_parameters(config), loaded, precision=find_precision(precision))
 
 
 def seg_steps(segments: int, new_tokens: int) -> list[int]:

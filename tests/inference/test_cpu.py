@@ -79,9 +79,11 @@ def test_a_language_model_of_split_linears_says_the_same(batch, exact, error):
     assert jnp.abs(model.logits(model(embeds)) - expected).max() <= error * jnp.abs(expected).max()
 
 
-@pytest.mark.parametrize("units", [True, False])
-def test_the_predictor_splits_a_checkpoint_stored_in_bfloat16_where_there_are_units(monkeypatch, units):
-    monkeypatch.setattr(predictor, "has_bfloat16_units", lambda: units)
+@pytest.mark.parametrize("units", ["matrix", "vector", None])
+def test_the_predictor_splits_a_checkpoint_stored_in_bfloat16_where_there_are_matrix_units(
+    monkeypatch, units
+):
+    monkeypatch.setattr(predictor, "bfloat16_units", lambda: units)
     folder = MICRO
     loaded = read_released(folder)
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), loaded.params["language_model"])
@@ -91,7 +93,7 @@ def test_the_predictor_splits_a_checkpoint_stored_in_bfloat16_where_there_are_un
         params = {**loaded.params, "language_model": language}
         model = UniBiomed(loaded.config, params, Tokenizer.from_folder(folder), precision=FLOAT32)
         is_split = isinstance(model_of(model).language_model.lm_head, SplitLinear)
-        assert is_split == (units and language is rounded)
+        assert is_split == (units == "matrix" and language is rounded)
         answers.append(model.predict(None, "What is a CT scan?", max_new_tokens=12).text)
     assert answers[0] == answers[1]
 

@@ -16,7 +16,7 @@ from jaxtyping import Float32
 
 from unibiomed_jax import runtime
 from unibiomed_jax.config.model import ModelConfig
-from unibiomed_jax.config.precision import FLOAT32, Precision, default_precision, has_bfloat16_units
+from unibiomed_jax.config.precision import FLOAT32, Precision, bfloat16_units, find_precision
 from unibiomed_jax.conversion import loading
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inference.answer import (
@@ -89,7 +89,7 @@ class UniBiomed:
         """`params` is the parameter tree of `UniBiomedModel(config)`."""
         runtime.prepare()
         self.config = config
-        self.precision = precision or default_precision()
+        self.precision = precision or find_precision("auto")
         self.tokenizer = tokenizer
         self.checkpoint_hash = checkpoint_hash
         model = nnx.eval_shape(lambda: UniBiomedModel(config, self.precision, rngs=nnx.Rngs(0)))
@@ -97,7 +97,7 @@ class UniBiomed:
         on_cpu = jax.default_backend() == "cpu"
         in_parts = (
             on_cpu
-            and has_bfloat16_units()
+            and bfloat16_units() == "matrix"
             and self.precision.language == "float32"
             and stored_in_bfloat16(params["language_model"])
         )
