@@ -45,7 +45,7 @@ from unibiomed_jax.inference.stopping import end_of
 from unibiomed_jax.inputs.images import ImageRecord, ImageSource, open_frames, open_image
 from unibiomed_jax.inputs.tiles import frame_tiles, image_tiles, sam_image
 from unibiomed_jax.inputs.tokenizer import Tokenizer
-from unibiomed_jax.models.layers import unstack_layers
+from unibiomed_jax.models.layers import layer_at, unstack_layers
 from unibiomed_jax.models.sam2 import plan_frames
 from unibiomed_jax.models.unibiomed import UniBiomedModel
 from unibiomed_jax.parameters import stored_for
@@ -92,8 +92,6 @@ class UniBiomed:
         self.precision = precision or find_precision("auto")
         self.tokenizer = tokenizer
         self.checkpoint_hash = checkpoint_hash
-        model = nnx.eval_shape(lambda: UniBiomedModel(config, self.precision, rngs=nnx.Rngs(0)))
-        graphdef, state = nnx.split(model)
         on_cpu = jax.default_backend() == "cpu"
         in_parts = (
             on_cpu
@@ -101,12 +99,22 @@ class UniBiomed:
             and self.precision.language == "float32"
             and stored_in_bfloat16(params["language_model"])
         )
+
+        def build() -> UniBiomedModel:
+            model = UniBiomedModel(config, self.precision, rngs=nnx.Rngs(0))
+            if on_cpu:
+                # A scan would copy every layer's weights out of the stack for every token.
+                model.language_model.layers = unstack_layers(model.language_model.layers)
+            return model
+
+        graphdef, state = nnx.split(nnx.eval_shape(build))
+        if on_cpu:  # before they are widened: a stack beside its layers would double the memory
+            language = params["language_model"]
+            layers = {i: layer_at(language["layers"], i) for i in range(config.language.num_layers)}
+            params = {**params, "language_model": {**language, "layers": layers}}
         stored = dataclasses.replace(self.precision, language="bfloat16") if in_parts else self.precision
         nnx.replace_by_pure_dict(state, stored_for(params, config, stored))
         model = nnx.merge(graphdef, state)
-        if on_cpu:
-            # A scan would copy every layer's weights out of the stack for every token.
-            model.language_model.layers = unstack_layers(model.language_model.layers)
         if in_parts:
             split_linears(model.language_model, exact=self.precision == FLOAT32)
         self.graphdef, self.params = nnx.split(model)
