@@ -187,6 +187,7 @@ def read_mixture(datasets: Sequence[DatasetConfig]) -> Mixture:
         parts.append(found)
         records += len(found)
         content = found.digest if isinstance(found, PackedRecords) else records_digest(found, config)
-        shared = (title, config.kind, found[0].slices, config.augment)
+        slices = config.slices if config.kind is Kind.SEQUENCE else 0
+        shared = (title, config.kind, slices, config.augment)
         digest.update(f"{shared} {content}\n".encode("utf-8", "surrogatepass"))
     return Mixture(Records(parts), np.concatenate(order), tuple(sizes), digest.hexdigest())

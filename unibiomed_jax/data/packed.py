@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ logger = logging.getLogger(__name__)
 
 INDEX = "packed.json"
 VERSION = 1
-# Of every record: where its row begins, the size of its upright images in pixels, how many masks it has. One
-# more entry says where the last row ends.
-COLUMNS = np.dtype([("start", "<u8"), ("width", "<u4"), ("height", "<u4"), ("objects", "<u4")])
+# Of every record: where its row begins, the row's CRC-32, the size of its upright images in pixels, how many
+# masks it has. One more entry says where the last row ends.
+_COLUMNS = np.dtype(
+    [("start", "<u8"), ("crc32", "<u4"), ("width", "<u4"), ("height", "<u4"), ("objects", "<u4")]
+)
 # Bytes of rows that are read at once where all are wanted.
 _READ = 1 << 22
 
@@ -105,6 +108,28 @@ def to_row(record: Record, config: DatasetConfig, place: Callable[[str], tuple[i
     return json.dumps(row, separators=(",", ":")).encode() + b"\n"
 
 
+def write_rows(
+    folder: Path, name: str, rows: Iterable[tuple[bytes, tuple[int, int], int]], count: int
+) -> dict[str, Any]:
+    """Write the rows and columns of a table; returns what the index says about them.
+
+    Args:
+        folder: the packed one.
+        name: of the table.
+        rows: of every record: its row, the (width, height) of its images in pixels, its number of masks.
+        count: how many there are.
+    """
+    columns = np.zeros(count + 1, _COLUMNS)
+    written, kept = _beside(folder / name, ".rows"), _beside(folder / name, ".columns.npy")
+    with open(written, "wb") as file:
+        for number, (row, size, objects) in enumerate(rows):
+            columns[number] = (file.tell(), zlib.crc32(row), *size, objects)
+            file.write(row)
+        columns["start"][-1] = file.tell()
+    np.save(kept, columns)
+    return {"records": count, "rows": file_entry(written), "columns": file_entry(kept)}
+
+
 class PackedRecords(Sequence[Record]):
     """The records of one packed dataset, each made when it is asked for.
 
@@ -148,13 +173,13 @@ class PackedRecords(Sequence[Record]):
             folder / name,
             [os.path.join(folder, shard) for shard in sorted(index["shards"])],
         )
-        for file, entry in self._files(index):
-            _require_size(file, entry["bytes"])
-        columns = _beside(self._table, ".columns.npy")
-        if file_entry(columns) != table["columns"]:
-            raise InputError(f"The checksum of {shown(columns)} is wrong; {REPAIR}.")
+        rows, columns = _beside(self._table, ".rows"), _beside(self._table, ".columns.npy")
+        _require_size(rows, table["rows"])
+        for name, entry in index["shards"].items():
+            _require_size(folder / name, entry)
+        _require_checksum(columns, table["columns"])
         found = np.load(columns)
-        self._starts = found["start"].copy()
+        self._starts, self._checksums = found["start"].copy(), found["crc32"].copy()
         self.sizes = np.stack([found["width"][:-1], found["height"][:-1]], 1)
         self.objects = found["objects"][:-1].copy()
 
@@ -170,11 +195,14 @@ class PackedRecords(Sequence[Record]):
         return self._record(number, self._rows(number, number + 1))
 
     def __iter__(self) -> Iterator[Record]:
-        first = 0
-        while first < len(self):
-            last = int(np.searchsorted(self._starts, self._starts[first] + _READ, "right")) - 1
-            last = min(max(last, first + 1), len(self))
-            for number, row in enumerate(self._rows(first, last).splitlines(), first):
+        return self.span(0, len(self))
+
+    def span(self, first: int, end: int) -> Iterator[Record]:
+        """The records from number `first` to before `end`, whose rows are read many at once."""
+        while first < end:
+            last = int(np.searchsorted(self._starts, self._starts[first] + np.uint64(_READ), "right")) - 1
+            last = min(max(last, first + 1), end)
+            for number, row in enumerate(self._rows(first, last).splitlines(keepends=True), first):
                 yield self._record(number, row)
             first = last
 
@@ -206,19 +234,6 @@ class PackedRecords(Sequence[Record]):
             )
         return lengths
 
-    def check(self) -> Iterator[str]:
-        """Read all of the folder's files; a sentence for every one whose checksum is wrong."""
-        for file, entry in self._files(read_index(self.config.root)):
-            if file_entry(Path(file)) != entry:
-                yield f"The checksum of {shown(file)} is wrong; {REPAIR}."
-
-    def _files(self, index: dict[str, Any]) -> Iterator[tuple[Path, dict]]:
-        table = index["tables"][self._table.name]
-        yield _beside(self._table, ".columns.npy"), table["columns"]
-        yield _beside(self._table, ".rows"), table["rows"]
-        for name, entry in index["shards"].items():
-            yield self._table.with_name(name), entry
-
     def _rows(self, first: int, last: int) -> bytes:
         start, end = int(self._starts[first]), int(self._starts[last])
         rows = read_range(_beside(self._table, ".rows"), start, end - start)
@@ -227,39 +242,64 @@ class PackedRecords(Sequence[Record]):
         return rows
 
     def _record(self, number: int, row: bytes) -> Record:
-        config = self.config
-        try:
-            name, images, masks, texts, anatomy, report, question, patient = json.loads(row)
-            return Record(
-                name=f"{config.title}:{config.split}/{name}",
-                kind=config.kind,
-                images=tuple(self._file(*image) for image in images),
-                masks=tuple(tuple(self._file(*mask) if mask else "" for mask in frames) for frames in masks),
-                texts=tuple(texts),
-                anatomy="" if config.kind is Kind.REPORT else anatomy,
-                report=report if config.kind is Kind.REPORT else "",
-                question=question,
-                size=tuple(self.sizes[number].tolist()),
-                slices=self.slices,
-                augment=config.augment,
-                patient=patient,
-            )
-        except (ValueError, TypeError, IndexError):
+        if zlib.crc32(row) != self._checksums[number]:
             rows = shown(_beside(self._table, ".rows"))
-            raise InputError(f"Row {number} of {rows} is damaged; {REPAIR}.") from None
+            raise InputError(f"The checksum of row {number} of {rows} is wrong; {REPAIR}.")
+        config = self.config
+        name, images, masks, texts, anatomy, report, question, patient = json.loads(row)
+        return Record(
+            name=f"{config.title}:{config.split}/{name}",
+            kind=config.kind,
+            images=tuple(self._file(*image) for image in images),
+            masks=tuple(tuple(self._file(*mask) if mask else "" for mask in frames) for frames in masks),
+            texts=tuple(texts),
+            anatomy="" if config.kind is Kind.REPORT else anatomy,
+            report=report if config.kind is Kind.REPORT else "",
+            question=question,
+            size=tuple(self.sizes[number].tolist()),
+            slices=self.slices,
+            augment=config.augment,
+            patient=patient,
+        )
 
     def _file(self, name: str, shard: int, start: int, length: int, crc32: int) -> StoredFile:
         return StoredFile(os.path.join(self.config.root, name), self._shards[shard], start, length, crc32)
+
+
+def check_packed(folder: str | os.PathLike) -> Iterator[str]:
+    """Read every file of a packed folder to its end; a sentence for each that is not as it was written.
+
+    Raises:
+        InputError: the index is damaged or of another version.
+    """
+    folder, index = Path(folder), read_index(folder)
+    files = {folder / name: entry for name, entry in index["shards"].items()}
+    for name, table in index["tables"].items():
+        files[_beside(folder / name, ".rows")] = table["rows"]
+        files[_beside(folder / name, ".columns.npy")] = table["columns"]
+    for path, entry in files.items():
+        try:
+            _require_checksum(path, entry)
+        except InputError as error:
+            yield str(error)
 
 
 def _beside(table: Path, ending: str) -> Path:
     return table.with_name(table.name + ending)
 
 
-def _require_size(path: Path, size: int) -> None:
+def _require_size(path: Path, entry: dict[str, Any]) -> None:
     try:
         found = path.stat().st_size
     except FileNotFoundError:
         raise InputError(f"{shown(path)} of a packed dataset is missing; {REPAIR}.") from None
-    if found != size:
-        raise InputError(f"{shown(path)} of a packed dataset has {found} bytes instead of {size}; {REPAIR}.")
+    if found != entry["bytes"]:
+        raise InputError(
+            f"{shown(path)} of a packed dataset has {found} bytes instead of {entry['bytes']}; {REPAIR}."
+        )
+
+
+def _require_checksum(path: Path, entry: dict[str, Any]) -> None:
+    _require_size(path, entry)
+    if file_entry(path) != entry:
+        raise InputError(f"The checksum of {shown(path)} is wrong; {REPAIR}.")

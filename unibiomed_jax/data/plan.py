@@ -178,7 +178,8 @@ def _shapes(
     records: Sequence[Record], builder: SampleBuilder, buckets: BucketConfig
 ) -> Int64[np.ndarray, "records 4"]:
     """Of records of one kind: the sizes of their shapes, in the order of Shape's fields."""
-    kind, slices, frames = records[0].kind, records[0].slices, records[0].frames
+    first = records[0]
+    kind, slices, frames = first.kind, first.slices, first.frames
     per_tile, limit = builder.sizes.tokens_per_tile, builder.config.max_tokens
     packed = isinstance(records, PackedRecords)
     if slices:

@@ -1,6 +1,10 @@
 """One record to the arrays of one sample: pixels, tokens, labels, masks."""
 
+import logging
+import multiprocessing
+import os
 from collections.abc import Hashable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,6 +41,8 @@ from unibiomed_jax.inputs.tokenizer import (
 )
 from unibiomed_jax.masks.resize import resize_nearest
 
+logger = logging.getLogger(__name__)
+
 # Labels of tokens that are not learned.
 IGNORE = -100
 
@@ -50,6 +56,9 @@ _SMALL_BOX = 400
 
 # Texts whose token counts are kept.
 _REMEMBERED = 1 << 16
+
+# Records whose texts a process measures at once, and the most processes that do.
+_SHARE, _MAX_PROCESSES = 50_000, 32
 
 
 @dataclass(frozen=True)
@@ -237,7 +246,15 @@ class SampleBuilder:
                 self.encode(record, Conversation(question, answer), tiles)
 
     def _measure(self, records: Sequence[Record]) -> np.ndarray:
-        return np.fromiter(map(self.text_length, records), np.int32, len(records))
+        if len(records) <= _SHARE or not isinstance(records, PackedRecords):
+            return np.fromiter(map(self.text_length, records), np.int32, len(records))
+        logger.info("Measuring the texts of %d records, once for this tokenizer.", len(records))
+        processes = min(os.cpu_count() or 1, _MAX_PROCESSES)
+        context = multiprocessing.get_context("spawn")  # threads of JAX do not survive a fork
+        with ProcessPoolExecutor(processes, context, _start_measuring, (self, records)) as pool:
+            firsts = range(0, len(records), _SHARE)
+            ends = (min(first + _SHARE, len(records)) for first in firsts)
+            return np.concatenate(list(pool.map(_measure_share, firsts, ends)))
 
     def _length(self, kind: Kind, text: str, tiles: int) -> int:
         key = (kind, text, tiles)
@@ -291,6 +308,20 @@ class SampleBuilder:
 
     def _no_masks(self) -> np.ndarray:
         return np.zeros((0, 0, self.sizes.mask_size, self.sizes.mask_size), np.uint8)
+
+
+# Of a process that measures texts.
+_measured: tuple[SampleBuilder, PackedRecords] | None = None
+
+
+def _start_measuring(builder: SampleBuilder, records: PackedRecords) -> None:
+    global _measured
+    _measured = builder, records
+
+
+def _measure_share(first: int, end: int) -> np.ndarray:
+    builder, records = _measured
+    return np.fromiter(map(builder.text_length, records.span(first, end)), np.int32)
 
 
 def _remember(known: dict, key: Hashable, value: int) -> None:

@@ -20,13 +20,13 @@ from unibiomed_jax.config.fields import ONE_OR_MORE, require_limits
 from unibiomed_jax.data.files import check_files, image_size
 from unibiomed_jax.data.mixture import find_datasets
 from unibiomed_jax.data.packed import (
-    COLUMNS,
     INDEX,
     file_entry,
     is_packed,
     records_digest,
     to_row,
     write_index,
+    write_rows,
 )
 from unibiomed_jax.data.records import DatasetConfig, Kind, Record
 from unibiomed_jax.data.tables import read_dataset, read_table
@@ -207,24 +207,16 @@ class _FolderPacker:
             ]
         sizes = check_files(records)
         self._pack_files(sizes)
-        columns = np.zeros(len(records) + 1, COLUMNS)
-        rows = self.place / f"{config.annotations}.rows"
-        with open(rows, "wb") as file:
-            for number, record in enumerate(records):
-                size = _size(record, sizes)
-                columns[number] = (file.tell(), *size, len(record.masks))
-                file.write(to_row(record, config, self._place_of))
-            columns["start"][-1] = file.tell()
-        kept = self.place / f"{config.annotations}.columns.npy"
-        np.save(kept, columns)
+        rows = (
+            (to_row(record, config, self._place_of), _size(record, sizes), len(record.masks))
+            for record in records
+        )
+        written = write_rows(self.place, config.annotations, rows, len(records))
         self.report.records += len(records)
-        return {
-            "records": len(records),
+        return written | {
             "digests": digests,
             "images": os.path.relpath(config.image_folder, config.root),
             "masks": os.path.relpath(config.mask_folder, config.root),
-            "rows": file_entry(rows),
-            "columns": file_entry(kept),
         }
 
     def _place_of(self, path: str) -> tuple[int, int, int, int]:
