@@ -5,9 +5,9 @@ python benchmarks/data.py --hosts 2                  # the same by two processes
 python benchmarks/data.py --batch-size 32 --step-seconds 0.49   # is it enough for a v5e-16?
 python benchmarks/data.py --start 5000000            # seconds and memory before the first batch
 
-A step of 32 samples takes a v5e-16 0.08 s with one tile each, 0.38 s with 10 and 0.49 s with 13, at 40 % of its
-peak and the operations that training/flops.py counts for UniBiomed-1B with adapters. That is arithmetic: no
-such machine was measured. Neither was one with more cores than this: their rate is this one's, core by core.
+A step of 32 samples takes a v5e-16 0.08 s with one tile each, 0.38 s with 10 and 0.49 s with 13, at 40 % of
+its peak and the operations that training/flops.py counts for UniBiomed-1B with adapters. That is arithmetic:
+no such machine was measured, nor one with more cores than this: theirs are taken to be like these.
 """
 
 import argparse
