@@ -279,6 +279,14 @@ DAMAGE = {
         r"packed\.json is not valid JSON",
     ),
     "no index": (lambda folder: (folder / INDEX).write_text("[]"), r"packed\.json is damaged"),
+    "a shard elsewhere": (
+        lambda folder: rewrite(
+            folder,
+            lambda index: index["content"]["shards"].update({"../secret": {"bytes": 1, "sha256": ""}}),
+            true_checksum=True,
+        ),
+        r"packed\.json names \.\./secret, which is not in its folder; copy it again",
+    ),
     "no such table": (
         lambda folder: rewrite(
             folder,

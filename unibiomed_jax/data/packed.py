@@ -56,6 +56,9 @@ def read_index(folder: str | os.PathLike) -> dict[str, Any]:
     content = index.get("content") if isinstance(index, dict) else None
     if version is None or index.get("sha256") != _digest_of(content):
         raise InputError(f"{shown(path)} is damaged; {REPAIR}.")
+    for name in (*content["tables"], *content["shards"]):
+        if Path(name).name != name:  # written by somebody else: files are read in this folder alone
+            raise InputError(f"{shown(path)} names {shown(name)}, which is not in its folder; {REPAIR}.")
     return content
 
 
