@@ -12,7 +12,6 @@ no such machine was measured, nor one with more cores than this: theirs are take
 
 import argparse
 import json
-import lzma
 import os
 import resource
 import shutil
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from qwen2_tokenizer import qwen2_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -41,7 +41,6 @@ from unibiomed_jax.inputs.tokenizer import Tokenizer  # noqa: E402
 
 # Width and height that are cut into so many tiles, thumbnail included.
 IMAGES = {1: (512, 512), 10: (1024, 1024), 13: (600, 800)}
-QWEN2 = ROOT / "tests" / "files" / "qwen2_tokenizer"
 # Files that the records of the large dataset share, and records whose headers are read to extrapolate.
 DISTINCT, LOOSE = 64, 20_000
 
@@ -250,14 +249,6 @@ def enough(samples: float, options: argparse.Namespace) -> str:
     )
 
 
-def qwen2() -> Tokenizer:
-    with tempfile.TemporaryDirectory() as folder:
-        vocabulary = lzma.decompress((QWEN2 / "tokenizer.json.xz").read_bytes())
-        (Path(folder) / "tokenizer.json").write_bytes(vocabulary)
-        shutil.copy(QWEN2 / "tokenizer_config.json", folder)
-        return Tokenizer.from_folder(folder)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=0, help="reading processes of a host (0: threads)")
@@ -278,11 +269,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             measure_start(options.start, Path(folder))
     elif options.start:
-        print(json.dumps(start(options.folder, qwen2())))
+        print(json.dumps(start(options.folder, qwen2_tokenizer())))
     elif options.host is not None:
-        print(rate(options.folder, options, qwen2()))
+        print(rate(options.folder, options, qwen2_tokenizer()))
     else:
-        measure_rates(options, qwen2())
+        measure_rates(options, qwen2_tokenizer())
 
 
 if __name__ == "__main__":

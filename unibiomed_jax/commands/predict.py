@@ -8,7 +8,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from PIL import Image
@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from unibiomed_jax.commands.run import DONE, FAILED_IN_PART
+from unibiomed_jax.config.precision import PrecisionName, find_precision
 from unibiomed_jax.errors import DiskFullError, InputError
 from unibiomed_jax.files import shown
 from unibiomed_jax.inputs.images import by_number
@@ -67,15 +68,14 @@ class PredictOptions:
     # Images answered in one go; takes the memory of the next power of two.
     batch_size: int = 1
     # "auto": bfloat16, as the reference; float32 on a CPU. "fast": coarser, where a CPU multiplies bfloat16.
-    precision: Literal["auto", "float32", "fast", "bfloat16"] = "auto"
+    precision: PrecisionName = "auto"
     # Answer again what is already answered.
     overwrite: bool = False
 
 
 def predict(options: PredictOptions) -> int:
     """Run `unibiomed predict`; FAILED_IN_PART if an image failed."""
-    from unibiomed_jax.config.precision import find_precision  # JAX starts only when it is needed
-    from unibiomed_jax.conversion import loading
+    from unibiomed_jax.conversion import loading  # JAX starts only when it is needed
     from unibiomed_jax.inference.answer import INTENDED_USE
     from unibiomed_jax.inference.predictor import UniBiomed
 

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
-
 Dtype = typing.Literal["float32", "bfloat16"]
 
 
@@ -51,6 +49,8 @@ def find_precision(name: PrecisionName) -> Precision:
     "auto" is bfloat16 on a GPU or TPU, as the reference, and float32 on a CPU. "fast" is the fastest of this
     backend: on a CPU without bfloat16 arithmetic that is float32 as well.
     """
+    import jax  # a command line that names a policy does not need it yet
+
     if name == "float32":
         return FLOAT32
     if name == "bfloat16" or jax.default_backend() != "cpu":

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ def read_index(folder: str | os.PathLike) -> dict[str, Any]:
             f"{shown(path)} is of version {version} but this program reads {VERSION}; pack the dataset again."
         )
     content = index.get("content") if isinstance(index, dict) else None
-    if version is None or index.get("sha256") != _digest_of(content):
+    if not isinstance(content, dict) or version is None or index.get("sha256") != _digest_of(content):
         raise InputError(f"{shown(path)} is damaged; {REPAIR}.")
     for name in (*content["tables"], *content["shards"]):
         if Path(name).name != name:  # written by somebody else: files are read in this folder alone
@@ -219,16 +220,17 @@ class PackedRecords(Sequence[Record]):
             measure: called once a table and key.
         """
         key = hashlib.sha256(f"{self.digest} {self.kind} {self.slices} {key}".encode()).hexdigest()[:16]
-        kept = _beside(self._table, f".lengths-{key}.npy")
+        kept = _beside(self._table, f".lengths-{key}.npz")
         try:
-            lengths = np.load(kept)
+            with np.load(kept) as archive:  # which has a checksum
+                lengths = archive["lengths"]
             if lengths.shape == (len(self),) and lengths.dtype == np.int32:
                 return lengths
-        except (OSError, ValueError, EOFError):  # not there yet, or only a part of it
+        except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile):  # not there yet, or damaged
             pass
         lengths = measure(self)
         try:
-            write_beside(kept, lambda file: np.save(file, lengths))
+            write_beside(kept, lambda file: np.savez(file, lengths=lengths))
         except OSError as error:
             logger.warning(
                 "The lengths of the texts are measured at every start, since %s cannot be written (%s).",
