@@ -13,7 +13,7 @@ from unibiomed_jax import UniBiomed
 from unibiomed_jax.config.model import LanguageConfig
 from unibiomed_jax.config.precision import FLOAT32
 from unibiomed_jax.conversion.from_torch import read_released
-from unibiomed_jax.inference import predictor
+from unibiomed_jax.inference import network
 from unibiomed_jax.inference.cpu import (
     EXACT_PARTS,
     FAST_PARTS,
@@ -84,7 +84,7 @@ def test_a_language_model_of_split_linears_says_the_same(batch, exact, error):
 def test_the_predictor_splits_a_checkpoint_stored_in_bfloat16_where_there_are_matrix_units(
     monkeypatch, units
 ):
-    monkeypatch.setattr(predictor, "bfloat16_units", lambda: units)
+    monkeypatch.setattr(network, "bfloat16_units", lambda: units)
     folder = MICRO
     loaded = read_released(folder)
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), loaded.params["language_model"])
@@ -107,7 +107,7 @@ def test_no_stack_of_layers_is_widened_beside_the_layers(monkeypatch):
         widened.append(stored_for(*arguments))
         return widened[-1]
 
-    monkeypatch.setattr(predictor, "stored_for", watched)
+    monkeypatch.setattr(network, "stored_for", watched)
     loaded = read_released(MICRO)
     stack = loaded.params["language_model"]["layers"]["mlp"]["up_proj"]["kernel"].shape
     model = UniBiomed(loaded.config, loaded.params, Tokenizer.from_folder(MICRO), precision=FLOAT32)

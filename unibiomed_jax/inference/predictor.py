@@ -11,12 +11,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Float32
 
 from unibiomed_jax import runtime
 from unibiomed_jax.config.model import ModelConfig
-from unibiomed_jax.config.precision import FLOAT32, Precision, bfloat16_units, find_precision
+from unibiomed_jax.config.precision import Precision, find_precision
 from unibiomed_jax.conversion import loading
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inference.answer import (
@@ -36,8 +35,8 @@ from unibiomed_jax.inference.batching import (
     volume_arrays,
 )
 from unibiomed_jax.inference.buckets import in_chunks, power_of_two, tile_chunks
-from unibiomed_jax.inference.cpu import split_linears, stored_in_bfloat16
 from unibiomed_jax.inference.generate import Decoding, Draw, Limits
+from unibiomed_jax.inference.network import build_network
 from unibiomed_jax.inference.phrases import Phrase, parse_answer
 from unibiomed_jax.inference.segments import full_size
 from unibiomed_jax.inference.stages import Stages
@@ -45,10 +44,7 @@ from unibiomed_jax.inference.stopping import end_of
 from unibiomed_jax.inputs.images import ImageRecord, ImageSource, open_frames, open_image
 from unibiomed_jax.inputs.tiles import frame_tiles, image_tiles, sam_image
 from unibiomed_jax.inputs.tokenizer import Tokenizer
-from unibiomed_jax.models.layers import layer_at, unstack_layers
 from unibiomed_jax.models.sam2 import plan_frames
-from unibiomed_jax.models.unibiomed import UniBiomedModel
-from unibiomed_jax.parameters import stored_for
 from unibiomed_jax.sharding.layout import Layout
 
 # Tokens between two looks of the host at the text. The loop also stops by itself where the text may end.
@@ -92,32 +88,7 @@ class UniBiomed:
         self.precision = precision or find_precision("auto")
         self.tokenizer = tokenizer
         self.checkpoint_hash = checkpoint_hash
-        on_cpu = jax.default_backend() == "cpu"
-        in_parts = (
-            on_cpu
-            and bfloat16_units() == "matrix"
-            and self.precision.language == "float32"
-            and stored_in_bfloat16(params["language_model"])
-        )
-
-        def build() -> UniBiomedModel:
-            model = UniBiomedModel(config, self.precision, rngs=nnx.Rngs(0))
-            if on_cpu:
-                # A scan would copy every layer's weights out of the stack for every token.
-                model.language_model.layers = unstack_layers(model.language_model.layers)
-            return model
-
-        graphdef, state = nnx.split(nnx.eval_shape(build))
-        if on_cpu:  # before they are widened: a stack beside its layers would double the memory
-            language = params["language_model"]
-            layers = {i: layer_at(language["layers"], i) for i in range(config.language.num_layers)}
-            params = {**params, "language_model": {**language, "layers": layers}}
-        stored = dataclasses.replace(self.precision, language="bfloat16") if in_parts else self.precision
-        nnx.replace_by_pure_dict(state, stored_for(params, config, stored))
-        model = nnx.merge(graphdef, state)
-        if in_parts:
-            split_linears(model.language_model, exact=self.precision == FLOAT32)
-        self.graphdef, self.params = nnx.split(model)
+        self.graphdef, self.params = build_network(config, params, self.precision)
         layout = Layout.over(jax.devices()[:1], model=config)
         self.stages = Stages(self.graphdef, tokenizer, config.language.vocab_size, layout)
 
