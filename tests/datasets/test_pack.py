@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from places import SAMPLE_DATA
+from places import MICRO, SAMPLE_DATA
 from small_datasets import SIZES, SMALL, save_picture
 
 from unibiomed_jax.data import packed as packed_room
@@ -20,11 +20,12 @@ from unibiomed_jax.data.packed import INDEX, VERSION, PackedRecords
 from unibiomed_jax.data.pipeline import Pipeline, PipelineConfig
 from unibiomed_jax.data.plan import BucketConfig
 from unibiomed_jax.data.records import DatasetConfig, Kind
-from unibiomed_jax.data.transforms import SampleBuilder
+from unibiomed_jax.data.transforms import SampleBuilder, SampleConfig
 from unibiomed_jax.datasets import pack as pack_room
 from unibiomed_jax.datasets.pack import PackOptions, pack
 from unibiomed_jax.datasets.validate import ValidateOptions, validate
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.inputs.tokenizer import Tokenizer
 
 BUCKETS = BucketConfig(tiles=(1, 3, 5), text=(64, 160, 300), objects=(1, 2))
 
@@ -214,6 +215,31 @@ def test_lengths_that_are_damaged_or_cannot_be_kept_are_measured(
     with caplog.at_level(logging.WARNING):
         assert open_pipeline(datasets, byte_tokenizer).fingerprint == fingerprint
     assert "measured at every start" in caplog.text and not kept.exists()
+
+
+def test_texts_may_be_measured_while_packing(tmp_path, monkeypatch):
+    pack(PackOptions(SAMPLE_DATA, tmp_path / "packed", tokenizer=MICRO))
+    tokenizer = Tokenizer.from_folder(MICRO)
+    builder = SampleBuilder(SampleConfig(), SIZES, tokenizer, 42)
+    datasets = [
+        config for split in ("train", "val", "test") for config in find_datasets(tmp_path / "packed", split)
+    ]
+    assert len(datasets) > 3
+
+    def refuse(*_):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(SampleBuilder, "_measure", refuse)
+    for config in datasets:
+        records = PackedRecords(config)
+        measured = list(map(builder.text_length, records))
+        assert builder.text_lengths(records).tolist() == measured
+
+
+def test_packing_with_no_tokenizer_leaves_nothing(tmp_path):
+    with pytest.raises(InputError, match="tokenizer"):
+        pack(PackOptions(SAMPLE_DATA, tmp_path / "packed", tokenizer=tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_processes_measure_what_one_does(mixture, byte_tokenizer, tmp_path, monkeypatch):

@@ -17,10 +17,12 @@ import numpy as np
 import tyro
 
 from unibiomed_jax.config.fields import ONE_OR_MORE, require_limits
+from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.data.files import check_files, image_size
-from unibiomed_jax.data.mixture import find_datasets
+from unibiomed_jax.data.mixture import NoTableError, find_datasets
 from unibiomed_jax.data.packed import (
     INDEX,
+    PackedRecords,
     file_entry,
     is_packed,
     records_digest,
@@ -30,10 +32,12 @@ from unibiomed_jax.data.packed import (
 )
 from unibiomed_jax.data.records import DatasetConfig, Kind, Record
 from unibiomed_jax.data.tables import read_dataset, read_table
+from unibiomed_jax.data.transforms import SampleBuilder, SampleConfig, SampleSizes
 from unibiomed_jax.datasets.write import SPLITS
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.files import require_space, shown, write_beside
 from unibiomed_jax.inputs.shards import write_shard
+from unibiomed_jax.inputs.tokenizer import Tokenizer
 
 # Tasks whose tables are the same: which of them a table serves is the configuration's choice.
 _TARGETS = (Kind.SEGMENTATION, Kind.DISEASE, Kind.REGION)
@@ -55,6 +59,9 @@ class PackOptions:
     shard_bytes: Annotated[int, ONE_OR_MORE] = 256 << 20
     # Shards written at once; by default as many as there are processor cores.
     threads: Annotated[int | None, ONE_OR_MORE] = None
+    # Folder of the tokenizer to train with (a checkpoint has one): the texts are measured now, not when the
+    # first run starts.
+    tokenizer: Path | None = None
 
     def __post_init__(self):
         require_limits(self)
@@ -84,8 +91,10 @@ def pack(options: PackOptions) -> PackReport:
 
     Raises:
         InputError: no dataset there, or one that could not be trained on; it is packed already; `out` exists,
-            is being written by another process, or holds the beginning of something else; no space.
+            is being written by another process, or holds the beginning of something else; no space; no
+            tokenizer.
     """
+    tokenizer = Tokenizer.from_folder(options.tokenizer) if options.tokenizer else None
     out = options.out.absolute()
     if out.exists():
         raise InputError(f"{shown(out)} exists; choose another folder, or delete it to pack again.")
@@ -99,8 +108,19 @@ def pack(options: PackOptions) -> PackReport:
             _FolderPacker(place, options, report).pack(tables)
         for leftover in (*partial.rglob("*.packed.npz"), partial / _SOURCE, partial / _LOCK):
             leftover.unlink()
+        if tokenizer is not None:
+            _measure_texts(partial, tokenizer)
         os.replace(partial, out)
     return report
+
+
+def _measure_texts(packed: Path, tokenizer: Tokenizer) -> None:
+    """Leave the lengths of all texts beside their tables, as a run with the usual prompts needs them."""
+    builder = SampleBuilder(SampleConfig(), SampleSizes.of(ModelConfig()), tokenizer, seed=0)
+    for split in SPLITS:
+        with contextlib.suppress(NoTableError):
+            for config in find_datasets(packed, split):
+                builder.text_lengths(PackedRecords(config))
 
 
 _SOURCE, _LOCK = ".source", ".lock"
