@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from unibiomed_jax.parameters import Parameters, merge
+from unibiomed_jax.sharding.constraints import gather_unstacked
 from unibiomed_jax.sharding.layout import Layout
 from unibiomed_jax.training.config import TrainConfig
 from unibiomed_jax.training.forward import (
@@ -74,6 +76,7 @@ def gradients(
     graphdef: nnx.GraphDef,
     config: TrainConfig,
     ids: TokenIds,
+    layout: Layout,
     state: TrainState,
     frozen: Parameters,
     batch: Arrays,
@@ -89,8 +92,11 @@ def gradients(
     dropout_key, points_key = jax.random.split(jax.random.fold_in(key, index))
 
     def share(trainable):
+        trainable = {
+            path: layout.move(path, value, "optimizer", "weights") for path, value in trainable.items()
+        }
         prediction = answer_batch(
-            merge(graphdef, trainable, frozen),
+            merge(graphdef, gather_unstacked(trainable), gather_unstacked(frozen)),
             batch,
             ids,
             token_chunk=config.loss.token_chunk,
@@ -162,16 +168,16 @@ class TrainStep:
         ids: TokenIds,
         layout: Layout,
     ):
-        pin = layout.pin
+        pin = functools.partial(layout.pin, use="optimizer")
 
         def whole(state, frozen, batch):
             counts = count_targets(batch, ids, config.loss)
-            grads, sums = gradients(graphdef, config, ids, state, frozen, batch, counts, 0)
+            grads, sums = gradients(graphdef, config, ids, layout, state, frozen, batch, counts, 0)
             state, metrics = update(config, state, pin(grads), sums, counts)
             return pin(state), metrics
 
         def accumulate(total, state, frozen, batch, counts, index):
-            share = gradients(graphdef, config, ids, state, frozen, batch, counts, index)
+            share = gradients(graphdef, config, ids, layout, state, frozen, batch, counts, index)
             return pin(jax.tree.map(jnp.add, total, share))
 
         def finish(state, total, counts):
