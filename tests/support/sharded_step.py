@@ -13,6 +13,7 @@ from small import IDS, MODEL, STEP, build, random_batch
 
 from unibiomed_jax.config.model import HieraConfig
 from unibiomed_jax.models.hiera import Hiera
+from unibiomed_jax.sharding.axes import logical_axes
 from unibiomed_jax.sharding.layout import Layout
 from unibiomed_jax.sharding.strategies import STRATEGIES
 from unibiomed_jax.sharding.target import target
@@ -30,7 +31,7 @@ MESHES = {
     "hsdp": {"replica": 2, "fsdp": 4},
     "tensor": {"replica": 4, "tensor": 2},
     "fsdp_tensor": {"fsdp": 4, "tensor": 2},
-    "sequence": {"fsdp": 2, "sequence": 4},
+    "sequence": {"fsdp": 4, "sequence": 2},
 }
 # Three layers: no other axis is as long, so that a stack of them shows. Without clipping, which would hide a
 # gradient of the right direction and the wrong size.
@@ -40,11 +41,21 @@ CONFIG = dataclasses.replace(
         MODEL,
         vision=dataclasses.replace(MODEL.vision, num_layers=3, drop_path_rate=0.1),
         language=dataclasses.replace(MODEL.language, num_layers=3),
-        sam2=dataclasses.replace(MODEL.sam2, hiera=HieraConfig(
-            embed_dim=8, num_heads=1, stages=(1, 1, 4, 1), global_attention_blocks=())),
+        sam2=dataclasses.replace(
+            MODEL.sam2,
+            hiera=HieraConfig(embed_dim=8, num_heads=1, stages=(1, 1, 4, 1), global_attention_blocks=()),
+        ),
     ),
     optim=dataclasses.replace(STEP.optim, clip=1e9, lr=1e-3, warmup=0.0),
 )
+
+
+def share_of_flops(graphdef, state, frozen):
+    """Of an update of the samples that one of eight devices has, on a device of its own."""
+    layout = Layout.over(jax.devices()[:1], model=MODEL)
+    batch = layout.place_batch(random_batch(0, size=BATCH // 8))
+    program = TrainStep(graphdef, CONFIG, IDS, layout).whole.lower(state, frozen, batch).compile()
+    return program.cost_analysis()["flops"]
 
 
 def layout_of(name):
@@ -107,7 +118,9 @@ def main(folder):
     assert len(jax.devices()) == 8
     graphdef, state, frozen = build(CONFIG)
     state, frozen = jax.device_get((state, frozen))
-    one, _, losses, gradients = run(graphdef, state, frozen, Layout.over(jax.devices()[:1], model=MODEL))
+    share = share_of_flops(graphdef, state, frozen)
+    one = Layout.over(jax.devices()[:1], model=MODEL)
+    _, _, losses, gradients = run(graphdef, state, frozen, one)
     found, states = {}, {}
     for name in STRATEGIES:
         print(name, "is compiled", file=sys.stderr)
@@ -117,13 +130,25 @@ def main(folder):
             "gradient": difference(own_gradients, gradients),
             "bytes": bytes_on_first_device(states[name]),
             "collectives": collectives(program.as_text()),
-            "flops": program.cost_analysis()["flops"] / (one.cost_analysis()["flops"] / 8),
+            "flops": program.cost_analysis()["flops"] / share,
         }
 
+    found["batch"] = BATCH
+    parameters = state.trainable | frozen
+    found["stacks"] = [
+        value.shape
+        for path, value in parameters.items()
+        if value.ndim > 2
+        and "layer" in logical_axes(path, value.ndim)
+        and value.shape[0] > 1
+        # Four small networks that work side by side.
+        and "hypernetworks" not in path
+    ]
     found["trunk_collectives"] = trunk_collectives()
     found["targets"] = targets()
     found["restored"] = {}
-    for name, saved in states.items():
+    for name in ("data_parallel", "fsdp_tensor"):  # whole, and divided along two axes
+        saved = states[name]
         checkpointer = Checkpointer(f"{folder}/{name}", CheckpointConfig())
         checkpointer.save(1, saved, position={}, config={})
         checkpointer.wait()

@@ -160,7 +160,9 @@ class UniBiomedModel(nnx.Module):
 
     def segment(self, features: ImageFeatures, hidden: Float[Array, "images objects embed"]) -> MaskDecoding:
         """One mask for every [SEG] state of every image, all decoded in one call."""
-        return self.sam2.decode(features, self.prompt_vectors(hidden))
+        hidden = constrain(hidden, "sam2.images", None, None)
+        prompts = constrain(self.prompt_vectors(hidden), "sam2.images", None, None)
+        return self.sam2.decode(features, prompts)
 
     def segment_frames(
         self,

@@ -85,7 +85,9 @@ ACTIVATIONS = (*SAMPLES, "tokens")
 # What is divided for storage alone, along whichever axis of a matrix divides: it is whole again (but for what
 # a computation divides) where it is used.
 WEIGHTS = "weights"  # parameters
-OPTIMIZER = "optimizer"  # what an optimiser keeps of them, masters included; as the weights if nothing is said
+OPTIMIZER = (
+    "optimizer"  # what an optimiser keeps of them, masters included; as the weights if nothing is said
+)
 STORED = (WEIGHTS, OPTIMIZER)
 
 # Axes that a computation may divide.

@@ -28,7 +28,9 @@ def constrain(x: jax.Array, *meanings: str | None) -> jax.Array:
     layout = layout_in_force()
     if layout is None:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, layout.activation(x.shape, meanings)))
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(layout.mesh, layout.activation(x.shape, meanings))
+    )
 
 
 def gathered(prefix: str, parameters: Any) -> Any:

@@ -27,14 +27,14 @@ from unibiomed_jax.sharding.axes import (
     logical_axes,
     tower_of,
 )
-from unibiomed_jax.sharding.strategies import DATA_PARALLEL, MESH_AXES, Strategy, mesh_axes_of
+from unibiomed_jax.sharding.strategies import DATA_PARALLEL, HSDP, MESH_AXES, Strategy, mesh_axes_of
 
 # How a parameter lies: as it is used, as it is kept between uses, or as the optimiser keeps it.
 Use = Literal["computed", "weights", "optimizer"]
 
 # Bytes that a strategy divides and that stay whole all the same, as a share of all: above it a strategy that
 # should save memory does not.
-MOST_WHOLE = 0.02
+MOST_WHOLE = 0.05
 
 # Meanings that a mesh axis must divide, since a strategy is chosen for them; keys and values of few heads are
 # copied on purpose, so that every device has those of its queries.
@@ -90,8 +90,8 @@ class Layout:
         for axis, size in self.mesh.shape.items():
             if size > 1 and axis not in named:
                 raise InputError(
-                    f"The mesh has {axis}={size}, but the strategy divides nothing over {axis!r}; leave it out, "
-                    f"or choose from {', '.join(named)}."
+                    f"The mesh has {axis}={size}, but the strategy divides nothing over {axis!r}; leave "
+                    f"it out, or choose from {', '.join(named)}."
                 )
 
     @classmethod
@@ -217,7 +217,9 @@ class Layout:
             names = [key.key for key in keys if isinstance(key, jax.tree_util.DictKey)]
             # Every parameter lies inside a module, so its path has a dot; other names are not paths.
             path = next((name for name in reversed(names) if "." in str(name)), None)
-            return self.parameter(path, leaf.shape, use) if path else NamedSharding(self.mesh, PartitionSpec())
+            return (
+                self.parameter(path, leaf.shape, use) if path else NamedSharding(self.mesh, PartitionSpec())
+            )
 
         return jax.tree_util.tree_map_with_path(place, tree)
 
@@ -271,33 +273,43 @@ class Layout:
         Raises:
             InputError: heads or channels that do not divide, or too many bytes that stay whole.
         """
-        total = whole = 0
+        for path, value in parameters.items():
+            for size, meaning in zip(value.shape, logical_axes(path, len(value.shape)), strict=True):
+                axes = self._mesh_axes(meaning, tower_of(path)) if meaning in MUST_DIVIDE else ()
+                count = size // self.units.get(f"{tower_of(path)}.{meaning}", 1)
+                if count % self._parts(axes):
+                    raise InputError(
+                        f"The {count} {meaning} of {path} do not divide by the {self._parts(axes)} devices "
+                        f"along {', '.join(axes)}; the nearest that does is {math.gcd(count, self._parts(axes))}."
+                    )
+        whole, total = self._whole(parameters, use)
+        if whole > MOST_WHOLE * total:
+            parts = self._parts(self._mesh_axes(use))
+            fewer = parts
+            while whole > MOST_WHOLE * total and fewer > 1:
+                fewer //= 2
+                sizes = {"replica": parts // fewer, "fsdp": fewer, "tensor": 1, "sequence": 1}
+                other = Layout(AbstractMesh((*sizes.values(),), (*sizes,)), HSDP, self.units)
+                whole, total = other._whole(parameters, WEIGHTS)
+            whole, total = self._whole(parameters, use)
+            raise InputError(
+                f"{whole / 2**20:,.0f} MiB of {total / 2**20:,.0f} stay whole on every device, because no "
+                f"axis of these parameters divides by {parts}; make fewer shares of them, for example "
+                f"--strategy hsdp --mesh replica={parts // fewer},fsdp={fewer}."
+            )
+
+    def _whole(self, parameters: Mapping[str, Any], use: Use) -> tuple[float, int]:
+        """Bytes a device holds beyond its share, and bytes of all parameters."""
+        beyond, total = 0.0, 0
         for path, value in parameters.items():
             shape = tuple(value.shape)
-            for size, meaning in zip(shape, logical_axes(path, len(shape)), strict=True):
-                parts = self._parts(self._mesh_axes(meaning, tower_of(path))) if meaning in MUST_DIVIDE else 1
-                count = size // self.units.get(f"{tower_of(path)}.{meaning}", 1)
-                if count % parts:
-                    fits = math.gcd(count, parts)
-                    raise InputError(
-                        f"The {count} {meaning} of {path} do not divide by the {parts} devices along "
-                        f"{'x'.join(self._mesh_axes(meaning, tower_of(path)))}; the nearest that does is {fits}."
-                    )
-            wanted = self._parts(self._mesh_axes(use, tower_of(path)))
-            size = math.prod(shape) * value.dtype.itemsize
-            total += size
-            spec, _ = self._divided(path, shape, use)
-            here = math.prod(NamedSharding(self.mesh, spec).shard_shape(shape)) * value.dtype.itemsize
-            computed, _ = self._divided(path, shape, "computed")
-            used = math.prod(NamedSharding(self.mesh, computed).shard_shape(shape)) * value.dtype.itemsize
-            whole += max(0, here - used / wanted)
-        if whole > MOST_WHOLE * total:
-            raise InputError(
-                f"{whole / 2**20:,.0f} MiB of {total / 2**20:,.0f} stay whole on every device, because no axis "
-                f"of these parameters divides by {self._parts(self._mesh_axes(use))}; take fewer "
-                f"devices along it and give the rest to another mesh axis (strategy hsdp: --mesh "
-                f"replica=N,fsdp=M)."
+            here, used = (
+                math.prod(self.parameter(path, shape, as_).shard_shape(shape)) for as_ in (use, "computed")
             )
+            share = used / self._parts(self._mesh_axes(use, tower_of(path)))
+            beyond += max(0.0, here - share) * value.dtype.itemsize
+            total += math.prod(shape) * value.dtype.itemsize
+        return beyond, total
 
     # ------------------------------------------------------------------------------------------- activations
 
@@ -317,8 +329,8 @@ class Layout:
             axes = self._dividing(size, self._mesh_axes(meaning, tower)) if meaning else ()
             if taken.intersection(axes):
                 raise InputError(
-                    f"The strategy divides two axes of an activation ({', '.join(filter(None, meanings))}) over "
-                    f"{', '.join(taken.intersection(axes))}; a mesh axis divides an array once."
+                    f"The strategy divides two axes of an activation ({', '.join(filter(None, meanings))}) "
+                    f"over {', '.join(taken.intersection(axes))}; a mesh axis divides an array once."
                 )
             taken.update(axes)
             divided.append(axes)
@@ -369,8 +381,8 @@ def parse_mesh(text: str) -> dict[str, int]:
         axis, _, size = item.strip().partition("=")
         if axis not in MESH_AXES or axis in sizes or not size.isdecimal() or int(size) < 1:
             raise InputError(
-                f"The mesh {text!r} cannot be read at {item.strip()!r}; write each axis once with its devices, "
-                f"as in fsdp=4,tensor=2 (axes: {', '.join(MESH_AXES)})."
+                f"The mesh {text!r} cannot be read at {item.strip()!r}; write each axis once with its "
+                f"devices, as in fsdp=4,tensor=2 (axes: {', '.join(MESH_AXES)})."
             )
         sizes[axis] = int(size)
     return sizes
@@ -385,9 +397,10 @@ def mesh_sizes(mesh: Mapping[str, int] | None, strategy: Strategy, devices: int)
     named = mesh_axes_of(strategy)
     if mesh is None:
         if devices > 1 and len(named) != 1:
+            spread = ",".join(f"{axis}={size}" for axis, size in _spread(named, devices).items())
             raise InputError(
-                f"The strategy divides over {' and '.join(named)}: say how the {devices} devices are spread, for "
-                f"example --mesh {','.join(f'{axis}={n}' for axis, n in _spread(named, devices).items())}."
+                f"The strategy divides over {' and '.join(named)}: say how the {devices} devices are spread, "
+                f"for example --mesh {spread}."
             )
         mesh = {named[0]: devices}
     if math.prod(mesh.values()) != devices:

@@ -1,8 +1,8 @@
 """Which meaning of an axis is divided over which axes of the device mesh: a strategy is a small table.
 
-A table names axes of activations and of computations ("batch", "tokens", "heads", "mlp", ...: `axes.MEANINGS`),
-and what is divided for storage alone: "weights" and "optimizer". What it does not name is whole on every device.
-Of several mesh axes for one meaning as many are taken, from the left, as divide the axis.
+A table names axes of activations and of computations ("batch", "tokens", "heads", "mlp", ...), and what is
+divided for storage alone ("weights", "optimizer"); `axes.MEANINGS` has all. What it does not name is whole on
+every device. Of several mesh axes for one meaning as many are taken, from the left, as divide the axis.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ ZERO1: Strategy = {"batch": "replica", "optimizer": "replica"}
 # Every device holds a share of the parameters, too, and gathers a layer when it needs it (Zhao et al. 2023,
 # arXiv 2304.11277).
 FSDP: Strategy = {"batch": "fsdp", "weights": "fsdp"}
-# FSDP inside a slice, whose links are fast, and copies of it across slices; the optimiser's state exists once.
+# FSDP inside a slice, whose links are fast, and copies of it across slices; the optimiser's state exists
+# once.
 HSDP: Strategy = {"batch": ("replica", "fsdp"), "weights": "fsdp", "optimizer": ("fsdp", "replica")}
 # Heads and channels of the language model are divided (Shoeybi et al. 2019, arXiv 1909.08053). The two vision
 # towers, which have most of the work and fewer of the parameters, share out their images instead.
@@ -48,7 +49,8 @@ FSDP_TENSOR: Strategy = {
     **dict.fromkeys(("tiles", "images", "windows"), ("fsdp", "tensor")),
     **_LANGUAGE,
 }
-# Long rows of tokens and the frames of long volumes are divided, too; queries stay, keys and values are gathered.
+# Long rows of tokens and the frames of long volumes are divided, too; queries stay, keys and values are
+# gathered.
 SEQUENCE: Strategy = {
     "batch": "fsdp",
     "tokens": "sequence",
