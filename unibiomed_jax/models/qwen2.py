@@ -103,9 +103,7 @@ class GatedMLP(nnx.Module):
     ) -> Float[Array, "batch tokens width"]:
         gate = self.gate_proj(x, projection_key(key, 4)).astype(jnp.float32)
         up = self.up_proj(x, projection_key(key, 5))
-        hidden = constrain(
-            jax.nn.silu(gate).astype(x.dtype) * up, "batch", "language.tokens", "language.mlp"
-        )
+        hidden = constrain(jax.nn.silu(gate).astype(x.dtype) * up, "batch", "language.tokens", "language.mlp")
         return self.down_proj(hidden, projection_key(key, 6))
 
 

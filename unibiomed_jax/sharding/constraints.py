@@ -59,6 +59,14 @@ def gathers_layers() -> bool:
     return layout is not None and layout.gathers
 
 
+def from_optimizer(table: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """A table of masters by dotted path, as parameters lie between uses."""
+    layout = layout_in_force()
+    if layout is None:
+        return table
+    return {path: layout.move(path, value, "optimizer", "weights") for path, value in table.items()}
+
+
 def gather_unstacked(table: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """A table of parameters by dotted path, gathered but for stacks of layers, which gather their own."""
     layout = layout_in_force()

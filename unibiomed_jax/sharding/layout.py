@@ -341,6 +341,11 @@ class Layout:
         """Batches are divided along their first axis, if the strategy divides them."""
         return NamedSharding(self.mesh, _spec([self._mesh_axes("batch")]))
 
+    @property
+    def batch_shares(self) -> int:
+        """In how many shares a batch is divided."""
+        return self._parts(self._mesh_axes("batch"))
+
     def place_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """This host's share of a batch as global arrays."""
         return {
@@ -353,7 +358,7 @@ class Layout:
         Raises:
             InputError: names both numbers.
         """
-        devices = self._parts(self._mesh_axes("batch"))
+        devices = self.batch_shares
         if batch_size % devices:
             raise InputError(
                 f"A batch of {batch_size} samples cannot be split over {devices} devices: "

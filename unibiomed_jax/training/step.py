@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from unibiomed_jax.parameters import Parameters, merge
-from unibiomed_jax.sharding.constraints import gather_unstacked
+from unibiomed_jax.sharding.constraints import from_optimizer, gather_unstacked
 from unibiomed_jax.sharding.layout import Layout
 from unibiomed_jax.training.config import TrainConfig
 from unibiomed_jax.training.forward import (
@@ -76,7 +76,6 @@ def gradients(
     graphdef: nnx.GraphDef,
     config: TrainConfig,
     ids: TokenIds,
-    layout: Layout,
     state: TrainState,
     frozen: Parameters,
     batch: Arrays,
@@ -92,11 +91,9 @@ def gradients(
     dropout_key, points_key = jax.random.split(jax.random.fold_in(key, index))
 
     def share(trainable):
-        trainable = {
-            path: layout.move(path, value, "optimizer", "weights") for path, value in trainable.items()
-        }
+        trainable = gather_unstacked(from_optimizer(trainable))
         prediction = answer_batch(
-            merge(graphdef, gather_unstacked(trainable), gather_unstacked(frozen)),
+            merge(graphdef, trainable, gather_unstacked(frozen)),
             batch,
             ids,
             token_chunk=config.loss.token_chunk,
@@ -172,12 +169,12 @@ class TrainStep:
 
         def whole(state, frozen, batch):
             counts = count_targets(batch, ids, config.loss)
-            grads, sums = gradients(graphdef, config, ids, layout, state, frozen, batch, counts, 0)
+            grads, sums = gradients(graphdef, config, ids, state, frozen, batch, counts, 0)
             state, metrics = update(config, state, pin(grads), sums, counts)
             return pin(state), metrics
 
         def accumulate(total, state, frozen, batch, counts, index):
-            share = gradients(graphdef, config, ids, layout, state, frozen, batch, counts, index)
+            share = gradients(graphdef, config, ids, state, frozen, batch, counts, index)
             return pin(jax.tree.map(jnp.add, total, share))
 
         def finish(state, total, counts):
