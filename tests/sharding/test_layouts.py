@@ -1,15 +1,12 @@
-import json
 import math
-import os
-import subprocess
-import sys
 
 import jax
+import lowered
 import numpy as np
 import pytest
+from eight import report
 from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
-from places import ROOT, TESTS
 
 from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.config.precision import FLOAT32
@@ -235,23 +232,8 @@ def test_a_mesh_fits_the_devices_and_says_how_where_there_is_a_choice():
 @pytest.fixture(scope="module")
 def eight_devices(tmp_path_factory):
     """What a process with eight CPU devices reports; see sharded_step.py."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(ROOT),
-    }
-    script = TESTS / "support" / "sharded_step.py"
-    folder = tmp_path_factory.mktemp("sharded")
-    result = subprocess.run(
-        [sys.executable, str(script), str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1]) | {"said": result.stderr}
+    found, said = report("sharded_step.py", str(tmp_path_factory.mktemp("sharded")))
+    return found | {"said": said}
 
 
 @pytest.mark.parametrize(
@@ -324,6 +306,11 @@ def test_devices_encode_their_own_images_without_talking(eight_devices):
 @pytest.mark.slow
 def test_a_program_knows_what_it_is_compiled_for(eight_devices):
     assert eight_devices["targets"] == {"none": [None, 1], "one": ["cpu", 1], "eight": ["cpu", 8]}
+
+
+@pytest.mark.slow
+def test_a_program_for_tpus_is_the_same_from_one_and_from_eight_cpus(eight_devices):
+    assert eight_devices["lowered"] == lowered.digest()
 
 
 @pytest.mark.slow

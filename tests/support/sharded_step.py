@@ -6,6 +6,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import lowered
 import numpy as np
 from flax import nnx
 from programs import collectives
@@ -146,6 +147,7 @@ def main(folder):
     ]
     found["trunk_collectives"] = trunk_collectives()
     found["targets"] = targets()
+    found["lowered"] = lowered.digest()
     found["restored"] = {}
     for name in ("data_parallel", "fsdp_tensor"):  # whole, and divided along two axes
         saved = states[name]

@@ -99,7 +99,7 @@ def lines(layout: Layout, model: ModelConfig, use: str) -> list[str]:
 
 
 def activations(layout: Layout, model: ModelConfig) -> list[tuple[str, tuple, tuple[int, ...], int]]:
-    """The main activations of a step with one sample a share of the batch: name, meanings, shape, bytes each."""
+    """The main activations with one sample a share of the batch: name, meanings, shape, bytes of a number."""
     batch = layout.batch_shares
     vision, language, sam2 = model.vision, model.language, model.sam2
     grid = sam2.image_size // 4
@@ -150,7 +150,8 @@ def drawing(layout: Layout, model: ModelConfig, options: ExplainShardingOptions)
         top = 50 + number * gap
         share = math.prod(_local(layout, shape, spec)) / math.prod(shape)
         parts += [
-            f'<text x="10" y="{top}">{name} {"x".join(map(str, shape))}: {_axes([None] * len(shape), spec)}</text>',
+            f'<text x="10" y="{top}">{name} {"x".join(map(str, shape))}: '
+            f"{_axes([None] * len(shape), spec)}</text>",
             f'<rect x="10" y="{top + 5}" width="{width}" height="{height}" fill="#d8e2ec"/>',
             f'<rect x="10" y="{top + 5}" width="{width * share:.1f}" height="{height}" fill="#245a8d"/>',
             f'<text x="{width + 20}" y="{top + 18}">1/{round(1 / share)}</text>',

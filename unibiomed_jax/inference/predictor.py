@@ -48,8 +48,10 @@ from unibiomed_jax.inputs.tokenizer import Tokenizer
 from unibiomed_jax.models.layers import unstack_layers
 from unibiomed_jax.models.sam2 import plan_frames
 from unibiomed_jax.models.unibiomed import UniBiomedModel
-from unibiomed_jax.parameters import stored_for
+from unibiomed_jax.parameters import flatten, stored_for, unflatten
+from unibiomed_jax.sharding.axes import axis_units
 from unibiomed_jax.sharding.layout import Layout
+from unibiomed_jax.sharding.target import target
 
 # Tokens between two looks of the host at the text. The loop also stops by itself where the text may end.
 TOKENS_PER_LOOK = 64
@@ -85,8 +87,9 @@ class UniBiomed:
         *,
         precision: Precision | None = None,
         checkpoint_hash: str = "",
+        layout: Layout | None = None,
     ):
-        """`params` is the parameter tree of `UniBiomedModel(config)`."""
+        """`params` is the parameter tree of `UniBiomedModel(config)`, `layout` divides it over devices."""
         runtime.prepare()
         self.config = config
         self.precision = precision or default_precision()
@@ -94,7 +97,14 @@ class UniBiomed:
         self.checkpoint_hash = checkpoint_hash
         model = nnx.eval_shape(lambda: UniBiomedModel(config, self.precision, rngs=nnx.Rngs(0)))
         graphdef, state = nnx.split(model)
-        on_cpu = jax.default_backend() == "cpu"
+        layout = layout or Layout.over(jax.devices()[:1])
+        self.layout = layout = dataclasses.replace(layout, units=axis_units(config))
+        if layout.mesh.size > 1:
+            table = flatten(params)
+            layout.require_useful(table)
+            params = unflatten(layout.place(table))
+        with layout.inside():
+            on_cpu = target() == ("cpu", 1)
         in_parts = (
             on_cpu
             and has_bfloat16_units()
@@ -110,11 +120,12 @@ class UniBiomed:
         if in_parts:
             split_linears(model.language_model, exact=self.precision == FLOAT32)
         self.graphdef, self.params = nnx.split(model)
-        layout = Layout.over(jax.devices()[:1], model=config)
         self.stages = Stages(self.graphdef, tokenizer, config.language.vocab_size, layout)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, precision: Precision | None = None) -> UniBiomed:
+    def from_pretrained(
+        cls, path: str | Path, *, precision: Precision | None = None, layout: Layout | None = None
+    ) -> UniBiomed:
         """Load a checkpoint.
 
         Args:
@@ -122,18 +133,20 @@ class UniBiomed:
                 `owner/name[@revision]` on the Hugging Face hub: what is downloaded and converted is kept for
                 the next time.
             precision: of the arithmetic; by default what suits the device.
+            layout: how the model is divided over devices; by default the first device has all of it.
 
         Raises:
             InputError: the folder or a file of it is missing, damaged or of another model, or the repository
                 cannot be downloaded.
         """
-        loaded = loading.load(path)
+        loaded = loading.load(path, sharding=layout and layout.parameter)
         return cls(
             loaded.config,
             loaded.params,
             Tokenizer.from_folder(loaded.tokenizer),
             precision=precision,
             checkpoint_hash=loaded.hash,
+            layout=layout,
         )
 
     # ---------------------------------------------------------------------------------------- questions
@@ -355,7 +368,9 @@ class UniBiomed:
         if not images:
             return
         tiles = np.concatenate([image.tiles for image in images])
-        rows = in_chunks(lambda part: self.stages.encode_tiles(self.params, part), tiles, tile_chunks())
+        with self.layout.inside():
+            sizes = tile_chunks()
+        rows = in_chunks(lambda part: self.stages.encode_tiles(self.params, part), tiles, sizes)
         bounds = np.cumsum([len(image.tiles) for image in images])[:-1]
         for image, part in zip(images, np.split(rows, bounds), strict=True):
             image.visual = part.reshape(-1, part.shape[-1])

@@ -192,7 +192,8 @@ class Qwen2(nnx.Module):
         """An empty cache with `length` slots a row: prompt and answer together."""
         config = self.config
         shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
-        return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+        axes = (None, "batch", "language.kv_heads", None, None)
+        return {name: constrain(jnp.zeros(shape, dtype), *axes) for name in ("k", "v")}
 
     def prefill(
         self, embeds: Float[Array, "batch tokens width"], lengths: Int[Array, " batch"], cache: Cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,15 +43,11 @@ def gathered(prefix: str, parameters: Any) -> Any:
         prefix: dotted path of the module, without the number of a layer of a stack.
         parameters: its state, a tree of arrays.
     """
-    layout = layout_in_force()
-    if layout is None:
-        return parameters
 
-    def gather(keys, value):
-        path = ".".join([prefix, *(str(key.key) for key in keys if hasattr(key, "key"))])
+    def gather(layout, path, value):
         return checkpoint_name(layout.move(path, value, "weights", "computed"), GATHERED)
 
-    return jax.tree_util.tree_map_with_path(gather, parameters)
+    return _each(gather, parameters, prefix)
 
 
 def gathers_layers() -> bool:
@@ -59,22 +56,30 @@ def gathers_layers() -> bool:
     return layout is not None and layout.gathers
 
 
-def from_optimizer(table: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """A table of masters by dotted path, as parameters lie between uses."""
-    layout = layout_in_force()
-    if layout is None:
-        return table
-    return {path: layout.move(path, value, "optimizer", "weights") for path, value in table.items()}
+def gather_unstacked(parameters: Any) -> Any:
+    """A table or tree of parameters, gathered but for stacks of layers, which gather their own."""
+
+    def gather(layout, path, value):
+        if "layer" in logical_axes(path, value.ndim):
+            return value
+        return layout.move(path, value, "weights", "computed")
+
+    return _each(gather, parameters)
 
 
-def gather_unstacked(table: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """A table of parameters by dotted path, gathered but for stacks of layers, which gather their own."""
+def from_optimizer(masters: Any) -> Any:
+    """A table or tree of masters, as parameters lie between uses."""
+    return _each(lambda layout, path, value: layout.move(path, value, "optimizer", "weights"), masters)
+
+
+def _each(move: Callable, parameters: Any, prefix: str = "") -> Any:
+    """`move(layout, path, value)` of every parameter; nothing without a layout in force."""
     layout = layout_in_force()
     if layout is None:
-        return table
-    return {
-        path: value
-        if "layer" in logical_axes(path, value.ndim)
-        else layout.move(path, value, "weights", "computed")
-        for path, value in table.items()
-    }
+        return parameters
+
+    def moved(keys, value):
+        names = (str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey))
+        return move(layout, ".".join(filter(None, (prefix, *names))), value)
+
+    return jax.tree_util.tree_map_with_path(moved, parameters)

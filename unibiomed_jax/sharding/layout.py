@@ -280,7 +280,8 @@ class Layout:
                 if count % self._parts(axes):
                     raise InputError(
                         f"The {count} {meaning} of {path} do not divide by the {self._parts(axes)} devices "
-                        f"along {', '.join(axes)}; the nearest that does is {math.gcd(count, self._parts(axes))}."
+                        f"along {', '.join(axes)}; the nearest that does is "
+                        f"{math.gcd(count, self._parts(axes))}."
                     )
         whole, total = self._whole(parameters, use)
         if whole > MOST_WHOLE * total:
