@@ -403,15 +403,15 @@ def mesh_sizes(mesh: Mapping[str, int] | None, strategy: Strategy, devices: int)
     named = mesh_axes_of(strategy)
     if mesh is None:
         if devices > 1 and len(named) != 1:
-            spread = ",".join(f"{axis}={size}" for axis, size in _spread(named, devices).items())
+            example = ",".join(f"{axis}={size}" for axis, size in spread(named, devices).items())
             raise InputError(
                 f"The strategy divides over {' and '.join(named)}: say how the {devices} devices are spread, "
-                f"for example --mesh {spread}."
+                f"for example --mesh {example}."
             )
         mesh = {named[0]: devices}
     if math.prod(mesh.values()) != devices:
         asked = ",".join(f"{axis}={size}" for axis, size in mesh.items())
-        fits = ",".join(f"{axis}={size}" for axis, size in _spread([*mesh], devices).items())
+        fits = ",".join(f"{axis}={size}" for axis, size in spread([*mesh], devices).items())
         raise InputError(
             f"The mesh {asked} has {math.prod(mesh.values())} devices, but there are {devices}; for example "
             f"{fits} fits."
@@ -419,7 +419,7 @@ def mesh_sizes(mesh: Mapping[str, int] | None, strategy: Strategy, devices: int)
     return {axis: mesh.get(axis, 1) for axis in MESH_AXES}
 
 
-def _spread(axes: Sequence[str], devices: int) -> dict[str, int]:
+def spread(axes: Sequence[str], devices: int) -> dict[str, int]:
     """All devices, two along every axis but one."""
     sizes = dict.fromkeys(axes, 1)
     main = "fsdp" if "fsdp" in sizes else next(iter(sizes))
