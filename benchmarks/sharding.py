@@ -1,10 +1,10 @@
 """What every strategy holds, computes and moves, side by side, on the devices there are.
 
-    python benchmarks/sharding.py                       # the devices of this machine
-    python benchmarks/sharding.py --cpus 8              # as many devices made of one CPU: bytes and FLOPs alone
+    python benchmarks/sharding.py            # the devices of this machine
+    python benchmarks/sharding.py --cpus 8   # so many devices made of one CPU: bytes and FLOPs alone
 
-One update of a small model (all parts, few layers) is compiled for each strategy; on accelerators it is timed,
-too. Bytes that a collective moves are those its device receives; one in a loop counts once.
+One update of a small model (all parts, few layers) is compiled for each strategy; on accelerators it is
+timed, too. What collectives move is what a device receives; one in a loop counts once.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def main() -> None:
     from unibiomed_jax.sharding.layout import Layout, spread
     from unibiomed_jax.sharding.strategies import STRATEGIES, mesh_axes_of
     from unibiomed_jax.training.config import LoraConfig, LossConfig, TrainConfig
+    from unibiomed_jax.training.footprint import device_bytes
     from unibiomed_jax.training.forward import TokenIds
     from unibiomed_jax.training.initialise import structure
     from unibiomed_jax.training.start import abstract_state
@@ -102,11 +103,10 @@ def main() -> None:
         program = step.lower(abstract["train"], abstract["frozen"], arrays).compile()
         seconds = ""
         if timed:
-            make = jax.jit(
-                lambda: jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), abstract),
-                out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
+            zeros = jax.tree.map(
+                lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), abstract
             )
-            state, frozen = (tree := make())["train"], tree["frozen"]
+            state, frozen = zeros["train"], zeros["frozen"]
             placed, times = layout.place_batch(batch), []
             for _ in range(6):
                 start = time.perf_counter()
@@ -114,17 +114,12 @@ def main() -> None:
                 times.append(time.perf_counter() - start)
             seconds = f"{min(times):.3f}"
 
-        def held(tree):
-            return sum(
-                np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-            )
-
         kinds = moved(program.as_text())
         table.add_row(
             name,
             ",".join(f"{axis}={size}" for axis, size in mesh.items()),
-            f"{held(abstract['train']) / 2**20:.1f}",
-            f"{held(abstract['frozen']) / 2**20:.1f}",
+            f"{device_bytes(abstract['train']) / 2**20:.1f}",
+            f"{device_bytes(abstract['frozen']) / 2**20:.1f}",
             f"{program.memory_analysis().temp_size_in_bytes / 2**20:.1f}",
             f"{program.cost_analysis()['flops'] / 1e9:.1f}",
             ", ".join(f"{kind} {size:.1f}" for kind, size in sorted(kinds.items())) or "-",

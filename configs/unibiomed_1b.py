@@ -56,8 +56,8 @@ config = TrainConfig(
     initial="runs/start",
     precision=BFLOAT16,
     # 128 samples an update, whatever the number of devices: the published run had 8 of them, 4 samples each.
-    # A pod takes all of them at once, --data.batch-size 128 --optim.accumulate 1, and beyond 128 chips several
-    # share the tokens and images of a sample:
+    # A pod takes all of them at once, --data.batch-size 128 --optim.accumulate 1, and beyond 128 chips
+    # several share the tokens and images of a sample:
     #   16, 32, 64 chips   --strategy fsdp
     #   128                --strategy hsdp --mesh replica=2,fsdp=64
     #   256                --strategy sequence --mesh fsdp=64,sequence=4
