@@ -287,8 +287,10 @@ def test_no_stack_of_layers_is_gathered_as_a_whole(eight_devices, strategy):
         for shape in shapes
         if kind == "all-gather"
     ]
-    stacks = {tuple(shape) for shape in eight_devices["stacks"]}
-    assert len(stacks) > 10 and not stacks.intersection(gathered)
+    # Where the optimiser has smaller shares than the weights, what trains is gathered once an update.
+    optimizer = "optimizer" in STRATEGIES[strategy]
+    stacks = {tuple(shape) for shape, frozen in eight_devices["stacks"] if frozen or not optimizer}
+    assert len(stacks) > 5 and not stacks.intersection(gathered)
     if strategy in ("fsdp", "hsdp", "fsdp_tensor", "sequence"):
         assert any((1, *shape[1:]) in gathered for shape in stacks)
 
