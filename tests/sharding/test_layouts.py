@@ -1,4 +1,5 @@
 import math
+import re
 
 import jax
 import lowered
@@ -319,6 +320,20 @@ def test_a_program_for_tpus_is_the_same_from_one_and_from_eight_cpus(eight_devic
 @pytest.mark.parametrize("strategy", ["zero1", "fsdp", "hsdp", "fsdp_tensor", "sequence"])
 def test_masters_and_moments_are_spread(eight_devices, strategy):
     assert eight_devices[strategy]["bytes"] < 0.3 * eight_devices["data_parallel"]["bytes"]
+
+
+@pytest.mark.slow
+def test_a_run_says_which_parameters_stay_whole(eight_devices):
+    counts, whole = eight_devices["summary"]
+    assert (
+        "parameters train on 8 cpu, 12 records, 3 batches an epoch, 20 updates of 1 batches of 4." in counts
+    )
+    # Maps of 1 and 4 channels, and a hidden state of two numbers.
+    assert re.fullmatch(
+        r"\d+ parameters \(0\.0 MiB a device\) stay whole although 'fsdp' asks to divide them; the largest is "
+        r"sam2\.\S+: no axis of [\dx]+ divides by 8\.",
+        whole,
+    )
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,9 @@ from unibiomed_jax.sharding.layout import Layout
 from unibiomed_jax.sharding.strategies import STRATEGIES
 from unibiomed_jax.sharding.target import target
 from unibiomed_jax.training.config import CheckpointConfig
+from unibiomed_jax.training.initialise import structure
 from unibiomed_jax.training.snapshot import Checkpointer
+from unibiomed_jax.training.start import Start, abstract_state, summary
 from unibiomed_jax.training.step import TrainStep
 
 # No width, number of tokens or of windows is a multiple of it, so that it shows where a batch went.
@@ -91,6 +94,15 @@ def bytes_on_first_device(state):
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
 
 
+def said():
+    """What a run under FSDP says before it starts."""
+    config = dataclasses.replace(CONFIG, strategy="fsdp")
+    graphdef, shapes = structure(config)
+    layout = layout_of("fsdp")
+    start = Start(config, layout, None, None, IDS, graphdef, abstract_state(config, shapes, layout))
+    return summary(start, SimpleNamespace(mixture=SimpleNamespace(records=range(12)), steps_per_epoch=3))
+
+
 def trunk_collectives():
     """How often the devices talk while each of them encodes its own two images."""
     layout = Layout.over()
@@ -143,6 +155,7 @@ def main(folder):
     ]
     found["trunk_collectives"] = trunk_collectives()
     found["targets"] = targets()
+    found["summary"] = said()
     found["lowered"] = lowered.digest()
     found["restored"] = {}
     for name in ("data_parallel", "fsdp_tensor"):  # whole, and divided along two axes

@@ -159,7 +159,9 @@ def summary(start: Start, data: Pipeline) -> list[str]:
         f"{config.optim.accumulate} batches of {config.data.batch_size}."
     ]
     # An axis that cannot be divided matters only where the parameter has no other divided axis.
-    rows = layout.explain(trainable | frozen)
+    rows = sorted(
+        layout.explain(trainable, "optimizer") + layout.explain(frozen), key=lambda row: -row.bytes_per_device
+    )
     whole = [row for row in rows if row.obstacles and not any(row.spec)]
     if whole:
         size = sum(row.bytes_per_device for row in whole)
