@@ -330,8 +330,8 @@ def test_a_run_says_which_parameters_stay_whole(eight_devices):
     )
     # Maps of 1 and 4 channels, and a hidden state of two numbers.
     assert re.fullmatch(
-        r"\d+ parameters \(0\.0 MiB a device\) stay whole although 'fsdp' asks to divide them; the largest is "
-        r"sam2\.\S+: no axis of [\dx]+ divides by 8\.",
+        r"\d+ parameters \(0\.0 MiB a device\) stay whole although 'fsdp' asks to divide them; the largest "
+        r"is sam2\.\S+: no axis of [\dx]+ divides by 8\.",
         whole,
     )
 
