@@ -50,7 +50,7 @@ CONFIG = dataclasses.replace(
             hiera=HieraConfig(embed_dim=8, num_heads=1, stages=(1, 1, 4, 1), global_attention_blocks=()),
         ),
     ),
-    optim=dataclasses.replace(STEP.optim, clip=1e9, lr=1e-3, warmup=0.0, beta1=0.0),
+    optim=dataclasses.replace(STEP.optim, clip=1e9, lr=4e-5, warmup=0.0, beta1=0.0),
 )
 
 
