@@ -12,10 +12,15 @@ from places import ROOT, TESTS
 
 def report(script: str, *arguments: str) -> tuple[dict, str]:
     """What a script of this folder prints as its last line, a line of JSON, and what it writes to stderr."""
+    flags = (
+        "--xla_force_host_platform_device_count=8",
+        # It may let two devices wait for each other, each in another collective.
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    )
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": " ".join(flags),
         "PYTHONPATH": str(ROOT),
     }
     result = subprocess.run(
