@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.files import write_beside
 from unibiomed_jax.masks.overlay import overlay
 
 
@@ -99,6 +100,4 @@ def _keep_until(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             continue
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_beside(path, "".join(kept).encode())
