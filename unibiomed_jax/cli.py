@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from unibiomed_jax.commands.explain_sharding import ExplainShardingOptions
 from unibiomed_jax.commands.predict import PredictOptions
 from unibiomed_jax.commands.run import run
 from unibiomed_jax.conversion.options import FromTorchOptions, ToTorchOptions, VerifyOptions
@@ -27,12 +28,14 @@ _Convert = (
 )
 Command = (
     Annotated[PredictOptions, tyro.conf.subcommand("predict")]
+    | Annotated[ExplainShardingOptions, tyro.conf.subcommand("explain-sharding")]
     | Annotated[_Convert, tyro.conf.subcommand("convert", description="PyTorch checkpoints in and out.")]
     | Annotated[_Data, tyro.conf.subcommand("data", description="Make, check and pack datasets to train on.")]
 )
 # Where each command is: its module below `commands`, which is loaded when it is asked for, and its function.
 PLACES = {
     PredictOptions: ("predict", "predict"),
+    ExplainShardingOptions: ("explain_sharding", "explain_sharding"),
     FromTorchOptions: ("convert", "from_torch"),
     ToTorchOptions: ("convert", "to_torch"),
     VerifyOptions: ("convert", "verify"),

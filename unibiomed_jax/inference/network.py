@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 from flax import nnx
 
 from unibiomed_jax.config.model import ModelConfig
@@ -12,18 +11,31 @@ from unibiomed_jax.config.precision import FLOAT32, Precision, bfloat16_units
 from unibiomed_jax.inference.cpu import split_linears, stored_in_bfloat16
 from unibiomed_jax.models.layers import layer_at, unstack_layers
 from unibiomed_jax.models.unibiomed import UniBiomedModel
-from unibiomed_jax.parameters import stored_for
+from unibiomed_jax.parameters import flatten, stored_for, unflatten
+from unibiomed_jax.sharding.layout import Layout
+from unibiomed_jax.sharding.target import target
 
 
-def build_network(config: ModelConfig, params: dict, precision: Precision) -> tuple[nnx.GraphDef, nnx.State]:
+def build_network(
+    config: ModelConfig, params: dict, precision: Precision, layout: Layout
+) -> tuple[nnx.GraphDef, nnx.State]:
     """The model and its parameters, to be merged inside a compiled function.
 
     Args:
         config: the model's sizes.
         params: parameter tree of `UniBiomedModel(config)`, in whatever formats it is stored.
         precision: of the arithmetic.
+        layout: divides the model over devices.
+
+    Raises:
+        InputError: the strategy does not do on this mesh what it is for.
     """
-    on_cpu = jax.default_backend() == "cpu"
+    if layout.mesh.size > 1:
+        table = flatten(params)
+        layout.require_useful(table)
+        params = unflatten(layout.place(table))
+    with layout.inside():
+        on_cpu = target() == ("cpu", 1)
     in_parts = (
         on_cpu
         and bfloat16_units() == "matrix"

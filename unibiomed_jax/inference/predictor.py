@@ -45,6 +45,7 @@ from unibiomed_jax.inputs.images import ImageRecord, ImageSource, open_frames, o
 from unibiomed_jax.inputs.tiles import frame_tiles, image_tiles, sam_image
 from unibiomed_jax.inputs.tokenizer import Tokenizer
 from unibiomed_jax.models.sam2 import plan_frames
+from unibiomed_jax.sharding.axes import axis_units
 from unibiomed_jax.sharding.layout import Layout
 
 # Tokens between two looks of the host at the text. The loop also stops by itself where the text may end.
@@ -81,19 +82,23 @@ class UniBiomed:
         *,
         precision: Precision | None = None,
         checkpoint_hash: str = "",
+        layout: Layout | None = None,
     ):
-        """`params` is the parameter tree of `UniBiomedModel(config)`."""
+        """`params` is the parameter tree of `UniBiomedModel(config)`, `layout` divides it over devices."""
         runtime.prepare()
         self.config = config
         self.precision = precision or find_precision("auto")
         self.tokenizer = tokenizer
         self.checkpoint_hash = checkpoint_hash
-        self.graphdef, self.params = build_network(config, params, self.precision)
-        layout = Layout.over(jax.devices()[:1], model=config)
+        layout = layout or Layout.over(jax.devices()[:1])
+        self.layout = layout = dataclasses.replace(layout, units=axis_units(config))
+        self.graphdef, self.params = build_network(config, params, self.precision, layout)
         self.stages = Stages(self.graphdef, tokenizer, config.language.vocab_size, layout)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, precision: Precision | None = None) -> UniBiomed:
+    def from_pretrained(
+        cls, path: str | Path, *, precision: Precision | None = None, layout: Layout | None = None
+    ) -> UniBiomed:
         """Load a checkpoint.
 
         Args:
@@ -101,18 +106,20 @@ class UniBiomed:
                 `owner/name[@revision]` on the Hugging Face hub: what is downloaded and converted is kept for
                 the next time.
             precision: of the arithmetic; by default what suits the device.
+            layout: how the model is divided over devices; by default the first device has all of it.
 
         Raises:
             InputError: the folder or a file of it is missing, damaged or of another model, or the repository
                 cannot be downloaded.
         """
-        loaded = loading.load(path)
+        loaded = loading.load(path, sharding=layout and layout.parameter)
         return cls(
             loaded.config,
             loaded.params,
             Tokenizer.from_folder(loaded.tokenizer),
             precision=precision,
             checkpoint_hash=loaded.hash,
+            layout=layout,
         )
 
     # ---------------------------------------------------------------------------------------- questions
@@ -334,7 +341,9 @@ class UniBiomed:
         if not images:
             return
         tiles = np.concatenate([image.tiles for image in images])
-        rows = in_chunks(lambda part: self.stages.encode_tiles(self.params, part), tiles, tile_chunks())
+        with self.layout.inside():
+            sizes = tile_chunks()
+        rows = in_chunks(lambda part: self.stages.encode_tiles(self.params, part), tiles, sizes)
         bounds = np.cumsum([len(image.tiles) for image in images])[:-1]
         for image, part in zip(images, np.split(rows, bounds), strict=True):
             image.visual = part.reshape(-1, part.shape[-1])
