@@ -37,6 +37,8 @@ from unibiomed_jax.inputs.tokenizer import copy_tokenizer
 from unibiomed_jax.training.config import CheckpointConfig
 
 logger = logging.getLogger(__name__)
+# What a thread of Orbax meets is raised by `wait`, and said then.
+logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in record.getMessage())
 
 PARTIAL = ".partial"
 # What file systems without locks answer to one.
