@@ -80,7 +80,8 @@ def test_prompt_embeddings_and_logits(model, image, case):
         pixels = np.asarray(normalize(asked.image.tiles))
         np.testing.assert_array_equal(pixels.transpose(0, 3, 1, 2), golden["pixel_values"])
         model._encode_visual([asked.image])
-        assert_close(asked.image.visual.reshape(golden["vit_embeds"].shape), golden["vit_embeds"], 1e-5)
+        visual = np.stack([rows[tile] for rows, tile in asked.image.visual])
+        assert_close(visual.reshape(golden["vit_embeds"].shape), golden["vit_embeds"], 1e-5)
     answering = model._start([asked], len(said), None, None)
     *_, ids = model._looks(answering, len(said))
     assert ids[0] == said
@@ -94,10 +95,10 @@ def test_prompt_embeddings_and_logits(model, image, case):
         assert_close(network.prompt_vectors(states[objects]), golden["seg_embed"], 1e-4)
 
     whole = np.array([prompt.ids + said[:-1]], np.int32)
-    visual = np.zeros((1, 1, states.shape[-1]), np.float32)
+    shown = np.zeros((1, 1, states.shape[-1]), np.float32)
     if asked.image is not None:
-        visual = asked.image.visual[prompt.rows][None]
-    embeds = network.embed_prompt(whole, visual, visual_source(whole, model.tokenizer.image_context_id))
+        shown = visual.reshape(-1, states.shape[-1])[prompt.rows][None]
+    embeds = network.embed_prompt(whole, shown, visual_source(whole, model.tokenizer.image_context_id))
     assert_close(embeds[:, : len(prompt.ids)], golden["inputs_embeds"], 1e-5)
     states = network.language_model(embeds)[0, len(prompt.ids) - 1 :]
     assert_close(states, golden["last_hidden_tail"], 1e-4)

@@ -7,8 +7,9 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
+import jax
 import numpy as np
-from jaxtyping import Bool, Float32, Int, UInt8
+from jaxtyping import Bool, Float, Float32, Int, UInt8
 from PIL import Image
 
 from unibiomed_jax.config.fields import ABOVE_ZERO, POSITIVE_SHARE, SEED, require_limits
@@ -80,8 +81,9 @@ class OpenedImage:
         self.conditioning = None if conditioning is None else tuple(conditioning)
         # What the vision model reads.
         self.tiles = tiles
-        # Rows for the language model, (tiles * tokens, embed); made at the first question.
-        self.visual: np.ndarray | None = None
+        # Rows for the language model of every tile: an array (tiles, tokens, embed) on the devices, and the
+        # place in it; made at the first question.
+        self.visual: Sequence[tuple[Float[jax.Array, "tiles tokens embed"], int]] | None = None
         # SAM2's features of a single image; made at the first `[SEG]`.
         self.features: ImageFeatures | None = None
 

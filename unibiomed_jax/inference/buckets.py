@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-import numpy as np
-from jaxtyping import Array, Float
+from collections.abc import Iterator, Sequence
 
 from unibiomed_jax.sharding.target import target
 
@@ -40,13 +37,10 @@ def tile_chunks() -> tuple[int, ...]:
     return (1,) if target() == ("cpu", 1) else (8, 4, 2, 1)
 
 
-def in_chunks(
-    function: Callable[[np.ndarray], Array], array: Float[np.ndarray, "rows *rest"], sizes: Sequence[int]
-) -> Float[np.ndarray, "rows *rest2"]:
-    """Apply a compiled function along the first axis in chunks of the given sizes, which descend to 1."""
-    outputs, start = [], 0
+def chunks(count: int, sizes: Sequence[int]) -> Iterator[slice]:
+    """Cut `count` rows into chunks of the given sizes, which descend to 1."""
+    start = 0
     for size in sizes:
-        while len(array) - start >= size:
-            outputs.append(function(array[start : start + size]))
+        while count - start >= size:
+            yield slice(start, start + size)
             start += size
-    return np.concatenate([np.asarray(output) for output in outputs])

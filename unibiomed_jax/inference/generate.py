@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from unibiomed_jax.models.sam2 import FrameMasks, FramePlan
+from unibiomed_jax.models.mask_decoder import MaskDecoding
+from unibiomed_jax.models.sam2 import FrameMasks, FramePlan, ImageFeatures
 from unibiomed_jax.models.unibiomed import UniBiomedModel
+from unibiomed_jax.sharding.constraints import constrain
 
 
 class Draw(NamedTuple):
@@ -87,6 +89,39 @@ def prefill(
         limits=limits,
         draw=draw,
     )
+
+
+def blank_rows(model: UniBiomedModel, batch: int, length: int) -> Float[Array, "batch length embed"]:
+    """Room for the visual rows of a batch, which `lay_tile` fills."""
+    rows = jnp.zeros((batch, length, model.config.language.hidden_size))
+    return constrain(rows, "batch", None, None)
+
+
+def lay_tile(
+    visual: Float[Array, "batch length embed"],
+    rows: Float[Array, "tiles tokens embed"],
+    tile: Int[Array, ""],
+    row: Int[Array, ""],
+    number: Int[Array, ""],
+) -> Float[Array, "batch length embed"]:
+    """Lay the rows of one of the `tiles` where those of tile `number` of a row of the batch belong."""
+    part = jax.lax.dynamic_index_in_dim(rows, tile).astype(visual.dtype)
+    visual = jax.lax.dynamic_update_slice(visual, part, (row, number * rows.shape[1], 0))
+    return constrain(visual, "batch", None, None)
+
+
+def states_at(
+    hidden: Float[Array, "batch new embed"], row: Int[Array, ""], places: Int[Array, "objects"]
+) -> Float[Array, "objects embed"]:
+    """The states at some places of one answer."""
+    return jax.lax.dynamic_index_in_dim(hidden, row, keepdims=False)[places]
+
+
+def segment_image(
+    model: UniBiomedModel, features: ImageFeatures, hidden: Float[Array, "objects embed"]
+) -> MaskDecoding:
+    """Masks of one image for some states."""
+    return model.segment(features, hidden[None])
 
 
 class StopText(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float
 
 from unibiomed_jax import runtime
 from unibiomed_jax.config.model import ModelConfig
@@ -34,7 +35,7 @@ from unibiomed_jax.inference.batching import (
     tile_arrays,
     volume_arrays,
 )
-from unibiomed_jax.inference.buckets import in_chunks, power_of_two, tile_chunks
+from unibiomed_jax.inference.buckets import chunks, power_of_two, tile_chunks
 from unibiomed_jax.inference.generate import Decoding, Draw, Limits
 from unibiomed_jax.inference.network import build_network
 from unibiomed_jax.inference.phrases import Phrase, parse_answer
@@ -338,17 +339,21 @@ class UniBiomed:
     # ------------------------------------------------------------------------------------------- stages
 
     def _encode_visual(self, images: Sequence[OpenedImage]) -> None:
-        """Fill in the rows for the language model; tiles of all images share a few compiled shapes."""
+        """Make the rows for the language model; tiles of all images share a few compiled shapes."""
         images = [image for image in images if image.visual is None]
         if not images:
             return
         tiles = np.concatenate([image.tiles for image in images])
         with self.layout.inside():
             sizes = tile_chunks()
-        rows = in_chunks(lambda part: self.stages.encode_tiles(self.params, part), tiles, sizes)
-        bounds = np.cumsum([len(image.tiles) for image in images])[:-1]
-        for image, part in zip(images, np.split(rows, bounds), strict=True):
-            image.visual = part.reshape(-1, part.shape[-1])
+        encoded = []
+        for chunk in chunks(len(tiles), sizes):
+            rows = self.stages.encode_tiles(self.params, tiles[chunk])
+            encoded += [(rows, tile) for tile in range(len(rows))]
+        jax.block_until_ready(rows)
+        found = iter(encoded)
+        for image in images:
+            image.visual = tuple(itertools.islice(found, len(image.tiles)))
 
     def _start(
         self,
@@ -365,11 +370,12 @@ class UniBiomed:
         with _timed(seconds, "encode tiles"):
             self._encode_visual(list({id(r.image): r.image for r in opened if r.image}.values()))
         arrays = prompt_arrays(self.config, self.tokenizer, opened, prompts, max_new_tokens, max_masks)
-        visual = np.zeros((*arrays.ids.shape, self.config.language.hidden_size), np.float32)
-        for row, request in enumerate(opened):  # a prompt shows every row, so that it is as long
-            if request.image is not None and request.image.visual is not None:
-                visual[row, : len(request.image.visual)] = request.image.visual
         with _timed(seconds, "prefill"):
+            batch, length = arrays.ids.shape  # a prompt shows every visual row, so that it is as long
+            visual = self.stages.blank_rows(self.params, batch=batch, length=length)
+            for row, request in enumerate(opened):
+                for number, (rows, tile) in enumerate(request.image.visual if request.image else ()):
+                    visual = self.stages.lay_tile(visual, rows, tile, row, number)
             prompt_inputs = (arrays.ids, arrays.source, arrays.lengths, visual, arrays.forced)
             state = self.stages.prefill(self.params, *prompt_inputs, arrays.limits, drawn(sampling))
             jax.block_until_ready(state.step)
@@ -401,34 +407,34 @@ class UniBiomed:
 
     def _finish(self, answering: _Answering, hide_absent: bool) -> list[Answer]:
         """The answers with their masks, once all is said."""
-        hidden, seconds = np.asarray(answering.state.hidden), answering.seconds
-        answers = []
+        seconds, answers = answering.seconds, []
         for row, (request, prompt) in enumerate(zip(answering.requests, answering.prompts, strict=True)):
             ids = answering.said[row]
             positions = self._seg_positions(ids)
             segments: tuple[Segment, ...] = ()
             if request.image is not None and positions:
                 phrases = parse_answer(self.tokenizer.decode(ids), request.prompt)
-                states = hidden[row, positions]
-                segments = self._segment(request.image, states, phrases, hide_absent, seconds)
+                filled = positions + positions[:1] * (power_of_two(len(positions)) - len(positions))
+                states = self.stages.states_at(answering.state.hidden, row, np.array(filled))
+                segments = self._segment(request.image, states, len(positions), phrases, hide_absent, seconds)
             answers.append(self._answer(request, prompt, ids, segments, seconds))
         return answers
 
     def _segment(
         self,
         image: OpenedImage,
-        hidden: Float32[np.ndarray, "objects embed"],
+        hidden: Float[jax.Array, "padded embed"],
+        count: int,
         phrases: Sequence[Phrase],
         hide_absent: bool,
         seconds: dict[str, float],
     ) -> tuple[Segment, ...]:
-        """All `[SEG]` of one answer in one call; the number of objects is padded to a bucket."""
-        count, size = len(hidden), self.config.sam2.image_size
-        padded = np.concatenate([hidden, np.repeat(hidden[:1], power_of_two(count) - count, axis=0)])
+        """All `[SEG]` of one answer in one call; behind the `count` states are some that fill a bucket."""
+        size = self.config.sam2.image_size
         if image.is_volume:
             with _timed(seconds, "segment volume"):
                 frames, plan = volume_arrays(self.config.sam2, image)
-                decoded = self.stages.segment_frames(self.params, frames, padded, plan)
+                decoded = self.stages.segment_frames(self.params, frames, hidden, plan)
                 masks, ious, scores = (
                     np.asarray(x)[: len(image.frames)].swapaxes(0, 1)
                     for x in (decoded.masks, decoded.ious.max(-1), decoded.object_scores)
@@ -439,7 +445,7 @@ class UniBiomed:
                     pixels = sam_image(image.frames[0], size)[None]
                     image.features = jax.block_until_ready(self.stages.encode_image(self.params, pixels))
             with _timed(seconds, "decode masks"):
-                decoded = self.stages.segment(self.params, image.features, padded[None])
+                decoded = self.stages.segment(self.params, image.features, hidden)
                 masks = np.asarray(decoded.masks)[0][:, None]
                 ious = np.asarray(decoded.ious)[0].max(-1)[:, None]
                 scores = np.asarray(decoded.object_scores)[0][:, None]
