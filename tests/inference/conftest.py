@@ -10,7 +10,10 @@ from places import GOLDEN, MICRO
 from unibiomed_jax import UniBiomed
 from unibiomed_jax.config.precision import FLOAT32
 
-STAGES = {"encode_tiles", "prefill", "advance", "encode_image", "segment", "segment_frames", "ground"}
+STAGES = {
+    *("encode_tiles", "blank_rows", "lay_tile", "prefill", "advance", "states_at"),
+    *("encode_image", "segment", "segment_frames", "ground"),
+}
 
 
 @pytest.fixture(scope="session")
