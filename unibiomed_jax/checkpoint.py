@@ -11,6 +11,7 @@ The parts are separate Orbax checkpoints so that saving and loading need little 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ import numpy as np
 from flax import nnx
 from orbax.checkpoint.experimental import v1 as ocp
 
+from unibiomed_jax import distributed
 from unibiomed_jax.config.fields import from_dict, to_dict
 from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.errors import InputError
@@ -82,6 +84,8 @@ def write(
 ) -> str:
     """Write config, parameters and manifest into `folder`, holding two parts at a time.
 
+    Of arrays that span processes every process writes its shares; the first one hashes and does all else.
+
     Args:
         folder: an existing, empty folder (see `new_folder`).
         parts: (name, nested parameters) of each part; one is asked for while the one before is being saved.
@@ -97,24 +101,32 @@ def write(
             for name, tree in parts:
                 if saving:
                     saving.result()
-                host = {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
-                for path, leaf in host.items():
-                    leaves[f"{name}.{path}"] = hasher.submit(leaf_record, leaf)
-                saving = ocp.save_async(folder / "params" / name, _string_keys(unflatten(host)))
-                del tree, host, leaf
+                shares = {}
+                for path, leaf in flatten(tree).items():
+                    host = distributed.whole(leaf)
+                    if distributed.is_first():
+                        leaves[f"{name}.{path}"] = hasher.submit(leaf_record, host)
+                    spans = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+                    shares[path] = leaf if spans else host
+                saving = ocp.save_async(folder / "params" / name, _string_keys(unflatten(shares)))
+                del tree, shares, leaf, host
             records = {path: future.result() for path, future in leaves.items()}
         finally:
             if saving:
                 saving.result()
-    manifest = {
-        "format": FORMAT,
-        "hash": identity(records),
-        "lora": {"rank": lora.rank, "alpha": lora.alpha} if lora else None,
-        "leaves": records,
-    }
-    (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    return manifest["hash"]
+
+    def end() -> str:
+        manifest = {
+            "format": FORMAT,
+            "hash": identity(records),
+            "lora": {"rank": lora.rank, "alpha": lora.alpha} if lora else None,
+            "leaves": records,
+        }
+        (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        return manifest["hash"]
+
+    return distributed.first_says(end)
 
 
 def save(
@@ -127,7 +139,7 @@ def save(
     release: str | os.PathLike | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Save a model as a checkpoint folder that `load` and `conversion.to_torch` read, from a single process.
+    """Save a model as a checkpoint folder that `load` and `conversion.to_torch` read; every process calls it.
 
     Args:
         path: the folder to create; it appears complete or not at all.
@@ -145,11 +157,18 @@ def save(
     """
     if isinstance(params, nnx.State):
         params = nnx.to_pure_dict(params)
-    require_space(path, sum(leaf.nbytes for leaf in flatten(params).values()))
-    with new_folder(path, overwrite=overwrite) as folder:
-        copy_tokenizer(Path(tokenizer), folder / "tokenizer")
-        if release is not None and Path(release).is_dir():
-            shutil.copytree(release, folder / "release")
+    size = sum(leaf.nbytes for leaf in flatten(params).values())
+    with contextlib.ExitStack() as filling:
+
+        def begin() -> str:
+            require_space(path, size)
+            folder = filling.enter_context(new_folder(path, overwrite=overwrite))
+            copy_tokenizer(Path(tokenizer), folder / "tokenizer")
+            if release is not None and Path(release).is_dir():
+                shutil.copytree(release, folder / "release")
+            return str(folder)
+
+        folder = Path(distributed.first_says(begin))
         return write(folder, config, params.items(), lora=lora)
 
 
@@ -158,6 +177,15 @@ def _context() -> ocp.Context:
     context = ocp.Context()
     context.array.saving.use_compression = False
     context.memory.deepcopy_host_arrays = False
+    return context
+
+
+def _alone() -> ocp.Context:
+    """Each process reads by itself, and none waits for others."""
+    context, process = ocp.Context(), jax.process_index()
+    context.multiprocessing.primary_host = process
+    context.multiprocessing.active_processes = {process}
+    context.multiprocessing.barrier_sync_key_prefix = f"process-{process}"
     return context
 
 
@@ -278,7 +306,7 @@ def load(
     except (ArithmeticError, TypeError, ValueError) as error:
         raise InputError(f"{path}: no model can be built from config.json ({error}); {REMEDY}.") from None
     check_shapes({p: s for p, s in manifest.shapes.items() if ".lora." not in p}, expected, str(path))
-    place = sharding or (lambda path, shape: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    place = sharding or (lambda path, shape: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     params: dict = {}
     for name in dict.fromkeys(p.partition(".")[0] for p in manifest.leaves):
         wanted = dtype if isinstance(dtype, str) or dtype is None else dtype.get(name)
@@ -316,7 +344,8 @@ def dtype_of(name: str) -> np.dtype:
 def _restore(path: Path, name: str, abstract: Mapping[str, Any]) -> dict[str, Any]:
     folder = path.absolute() / "params" / name  # Orbax refuses relative paths
     try:
-        return flatten(ocp.load(folder, _string_keys(unflatten(abstract))))
+        with _alone():
+            return flatten(ocp.load(folder, _string_keys(unflatten(abstract))))
     except MemoryError:
         raise
     except Exception as error:  # Orbax and tensorstore raise many kinds

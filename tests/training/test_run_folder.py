@@ -39,9 +39,3 @@ def test_a_file_system_without_locks_goes_without(checkpointer, monkeypatch, cod
 
     monkeypatch.setattr("fcntl.flock", refuse)
     checkpointer.claim()
-
-
-def test_only_the_first_host_locks(checkpointer, monkeypatch, tmp_path):
-    checkpointer.claim()
-    monkeypatch.setattr("jax.process_index", lambda: 1)
-    Checkpointer(tmp_path / "checkpoints", CheckpointConfig()).claim()

@@ -10,6 +10,7 @@ from unibiomed_jax.config.model import ModelConfig, RematConfig
 from unibiomed_jax.config.precision import Dtype, Precision
 from unibiomed_jax.data.pipeline import PipelineConfig
 from unibiomed_jax.data.records import DatasetConfig
+from unibiomed_jax.distributed import Processes
 from unibiomed_jax.training.lora import DECODER_LAYERS
 
 
@@ -183,8 +184,8 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class Acts:
-    """What `train.py` does with an experiment beside, or instead of, training it."""
+class Acts(Processes):
+    """What `train.py` does with an experiment beside, or instead of, training it, and in which processes."""
 
     # Compile the step of the heaviest batch and print the memory it needs, without training.
     dry_run: bool = False

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from unibiomed_jax import distributed
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.masks.overlay import overlay
 
@@ -19,7 +20,8 @@ from unibiomed_jax.masks.overlay import overlay
 class RunLog:
     """`log.jsonl`, one line per report: {"step", "kind", "seconds" since 1970, the measures ...}.
 
-    JSON has no word for a number that is not finite: it is written as null.
+    JSON has no word for a number that is not finite: it is written as null. Of the processes of a job the
+    first one writes.
     """
 
     def __init__(self, folder: str | os.PathLike, *, tensorboard: bool, first_step: int = 0):
@@ -29,6 +31,9 @@ class RunLog:
             InputError: TensorBoard files are wanted but their writer is not installed.
         """
         self.folder = Path(folder)
+        self._writes = distributed.is_first()
+        if not self._writes:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "log.jsonl"
         if self.path.exists():
@@ -47,6 +52,8 @@ class RunLog:
 
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         """Report measures of an update; `kind` is train, validation, ..."""
+        if not self._writes:
+            return
         line = {"step": step, "kind": kind, "seconds": time.time()}
         line |= {name: _finite_or_none(value) for name, value in values.items()}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -58,6 +65,8 @@ class RunLog:
 
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
         """Keep a picture in `pictures/`."""
+        if not self._writes:
+            return
         path = self.folder / "pictures" / f"{step:08d}-{name}.jpg"
         path.parent.mkdir(exist_ok=True)
         picture.convert("RGB").save(path, quality=85)
@@ -65,6 +74,8 @@ class RunLog:
             self._board.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
+        if not self._writes:
+            return
         self._file.close()
         if self._board is not None:
             self._board.close()

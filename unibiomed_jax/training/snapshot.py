@@ -10,6 +10,9 @@
 
 A checkpoint is written beside its place and moved there when it is complete, so that a folder with that name
 is either whole or was damaged later, which the manifest shows. Older ones go only after that.
+
+Of several processes every one writes its shares of the state; all else is done by the first, in a folder
+that all of them must see.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ import logging
 import os
 import shutil
 import threading
+import time
+import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +36,7 @@ from typing import Any
 import jax
 from orbax.checkpoint.experimental import v1 as ocp
 
+from unibiomed_jax import distributed
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.files import NO_SPACE
 from unibiomed_jax.inputs.tokenizer import copy_tokenizer
@@ -73,13 +79,13 @@ class Checkpointer:
         """
         self.folder = Path(folder).absolute()
         self.config = config
+        self._primary = distributed.is_first()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
                 f"{self.folder} cannot be created ({error}); choose another --folder."
             ) from error
-        self._primary = jax.process_index() == 0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         # Steps of the checkpoints that were found damaged and passed over.
@@ -95,15 +101,25 @@ class Checkpointer:
             self.wait()
 
     def claim(self) -> None:
-        """Make the run's folder this process's own to train in, and clear what a killed run left unfinished.
+        """Make the run's folder this job's own to train in, and clear what a killed run left unfinished.
 
         The lock ends with the process, whatever ends it. A file system without locks goes without.
 
         Raises:
-            InputError: another process trains in the folder.
+            InputError: another job trains in the folder, or the processes of this one do not all see it.
         """
-        if not self._primary:
-            return
+        name = distributed.first_says(self._lock_and_clear)
+        seen = distributed.gather(_appears(self.folder / name))
+        if not all(seen):
+            raise InputError(
+                f"Process {seen.index(False)} does not see what process 0 writes into {self.folder}; choose "
+                "a --folder on storage that all machines share."
+            )
+        if self._primary:
+            (self.folder / name).unlink()
+
+    def _lock_and_clear(self) -> str:
+        """What `claim` does on the first process; names a file that only shows that the folder is seen."""
         run = self.folder.parent
         self._lock = (run / "lock").open("a")
         try:
@@ -116,7 +132,10 @@ class Checkpointer:
             if error.errno not in NO_LOCKS:
                 raise
         for leftover in self.folder.glob(f"*{PARTIAL}"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        name = f"{uuid.uuid4().hex}{PARTIAL}"
+        (self.folder / name).touch()
+        return name
 
     def save(
         self,
@@ -159,6 +178,7 @@ class Checkpointer:
                     "belongs_to": dict(belongs_to or {}),
                 }
                 _write_json(partial / "about.json", about)
+            distributed.wait_for_all()
             response = ocp.save_async(partial / "state", nested(state))
         except Exception as error:
             raise self._explain(error) from error
@@ -215,11 +235,16 @@ class Checkpointer:
             InputError: the checkpoint is of another model or optimiser, or damaged (all of them, if no step
                 is asked for).
         """
+        undamaged = distributed.first_says(lambda: self._undamaged(step))
+        return None if undamaged is None else self._load(undamaged, abstract, dict(belongs_to or {}))
+
+    def _undamaged(self, step: int | None) -> int | None:
+        """The step, or that of the newest undamaged checkpoint; None if there is no checkpoint."""
         steps = self.steps() if step is None else [step]
         for candidate in reversed(steps):
             damage = find_damage(self.path(candidate))
             if not damage:
-                return self._load(candidate, abstract, dict(belongs_to or {}))
+                return candidate
             if step is not None:
                 others = ", ".join(str(other) for other in self.steps() if other != step) or "none"
                 raise InputError(
@@ -262,7 +287,8 @@ class Checkpointer:
                 self._prune(step)
         except BaseException as error:
             self._error = error
-            shutil.rmtree(partial, ignore_errors=True)
+            if self._primary:
+                shutil.rmtree(partial, ignore_errors=True)
 
     def _ranked(self, steps: Iterable[int]) -> list[int]:
         """The undamaged among these steps that were measured by `config.best`, best first."""
@@ -291,6 +317,15 @@ class Checkpointer:
             kept = f"checkpoint {steps[-1]} is intact" if steps else "there is no checkpoint yet"
             return InputError(f"The disk of {self.folder} is full ({kept}); free some space and run again.")
         return error
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file is there, after the time that networks take to show it."""
+    for _ in range(60):
+        if path.exists():
+            return True
+        time.sleep(0.5)
+    return False
 
 
 def leaves_by_name(tree: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,8 +121,10 @@ def find_tokenizer(config: TrainConfig) -> Path:
     raise InputError("A run from random parameters needs --tokenizer, the folder of a tokenizer's files.")
 
 
-def open_data(config: TrainConfig, tokenizer: Tokenizer, *, training: bool) -> Pipeline:
-    """The pipeline of the training or of the validation data.
+def open_data(
+    config: TrainConfig, tokenizer: Tokenizer, *, training: bool, share: tuple[int, int] = (0, 1)
+) -> Pipeline:
+    """The pipeline of the training or of the validation data; `share` is what `share_of_rows` gives.
 
     Raises:
         InputError: a dataset cannot be read, or there is none.
@@ -131,14 +134,33 @@ def open_data(config: TrainConfig, tokenizer: Tokenizer, *, training: bool) -> P
         settings = dataclasses.replace(settings, datasets=config.validation, workers=0)
     if not settings.datasets:
         raise InputError("There is no training data: list datasets in the configuration's data.datasets.")
+    host, hosts = share
     return Pipeline(
         settings,
         SampleSizes.of(config.model),
         tokenizer,
         training=training,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
+        host=host,
+        hosts=hosts,
     )
+
+
+def share_of_rows(layout: Layout, batch_size: int) -> tuple[int, int]:
+    """(which share of a batch's rows this process reads, into how many equal shares they are divided).
+
+    Processes whose devices hold the same rows read the same.
+
+    Raises:
+        InputError: its rows do not lie side by side.
+    """
+    places = layout.batch.addressable_devices_indices_map((batch_size,)).values()
+    rows = sorted({row for (place,) in places for row in range(batch_size)[place]})
+    if rows != list(range(rows[0], rows[-1] + 1)):
+        raise InputError(
+            f"The mesh gives the rows {rows} of a batch to process {jax.process_index()}, with those of "
+            "others between them; put the devices of a process side by side along the axes that divide it."
+        )
+    return rows[0] // len(rows), batch_size // len(rows)
 
 
 def summary(start: Start, data: Pipeline) -> list[str]:
@@ -185,6 +207,12 @@ def abstract_state(config: TrainConfig, shapes: Parameters, layout: Layout) -> d
         )
 
     return layout.abstract({"train": jax.eval_shape(state), "frozen": frozen})
+
+
+def together(positions: Sequence[dict]) -> dict:
+    """Where the data stands, from what every process says of its own share."""
+    unreadable = {name: reason for position in positions for name, reason in position["unreadable"].items()}
+    return positions[0] | {"unreadable": unreadable}
 
 
 def belongs_to(config: TrainConfig) -> dict:
@@ -234,14 +262,20 @@ def going_on(restored: Restored, config: TrainConfig) -> str:
             f"{accumulate} would change what its learning rate and its place in the data mean; leave it at "
             f"{then}, or choose another --folder."
         )
-    was, now = flatten(restored.config), flatten(json.loads(json.dumps(to_dict(config))))
+    was = flatten(restored.config)
     changed = [
         f"{name} {was[name]} -> {value}"
-        for name, value in now.items()
-        if name in was and was[name] != value and name not in ("folder", "data.datasets", "validation")
+        for name, value in settings(config).items()
+        if name in was and was[name] != value and name != "folder"
     ]
     told = f" Changed since then: {', '.join(changed)}." if changed else ""
     return f"Going on after update {restored.step} of {steps}.{told}"
+
+
+def settings(config: TrainConfig) -> dict:
+    """All that a configuration says, by dotted name, as JSON values, but for where data lies."""
+    values = flatten(json.loads(json.dumps(to_dict(config))))
+    return {name: value for name, value in values.items() if name not in ("data.datasets", "validation")}
 
 
 def starting_parameters(config: TrainConfig, layout: Layout) -> tuple[Parameters, Parameters]:
