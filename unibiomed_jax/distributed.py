@@ -39,8 +39,8 @@ _FAREWELL = 2
 _PATIENCE = 2_000
 _ENDING = "unibiomed/ending"
 _rounds = itertools.count()
-# The job that this process belongs to, and JAX's client of the coordination service; None: alone.
-_joined: tuple[_Job, Any] | None = None
+# None: alone.
+_joined: _Joined | None = None
 # Who holds it says why this process ends; there is one reason.
 _last_words = threading.Lock()
 # Bytes of an array that are gathered at once.
@@ -70,6 +70,16 @@ class _Job(NamedTuple):
     devices: list[int] | None = None
 
 
+class _Joined(NamedTuple):
+    """The job that this process belongs to."""
+
+    job: _Job
+    # JAX's client of the coordination service.
+    client: Any
+    # Hears when another process fails.
+    listener: threading.Thread
+
+
 def join(options: Processes) -> None:
     """Become one of the processes of a job, before anything starts JAX's devices; alone, nothing happens.
 
@@ -96,8 +106,10 @@ def join(options: Processes) -> None:
         heartbeat_timeout_seconds=HEARTBEAT,
         shutdown_timeout_seconds=HEARTBEAT,
     )
-    _joined = job, global_state.client
-    threading.Thread(target=_listen, args=_joined, daemon=True).start()
+    client = global_state.client
+    listener = threading.Thread(target=_listen, args=(job, client), daemon=True)
+    listener.start()
+    _joined = _Joined(job, client, listener)
 
 
 def _given(options: Processes) -> _Job | None:
@@ -230,19 +242,19 @@ def _report(job: _Job) -> None:
 
 def is_first() -> bool:
     """Whether this is the process that writes logs, pictures and progress."""
-    return _joined is None or _joined[0].process == 0
+    return _joined is None or _joined.job.process == 0
 
 
 def share(things: Sequence) -> Sequence:
     """Those of the things that are this process's to do, when all processes do them together."""
-    return things if _joined is None else things[_joined[0].process :: _joined[0].processes]
+    return things if _joined is None else things[_joined.job.process :: _joined.job.processes]
 
 
 def gather(value: Any) -> list:
     """The values of all processes in their order, on every process."""
     if _joined is None:
         return [value]
-    job, client = _joined
+    job, client, _ = _joined
     place = f"unibiomed/{next(_rounds)}"
     client.key_value_set(f"{place}/{job.process}", json.dumps(value))
     return [json.loads(_read(client, f"{place}/{process}")) for process in range(job.processes)]
@@ -311,11 +323,21 @@ def whole(array: jax.Array | np.ndarray) -> np.ndarray:
         from jax.experimental import multihost_utils
 
         return multihost_utils.process_allgather(array, tiled=True)
-    return np.stack([whole(row) for row in array])
+    return np.stack([whole(array[row]) for row in range(len(array))])
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Ending
+
+
+def finish() -> None:
+    """Wait for the other processes: the first one may still be writing; none counts as missed after this."""
+    wait_for_all()
+    if _joined is None:
+        return
+    if is_first():
+        _joined.client.key_value_set(_ENDING, "null")
+    _joined.listener.join()
 
 
 @contextlib.contextmanager
@@ -334,7 +356,7 @@ def ending(reason: str, code: int) -> Iterator[None]:
         return
     from jax.errors import JaxRuntimeError
 
-    job, client = _joined
+    job, client, _ = _joined
     _last_words.acquire()
     with contextlib.suppress(JaxRuntimeError):  # another one was faster, or the first one is gone
         client.key_value_set(_ENDING, json.dumps([f"Process {job.process} ended: {reason}", code]))
@@ -347,13 +369,16 @@ def ending(reason: str, code: int) -> Iterator[None]:
 
 
 def _listen(job: _Job, client) -> None:
-    """In a thread: end when another process says that it fails."""
+    """In a thread: end when another process says that it fails; until all say that they are done."""
     from jax.errors import JaxRuntimeError
 
     try:
-        sentence, code = json.loads(_read(client, _ENDING))
-    except JaxRuntimeError:  # the end of the job; or the first process is gone, and JAX ends this one
+        told = json.loads(_read(client, _ENDING))
+    except JaxRuntimeError:  # the first process is gone, and JAX ends this one
         return
+    if told is None:
+        return
+    sentence, code = told
     _last_words.acquire()
     print(sentence, file=sys.stderr)
     _leave(code)

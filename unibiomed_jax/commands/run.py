@@ -29,7 +29,7 @@ def run(program: Callable[[], int | None]) -> int:
     code = IMPOSSIBLE
     try:
         done = program() or DONE
-        distributed.wait_for_all()  # the first one may still be writing
+        distributed.finish()
         return done
     except InputError as error:
         sentence = str(error)
