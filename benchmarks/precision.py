@@ -1,6 +1,6 @@
 """How far the number formats of a policy move words and masks, against float32, with random weights.
 
-    python benchmarks/precision.py [--size full] [--policies auto bfloat16] [--tiles 1 10] [--pictures 3]
+    python benchmarks/precision.py [--size full] [--policies fast bfloat16] [--tiles 1 10] [--pictures 3]
 
 The pictures are real (sample_data). Every answer has the same words, dictated, so that every policy is asked
 for the next token and for the masks in the same place. A token counts where float32's two likeliest are
@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from unibiomed_jax import Request
+from unibiomed_jax.config.precision import PrecisionName
 
 ROOT = Path(__file__).parents[1]
 PICTURES = (
@@ -48,11 +49,11 @@ class Args:
 
     size: str = "full"
     # Which, beside float32.
-    policies: tuple[str, ...] = ("auto", "bfloat16")
+    policies: tuple[PrecisionName, ...] = ("fast", "bfloat16")
     tiles: tuple[int, ...] = (1, 10)
     pictures: int = len(PICTURES)
     # Used within: run one policy and write what it gives there.
-    only: str | None = None
+    only: PrecisionName | None = None
     out: Path | None = None
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import lzma
-import shutil
-import tempfile
 from pathlib import Path
 
 import jax
@@ -15,15 +12,15 @@ import numpy as np
 from flax import nnx
 from numpy.typing import DTypeLike
 from PIL import Image
+from qwen2_tokenizer import qwen2_tokenizer
 
 from unibiomed_jax import Request, UniBiomed
 from unibiomed_jax.config.model import LanguageConfig, ModelConfig, VisionConfig
-from unibiomed_jax.config.precision import BFLOAT16, FLOAT32, Precision, default_precision
+from unibiomed_jax.config.precision import FLOAT32, Precision, PrecisionName, find_precision
 from unibiomed_jax.config.presets import SAM2_VARIANTS
 from unibiomed_jax.inputs.tokenizer import Tokenizer
 from unibiomed_jax.models.unibiomed import UniBiomedModel
 
-TOKENIZER = Path(__file__).parents[1] / "tests" / "files" / "qwen2_tokenizer"
 # "full" is UniBiomed-1B; "micro" only shows that a benchmark works.
 SIZES = {
     "full": ModelConfig(),
@@ -67,18 +64,11 @@ def random_parameters(config: ModelConfig) -> dict:
     return jax.tree_util.tree_map_with_path(fill, nnx.to_pure_dict(nnx.state(model)))
 
 
-def random_model(size: str, precision: str, tokenizer: Path | None = None) -> UniBiomed:
-    """The predictor at one of SIZES; `precision` is auto, float32 or bfloat16."""
+def random_model(size: str, precision: PrecisionName, tokenizer: Path | None = None) -> UniBiomed:
+    """The predictor at one of SIZES."""
     config = SIZES[size]
-    policy = {"auto": default_precision(), "float32": FLOAT32, "bfloat16": BFLOAT16}[precision]
-    with tempfile.TemporaryDirectory() as folder:
-        if tokenizer is None:
-            (tokenizer := Path(folder)).joinpath("tokenizer.json").write_bytes(
-                lzma.decompress((TOKENIZER / "tokenizer.json.xz").read_bytes())
-            )
-            shutil.copy(TOKENIZER / "tokenizer_config.json", tokenizer)
-        loaded = Tokenizer.from_folder(tokenizer)
-    return UniBiomed(config, random_parameters(config), loaded, precision=policy)
+    loaded = qwen2_tokenizer() if tokenizer is None else Tokenizer.from_folder(tokenizer)
+    return UniBiomed(config, random_parameters(config), loaded, precision=find_precision(precision))
 
 
 def seg_steps(segments: int, new_tokens: int) -> list[int]:

@@ -45,9 +45,8 @@ JAX, TORCH = "this library", "torch"
 class Args:
     # "micro" is only to see that this works.
     size: Literal["full", "tiny", "micro"] = "full"
-    # Of this library; "auto" is float32 on a CPU and bfloat16 on a GPU, as torch; "mixed" is the library's
-    # own choice on a CPU, bfloat16 where products gain and masks do not move.
-    precision: Literal["auto", "float32", "bfloat16", "mixed"] = "auto"
+    # Of this library; "auto" is float32 on a CPU and bfloat16 on a GPU, as torch.
+    precision: PrecisionName = "auto"
     # Samples of a batch; by default 1 at full size and 8 of the tiny model.
     samples: int | None = None
     # Updates of each, after a first one that does not count.

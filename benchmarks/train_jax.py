@@ -19,7 +19,7 @@ from worker import serve
 from unibiomed_jax import runtime
 from unibiomed_jax.config.fields import to_dict
 from unibiomed_jax.config.model import ModelConfig
-from unibiomed_jax.config.precision import BFLOAT16, CPU, FLOAT32
+from unibiomed_jax.config.precision import PrecisionName, find_precision
 from unibiomed_jax.parameters import Parameters, count, matches, partition
 from unibiomed_jax.sharding.layout import Layout
 from unibiomed_jax.training import flops
@@ -49,8 +49,8 @@ MEMORY = (
 )
 
 
-def training_config(size: str, precision: str) -> TrainConfig:
-    """The recipe at one of the three sizes; `precision` as in `train.py`."""
+def training_config(size: str, precision: PrecisionName) -> TrainConfig:
+    """The recipe at one of the three sizes."""
     recipe = TrainConfig(optim=OptimConfig(accumulate=1))
     config = {
         "full": lambda: recipe,
@@ -59,10 +59,7 @@ def training_config(size: str, precision: str) -> TrainConfig:
             recipe, model=SIZES["micro"], lora=LoraConfig(rank=4, alpha=8.0), loss=LossConfig(num_points=256)
         ),
     }[size]()
-    if precision == "auto":
-        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    policy = {"float32": FLOAT32, "bfloat16": BFLOAT16, "mixed": CPU}[precision]
-    return dataclasses.replace(config, precision=policy)
+    return dataclasses.replace(config, precision=find_precision(precision))
 
 
 def random_batch(config: ModelConfig, samples: int, text: int) -> tuple[dict[str, np.ndarray], TokenIds]:

@@ -6,7 +6,12 @@ Both answer a question about one image of one tile (281 tokens) in 24 tokens, wi
 five, at full size. Weights are random and differ between the two, the shapes of all arrays are the same.
 Each library lives in a worker process with its own interpreter (torch needs the `parity` extra); only one
 computes at a time. Seconds of this library include cutting the image, the tokenizer and reading the
-answer; torch is given arrays and token ids.
+answer; torch is given arrays and token ids. On a CPU that multiplies bfloat16 torch is measured under
+bfloat16 autocast as well.
+
+The processor of an older machine, of which XLA, oneDNN and ATen use no more than they find there:
+
+    XLA_FLAGS=--xla_cpu_max_isa=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python ...
 """
 
 from __future__ import annotations
@@ -23,16 +28,18 @@ from rich.console import Console
 from rich.table import Table
 from worker import Worker
 
+from unibiomed_jax.config.precision import PrecisionName, bfloat16_units
+
 NEW_TOKENS = 24
-JAX, ONCE, REFERENCE = "this library", "torch, encodes once", "torch, the reference's way"
+JAX = "this library"
 
 
 @dataclass(frozen=True)
 class Args:
     # "full": UniBiomed-1B; "micro": only to see that this works.
     size: Literal["full", "micro"] = "full"
-    # Of this library; "auto" is what it chooses on this backend. Torch: float32 on a CPU, bfloat16 on a GPU.
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    # Of this library; "auto" is what it chooses on this backend.
+    precision: PrecisionName = "auto"
     # Calls of each, after a first one that does not count.
     repeats: int = 3
     # Numbers of `[SEG]` in an answer, a table each.
@@ -47,35 +54,45 @@ class Args:
 def table_of(segments: int, medians: dict[str, dict[str, float]]) -> Table:
     table = Table(title=f"{segments} \\[SEG]: median seconds, and how many times longer torch takes")
     table.add_column("stage")
-    for name in (JAX, ONCE, "ratio", REFERENCE, "ratio"):
+    ours, *others = medians
+    table.add_column(ours, justify="right")
+    for name in others:
         table.add_column(name, justify="right")
-    ours = medians[JAX]
-    for stage in ours:
-        cells = [f"{ours[stage]:.3f}"]
-        for name in (ONCE, REFERENCE):
+        table.add_column("ratio", justify="right")
+    for stage, seconds in medians[ours].items():
+        cells = [f"{seconds:.3f}"]
+        for name in others:
             theirs = medians[name].get(stage)
-            cells += ["", ""] if theirs is None else [f"{theirs:.3f}", f"{theirs / ours[stage]:.2f}"]
+            cells += ["", ""] if theirs is None else [f"{theirs:.3f}", f"{theirs / seconds:.2f}"]
         table.add_row(stage, *cells, style="bold" if stage == "whole call" else None)
     return table
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    console = Console(width=110, highlight=False)
+    console = Console(width=130, highlight=False)
     setup = dict(size=args.size, precision=args.precision, new_tokens=NEW_TOKENS, segments=args.segments)
     ours = Worker(args.jax_python, "worker_jax.py", setup)
     theirs = Worker(args.torch_python, "worker_torch.py", {**ours.facts, "new_tokens": NEW_TOKENS})
-    for worker in (ours, theirs):
-        console.print(f"{worker.facts['name']}: {worker.facts['precision']}")
+    console.print(f"{ours.facts['name']}: {ours.facts['precision']}")
+    console.print(theirs.facts["name"])
     console.print(f"{ours.facts['tiles']} tiles, a prompt of {ours.facts['prompt_tokens']} tokens")
 
+    # Torch's ways, by the title of their column.
+    if "cuda" in theirs.facts["device"]:
+        ways = {"torch bfloat16, encodes once": ("once", "bfloat16")}
+        ways["torch bfloat16, the reference's way"] = ("reference", "bfloat16")
+    else:
+        ways = {"torch float32, encodes once": ("once", "float32")}
+        if bfloat16_units():
+            ways["torch bfloat16 autocast, encodes once"] = ("once", "bfloat16")
+        ways["torch float32, the reference's way"] = ("reference", "float32")
     report = {"jax": ours.facts["name"], "torch": theirs.facts["name"], "precision": ours.facts["precision"]}
     for segments in args.segments:
-        in_turn = {
-            JAX: lambda n=segments: ours.ask({"segments": n}),
-            ONCE: lambda n=segments: theirs.ask({"segments": n, "way": "once"}),
-            REFERENCE: lambda n=segments: theirs.ask({"segments": n, "way": "reference"}),
-        }
+        in_turn = {JAX: lambda n=segments: ours.ask({"segments": n})}
+        for title, (way, precision) in ways.items():
+            case = {"segments": segments, "way": way, "precision": precision}
+            in_turn[title] = lambda case=case: theirs.ask(case)
         calls = {name: [] for name in in_turn}
         for turn in range(args.repeats + 1):
             for name, call in in_turn.items():

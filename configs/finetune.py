@@ -3,7 +3,7 @@
 python train.py configs/finetune.py --initial CHECKPOINT --folder runs/mine
 """
 
-from unibiomed_jax.config.precision import default_precision
+from unibiomed_jax.config.precision import find_precision
 from unibiomed_jax.data.mixture import find_datasets, find_validation
 from unibiomed_jax.data.pipeline import PipelineConfig
 from unibiomed_jax.training.config import CheckpointConfig, LogConfig, LoraConfig, OptimConfig, TrainConfig
@@ -14,7 +14,7 @@ DATASET = "data/mine"
 config = TrainConfig(
     folder="runs/finetune",
     initial="runs/start",
-    precision=default_precision(),
+    precision=find_precision("auto"),
     data=PipelineConfig(datasets=find_datasets(DATASET, "train", balance_to=0), batch_size=4),
     validation=find_validation(DATASET, "val", balance_to=0, repeats=1),
     # Adapters train, with embeddings, projectors and mask decoder (FreezeConfig). Full fine-tuning instead:

@@ -56,6 +56,11 @@ config = TrainConfig(
     initial="runs/start",
     precision=BFLOAT16,
     # 128 samples an update, whatever the number of devices: the published run had 8 of them, 4 samples each.
+    # A pod takes all of them at once, --data.batch-size 128 --optim.accumulate 1, and beyond 128 chips
+    # several share the tokens and images of a sample:
+    #   16, 32, 64 chips   --strategy fsdp
+    #   128                --strategy hsdp --mesh replica=2,fsdp=64
+    #   256                --strategy sequence --mesh fsdp=64,sequence=4
     data=PipelineConfig(datasets=DATASETS, batch_size=32, workers=8),
     optim=OptimConfig(lr=4e-5, steps=100_000, warmup=0.05, accumulate=4),
     checkpoint=CheckpointConfig(every=125),

@@ -20,15 +20,16 @@ import pytest
 from damage import damage, damage_json, odd_name
 from PIL import Image
 from places import MICRO
-from small_datasets import coco_table, save_picture, save_square
+from small_datasets import coco_table, save_picture, save_square, write_table
 
 from unibiomed_jax import InputError, checkpoint, files
 from unibiomed_jax.conversion import from_torch, reading, sources
 from unibiomed_jax.conversion.options import FromTorchOptions
-from unibiomed_jax.data.mixture import find_datasets
+from unibiomed_jax.data.mixture import find_datasets, read_mixture
 from unibiomed_jax.data.records import Record
 from unibiomed_jax.data.tables import read_dataset
 from unibiomed_jax.datasets.build import BuildOptions, build
+from unibiomed_jax.datasets.pack import PackOptions, pack
 from unibiomed_jax.inputs.images import open_image
 from unibiomed_jax.inputs.masks import open_mask
 from unibiomed_jax.inputs.tokenizer import Tokenizer
@@ -222,6 +223,36 @@ def test_tables(given):
             (given / name).unlink()
 
     try_all(300, "table", attempt)
+
+
+def test_packed(given):
+    """A packed dataset gives the records, files and text lengths that were packed, or none."""
+    source, original = given / "source", given / "original"
+    for number in range(3):
+        save_picture(source / "train" / f"{number}.png", seed=number)
+        save_square(source / "train_mask" / f"{number}_liver.png")
+    write_table(source / "train.json", coco_table(3))
+    pack(PackOptions(source, original))
+
+    def content(folder):
+        (records,) = read_mixture(find_datasets(folder, "train", balance_to=0)).records.parts
+        lengths = records.text_lengths("a tokenizer", lambda _: np.array([7, 8, 9], np.int32)).tolist()
+        return lengths, [
+            (record.name, record.texts, record.size, [file.read_bytes() for file in (*record.images, *masks)])
+            for record in records
+            for masks in record.masks
+        ]
+
+    expected = content(original)  # and from here on the lengths lie beside the tables
+    victims = sorted(path.name for path in original.iterdir())
+    assert {path.rsplit(".", 1)[1] for path in victims} == {"json", "rows", "npy", "npz", "arrayrecord"}
+
+    def attempt(rng):
+        folder = copied(original, given / "damaged")
+        change_one(folder / rng.choice(victims), rng)
+        assert content(folder) == expected
+
+    try_all(300, "packed", attempt)
 
 
 def test_json(given):

@@ -9,7 +9,7 @@ from flax import nnx
 from small import MODEL
 
 from unibiomed_jax.config.model import LanguageConfig
-from unibiomed_jax.config.precision import BFLOAT16, CPU, FLOAT32
+from unibiomed_jax.config.precision import BFLOAT16, FAST, FLOAT32
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.models.qwen2 import Qwen2
 from unibiomed_jax.parameters import (
@@ -156,7 +156,7 @@ def test_adapters_are_merged_in_float32_and_rounded_once():
         np.testing.assert_array_equal(np.asarray(merged["y.kernel"]), kernel)
 
 
-# Paths of matrices, and whether they are stored in bfloat16 under CPU's policy and under BFLOAT16.
+# Paths of matrices, and whether they are stored in bfloat16 under FAST's policy and under BFLOAT16.
 MATRICES = {
     "vision_model.layers.mlp.fc1.kernel": (True, True),
     "mlp1.linear1.kernel": (True, True),
@@ -181,8 +181,8 @@ def test_matrices_are_stored_as_they_are_multiplied_and_vectors_in_float32():
         shapes = jax.eval_shape(lambda params: stored_for(params, MODEL, precision), params)
         return {path: leaf.dtype == jnp.bfloat16 for path, leaf in flatten(shapes).items()}
 
-    plain, cpu, half = map(stored, (FLOAT32, CPU, BFLOAT16))
+    plain, fast, half = map(stored, (FLOAT32, FAST, BFLOAT16))
     assert not any(plain.values())
-    assert {path: (cpu[path], half[path]) for path in MATRICES} == MATRICES
+    assert {path: (fast[path], half[path]) for path in MATRICES} == MATRICES
     matrix = ("kernel", "embed_tokens")
     assert not any(found for path, found in half.items() if path.rpartition(".")[2] not in matrix)

@@ -40,6 +40,9 @@ FORMAT = 1
 
 REMEDY = "convert the release again with: unibiomed convert from-torch SRC DST"
 
+# Where the parameter with a dotted path and a shape goes.
+Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+
 # Threads that hash what was read; hashlib lets go of the interpreter meanwhile.
 HASHERS = 4
 
@@ -280,7 +283,7 @@ def load(
     path: str | os.PathLike,
     *,
     dtype: str | Mapping[str, str] | None = None,
-    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+    sharding: Sharding | None = None,
     merge_lora: bool = True,
 ) -> Checkpoint:
     """Load a checkpoint folder onto the devices, part by part; each process reads and checks all of it.

@@ -8,15 +8,18 @@ from typing import Annotated
 
 import tyro
 
+from unibiomed_jax.commands.explain_sharding import ExplainShardingOptions
 from unibiomed_jax.commands.predict import PredictOptions
 from unibiomed_jax.commands.run import run
 from unibiomed_jax.conversion.options import FromTorchOptions, ToTorchOptions, VerifyOptions
 from unibiomed_jax.datasets.build import BuildOptions
+from unibiomed_jax.datasets.pack import PackOptions
 from unibiomed_jax.datasets.validate import ValidateOptions
 
 _Data = (
     Annotated[BuildOptions, tyro.conf.subcommand("build")]
     | Annotated[ValidateOptions, tyro.conf.subcommand("validate")]
+    | Annotated[PackOptions, tyro.conf.subcommand("pack")]
 )
 _Convert = (
     Annotated[FromTorchOptions, tyro.conf.subcommand("from-torch")]
@@ -25,17 +28,20 @@ _Convert = (
 )
 Command = (
     Annotated[PredictOptions, tyro.conf.subcommand("predict")]
+    | Annotated[ExplainShardingOptions, tyro.conf.subcommand("explain-sharding")]
     | Annotated[_Convert, tyro.conf.subcommand("convert", description="PyTorch checkpoints in and out.")]
-    | Annotated[_Data, tyro.conf.subcommand("data", description="Make and check datasets to train on.")]
+    | Annotated[_Data, tyro.conf.subcommand("data", description="Make, check and pack datasets to train on.")]
 )
 # Where each command is: its module below `commands`, which is loaded when it is asked for, and its function.
 PLACES = {
     PredictOptions: ("predict", "predict"),
+    ExplainShardingOptions: ("explain_sharding", "explain_sharding"),
     FromTorchOptions: ("convert", "from_torch"),
     ToTorchOptions: ("convert", "to_torch"),
     VerifyOptions: ("convert", "verify"),
     BuildOptions: ("data", "build"),
     ValidateOptions: ("data", "validate"),
+    PackOptions: ("data", "pack"),
 }
 
 

@@ -10,9 +10,9 @@ import shutil
 import unicodedata
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from unibiomed_jax.errors import DiskFullError, InputError
 
@@ -136,6 +136,35 @@ def unlike_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"the key {key!r} occurs twice in it")
     return table
+
+
+def read_range(path: str | os.PathLike, start: int, length: int) -> bytes:
+    """`length` bytes of a file from `start` on; fewer where it ends before.
+
+    Raises:
+        InputError: the file is missing or cannot be read.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), length, start)
+    except FileNotFoundError:
+        raise InputError(f"{shown(path)} is missing; copy it again from its source.") from None
+    except OSError as error:
+        raise InputError(
+            f"{shown(path)} cannot be read ({error.strerror}); check the disk and its permissions."
+        ) from None
+
+
+def write_beside(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
+    """Write a file beside its place and move it there, so that no reader ever sees half of it."""
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with open(beside, "wb") as file:
+            content(file) if callable(content) else file.write(content)
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

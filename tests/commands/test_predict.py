@@ -16,6 +16,7 @@ from pycocotools import mask as coco
 
 from unibiomed_jax import InputError, Request, UniBiomed
 from unibiomed_jax.commands.predict import PredictOptions, _sources, predict
+from unibiomed_jax.config import precision
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +48,18 @@ def loaded(model, monkeypatch):
 
 def options(source: Path, out: Path, **changes) -> PredictOptions:
     return PredictOptions(source, **{"prompt": PROMPT, "checkpoint": CHECKPOINT, "out": out, **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "units", "vision"),
+    [("auto", "vector", "float32"), ("fast", "vector", "bfloat16"), ("fast", None, "float32")],
+)
+def test_the_record_says_in_which_formats_it_was_computed(monkeypatch, tmp_path, name, units, vision):
+    monkeypatch.setattr(precision, "bfloat16_units", lambda: units)
+    assert predict(options(IMAGE, tmp_path / "out", precision=name, max_new_tokens=2)) == 0
+    answer = json.loads((tmp_path / "out" / IMAGE.name / "answer.json").read_text())
+    assert answer["precision"]["vision"] == vision and answer["precision"]["language"] == "float32"
+    assert answer["request"]["precision"] == name
 
 
 def test_an_image_leaves_json_masks_and_overlay(loaded, tmp_path):

@@ -15,7 +15,7 @@ from small_datasets import SIZES, SMALL, coco_table, save_picture, save_square, 
 
 from unibiomed_jax.data.mixture import Mixture
 from unibiomed_jax.data.pipeline import Pipeline, PipelineConfig
-from unibiomed_jax.data.plan import BatchPlan, BucketConfig, Shape, permutation
+from unibiomed_jax.data.plan import BatchPlan, BucketConfig, RecordShapes, permutation
 from unibiomed_jax.data.records import DatasetConfig, Kind, Record
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inputs.tokenizer import Tokenizer
@@ -123,7 +123,9 @@ def plan_of(datasets, records, shapes, batch_size=4, **choices) -> BatchPlan:
     mixture = Mixture(
         tuple(Record(name, Kind.CAPTION, (f"{name}.png",)) for name in names), np.arange(len(names)), (), ""
     )
-    chosen = [Shape(0, 0, 1, 64 * (1 + number % shapes)) for number in range(len(names))]
+    chosen = RecordShapes.of(
+        np.array([(0, 0, 1, 64 * (1 + number % shapes)) for number in range(len(names))])
+    )
     return BatchPlan(mixture, chosen, batch_size, **{"seed": 42} | choices)
 
 

@@ -194,7 +194,7 @@ def test_a_seg_among_the_records_own_words_is_refused(qwen2):
     assert not {151674, 151677} & set(ids)
 
 
-def test_longest_bounds_every_draw_and_is_reached(qwen2):
+def test_the_text_length_bounds_every_draw_and_is_reached(qwen2):
     for record in (
         SEG,
         replace(SEG, kind=Kind.DISEASE),
@@ -208,4 +208,4 @@ def test_longest_bounds_every_draw_and_is_reached(qwen2):
             for question in asked
             for answer in answered
         ]
-        assert builder.longest(record, 3) == max(lengths)
+        assert builder.text_length(record) + 3 * SIZES.tokens_per_tile == max(lengths)

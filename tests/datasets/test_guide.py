@@ -14,6 +14,7 @@ from unibiomed_jax.data.files import check_files
 from unibiomed_jax.data.records import DatasetConfig, Kind
 from unibiomed_jax.data.tables import read_dataset
 from unibiomed_jax.datasets.build import BuildOptions
+from unibiomed_jax.datasets.pack import PackOptions
 from unibiomed_jax.datasets.validate import ValidateOptions
 from unibiomed_jax.training.experiment import load_command
 
@@ -37,21 +38,24 @@ def commands(program: str) -> list[list[str]]:
 
 def test_the_commands_of_unibiomed_are_understood():
     options = [tyro.cli(cli.Command, args=command) for command in commands("unibiomed")]
-    images, volumes, check, convert, ask = options
+    images, volumes, check, convert, ask, pack, check_packed = options
     assert isinstance(images, BuildOptions) and images.findings == ("kidney tumor",)
     assert isinstance(volumes, BuildOptions) and volumes.window == (-160, 240)
     assert isinstance(check, ValidateOptions) and check.path == images.out
     assert isinstance(convert, FromTorchOptions) and str(convert.dst) == "runs/start"
+    assert isinstance(pack, PackOptions) and pack.path == images.out and pack.out == check_packed.path
     assert ask.prompt.startswith("<image>\nPlease segment the kidney")
 
 
 def test_the_commands_of_training_are_understood(tmp_path):
-    dry, real = (command[1:] for command in commands("python train.py"))
+    dry, real, packed = (command[1:] for command in commands("python train.py"))
     (tmp_path / "empty.py").write_text(
         "from unibiomed_jax.training.config import TrainConfig\nconfig = TrainConfig()"
     )
-    (_, dry), (config, real) = (load_command(str(tmp_path / "empty.py"), options) for options in (dry, real))
-    assert dry.dry_run and not real.dry_run and config.initial == "runs/start"
+    (_, dry), (config, real), (_, packed) = (
+        load_command(str(tmp_path / "empty.py"), options) for options in (dry, real, packed)
+    )
+    assert dry.dry_run and packed.dry_run and not real.dry_run and config.initial == "runs/start"
     assert all((ROOT / command[0]).is_file() for command in commands("python train.py"))
     assert re.search(r"^DATASET = ", (ROOT / "configs" / "finetune.py").read_text(), re.MULTILINE)
 

@@ -13,7 +13,7 @@ from unibiomed_jax import UniBiomed
 from unibiomed_jax.config.model import LanguageConfig
 from unibiomed_jax.config.precision import FLOAT32
 from unibiomed_jax.conversion.from_torch import read_released
-from unibiomed_jax.inference import predictor
+from unibiomed_jax.inference import network
 from unibiomed_jax.inference.cpu import (
     EXACT_PARTS,
     FAST_PARTS,
@@ -25,6 +25,7 @@ from unibiomed_jax.inference.cpu import (
 from unibiomed_jax.inputs.tokenizer import Tokenizer
 from unibiomed_jax.models.layers import Linear, unstack_layers
 from unibiomed_jax.models.qwen2 import Qwen2
+from unibiomed_jax.parameters import stored_for
 
 pytestmark = pytest.mark.slow
 
@@ -79,9 +80,11 @@ def test_a_language_model_of_split_linears_says_the_same(batch, exact, error):
     assert jnp.abs(model.logits(model(embeds)) - expected).max() <= error * jnp.abs(expected).max()
 
 
-@pytest.mark.parametrize("units", [True, False])
-def test_the_predictor_splits_a_checkpoint_stored_in_bfloat16_where_there_are_units(monkeypatch, units):
-    monkeypatch.setattr(predictor, "has_bfloat16_units", lambda: units)
+@pytest.mark.parametrize("units", ["matrix", "vector", None])
+def test_the_predictor_splits_a_checkpoint_stored_in_bfloat16_where_there_are_matrix_units(
+    monkeypatch, units
+):
+    monkeypatch.setattr(network, "bfloat16_units", lambda: units)
     folder = MICRO
     loaded = read_released(folder)
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), loaded.params["language_model"])
@@ -91,9 +94,30 @@ def test_the_predictor_splits_a_checkpoint_stored_in_bfloat16_where_there_are_un
         params = {**loaded.params, "language_model": language}
         model = UniBiomed(loaded.config, params, Tokenizer.from_folder(folder), precision=FLOAT32)
         is_split = isinstance(model_of(model).language_model.lm_head, SplitLinear)
-        assert is_split == (units and language is rounded)
+        assert is_split == (units == "matrix" and language is rounded)
         answers.append(model.predict(None, "What is a CT scan?", max_new_tokens=12).text)
     assert answers[0] == answers[1]
+
+
+def test_no_stack_of_layers_is_widened_beside_the_layers(monkeypatch):
+    """It would double the memory of the largest part while a model is loaded."""
+    widened = []
+
+    def watched(*arguments):
+        widened.append(stored_for(*arguments))
+        return widened[-1]
+
+    monkeypatch.setattr(network, "stored_for", watched)
+    loaded = read_released(MICRO)
+    stack = loaded.params["language_model"]["layers"]["mlp"]["up_proj"]["kernel"].shape
+    model = UniBiomed(loaded.config, loaded.params, Tokenizer.from_folder(MICRO), precision=FLOAT32)
+    ((layers, largest),) = [
+        (tree["language_model"]["layers"], max(x.ndim for x in jax.tree.leaves(tree["language_model"])))
+        for tree in widened
+    ]
+    assert len(stack) == 3 and largest == 2 and len(layers) == stack[0]
+    # Nor is it held by the model that computes.
+    assert max(x.ndim for x in jax.tree.leaves(model.params["language_model"])) == 2
 
 
 def model_of(model):

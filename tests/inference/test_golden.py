@@ -24,9 +24,9 @@ from PIL import Image
 from places import MICRO
 
 from unibiomed_jax import InputError, Request, UniBiomed
-from unibiomed_jax.config.precision import BFLOAT16, CPU, FLOAT32
+from unibiomed_jax.config.precision import BFLOAT16, FAST, FLOAT32
 from unibiomed_jax.conversion.from_torch import read_released
-from unibiomed_jax.inference import predictor
+from unibiomed_jax.inference import network
 from unibiomed_jax.inference.answer import Answer
 from unibiomed_jax.inference.generate import Limits, ground
 from unibiomed_jax.inputs.tiles import sam_image
@@ -119,8 +119,8 @@ def test_batch_of_different_requests_answers_as_one_by_one(model, image):
         assert_masks_equal(answer, golden[case])
 
 
-def test_default_precision_of_a_cpu_keeps_words_and_masks(image):
-    model = UniBiomed.from_pretrained(MICRO, precision=CPU)
+def test_the_fast_precision_of_a_cpu_keeps_words_and_masks(image):
+    model = UniBiomed.from_pretrained(MICRO, precision=FAST)
     for case in CASES:
         golden = load(case)
         answer = model.predict_batch([request(model, image, case, golden)], max_new_tokens=NEW_TOKENS)[0]
@@ -154,13 +154,13 @@ def test_bfloat16_everywhere_stays_near_the_reference(image, watch_calls):
 
 def test_a_checkpoint_stored_in_bfloat16_says_on_a_cpu_what_float32_weights_say(image, monkeypatch):
     """The language model of a release is stored in bfloat16, and a CPU multiplies it in parts."""
-    monkeypatch.setattr(predictor, "has_bfloat16_units", lambda: True)
+    monkeypatch.setattr(network, "bfloat16_units", lambda: "matrix")
     loaded = read_released(MICRO)
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), loaded.params["language_model"])
     models = []
     for language in (rounded, jax.tree.map(lambda x: x.astype(jnp.float32), rounded)):
         params = {**loaded.params, "language_model": language}
-        models.append(UniBiomed(loaded.config, params, Tokenizer.from_folder(MICRO), precision=CPU))
+        models.append(UniBiomed(loaded.config, params, Tokenizer.from_folder(MICRO), precision=FAST))
     for case in CASES:
         golden = load(case)
         parts, whole = (

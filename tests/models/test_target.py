@@ -14,15 +14,15 @@ from unibiomed_jax.config.model import HieraConfig
 from unibiomed_jax.models.attention import attention, row_major
 from unibiomed_jax.models.hiera import CELLS_IN_CACHE, Hiera, bands
 from unibiomed_jax.sharding.layout import Layout
-from unibiomed_jax.sharding.strategies import DATA_PARALLEL
+from unibiomed_jax.sharding.strategies import DATA_PARALLEL, MESH_AXES
 from unibiomed_jax.sharding.target import Target, target
 
 
 def layout_of(platform: str | None, devices: int) -> Layout:
     mesh = AbstractMesh(
-        (devices,),
-        ("data",),
-        axis_types=(AxisType.Auto,),  # as of a mesh of real devices
+        (devices, 1, 1, 1),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * 4,  # as of a mesh of real devices
         abstract_device=platform and AbstractDevice(platform, None, platform),
     )
     return Layout(mesh, DATA_PARALLEL, {})

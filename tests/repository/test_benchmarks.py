@@ -9,7 +9,7 @@ from places import ROOT
 
 from unibiomed_jax.config.fields import to_dict
 from unibiomed_jax.config.model import ModelConfig
-from unibiomed_jax.config.precision import BFLOAT16, CPU, FLOAT32
+from unibiomed_jax.config.precision import BFLOAT16, FAST, FLOAT32
 from unibiomed_jax.parameters import count, matches, partition
 from unibiomed_jax.sharding.layout import Layout
 from unibiomed_jax.training.forward import count_targets
@@ -38,7 +38,7 @@ def test_arithmetic_of_every_stage():
 
 def test_formats_follow_the_precision():
     config = ModelConfig()
-    mixed = cost.encode_image(config, CPU)
+    mixed = cost.encode_image(config, FAST)
     assert sum(mixed.values()) == cost.encode_image(config, FLOAT32)["float32"]
     assert set(mixed) == {"float32", "bfloat16"}
     assert set(cost.prefill(config, BFLOAT16, 281)) == {"bfloat16"}

@@ -1,31 +1,35 @@
-import json
-import os
-import subprocess
-import sys
+import math
+import re
 
 import jax
+import lowered
 import numpy as np
 import pytest
+from eight import report
 from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
-from places import ROOT, TESTS
 
 from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.config.precision import FLOAT32
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.models.unibiomed import UniBiomedModel
 from unibiomed_jax.parameters import count, partition, split
-from unibiomed_jax.sharding.axes import FUSED, axis_units, logical_axes
-from unibiomed_jax.sharding.layout import AxisLayout, Layout
-from unibiomed_jax.sharding.strategies import DATA_PARALLEL, FSDP, STRATEGIES, find_strategy
+from unibiomed_jax.sharding.axes import axis_units, logical_axes, tower_of
+from unibiomed_jax.sharding.layout import Layout, mesh_sizes, parse_mesh
+from unibiomed_jax.sharding.strategies import FSDP, MESH_AXES, STRATEGIES, find_strategy
 from unibiomed_jax.training import lora
 from unibiomed_jax.training.config import REFERENCE_FREEZE, FreezeConfig
 
-EIGHT = AbstractMesh((8,), ("data",))
-TWO_BY_FOUR = AbstractMesh((2, 4), ("data", "model"))
 UNITS = axis_units(ModelConfig())
 Q_PROJ = "language_model.layers.self_attn.q_proj.kernel"
 O_PROJ = "language_model.layers.self_attn.o_proj.kernel"
+GATE = "language_model.layers.mlp.gate_proj.kernel"
+EMBEDDING = "language_model.embed_tokens"
+
+
+def layout_of(strategy, **mesh):
+    strategy = STRATEGIES[strategy] if isinstance(strategy, str) else strategy
+    return Layout.abstractly(strategy, ModelConfig(), mesh)
 
 
 @pytest.fixture(scope="module")
@@ -69,139 +73,133 @@ def test_a_parameter_without_a_row_is_named(path, ndim):
 
 
 def test_data_parallel_keeps_parameters_whole_and_fsdp_splits_what_is_large(full):
-    whole = Layout(EIGHT, DATA_PARALLEL, UNITS).explain(full)
+    whole = layout_of("data_parallel", replica=8).explain(full)
     assert all(row.spec == PartitionSpec(*[None] * len(row.shape)) for row in whole)
     assert not any(row.obstacles for row in whole)
     total = sum(row.bytes_per_device for row in whole)
     assert total == sum(value.size * value.dtype.itemsize for value in full.values())
-    split_rows = Layout(EIGHT, FSDP, UNITS).explain(full)
+    rows = layout_of("fsdp", fsdp=8).explain(full)
     # Whole stay norms, biases and what eight does not divide.
-    assert sum(row.bytes_per_device for row in split_rows) < total / 8 * 1.06
-    by_path = {row.path: row for row in split_rows}
-    assert by_path["language_model.embed_tokens"].spec == PartitionSpec(None, "data")
-    assert by_path["language_model.layers.mlp.down_proj.kernel"].spec == PartitionSpec(None, None, "data")
-    costs = [row.bytes_per_device for row in split_rows]
+    assert sum(row.bytes_per_device for row in rows) < total / 8 * 1.01
+    costs = [row.bytes_per_device for row in rows]
     assert costs == sorted(costs, reverse=True)
 
 
-def test_an_axis_the_mesh_does_not_divide_stays_whole():
-    layout = Layout(AbstractMesh((5,), ("data",)), FSDP, UNITS)
-    assert layout.spec("mlp1.linear2.kernel", (896, 896)) == PartitionSpec(None, None)
-    assert layout.axes("mlp1.linear2.kernel", (896, 896)) == [
-        AxisLayout((), "its embed axis of 896 numbers does not divide by 5"),
-        AxisLayout((), None),
-    ]
+@pytest.mark.parametrize(
+    ("path", "spec"),
+    [
+        (EMBEDDING, PartitionSpec("fsdp", None)),
+        (GATE, PartitionSpec(None, None, "fsdp")),  # the longer axis
+        (Q_PROJ, PartitionSpec(None, "fsdp", None)),
+        ("vision_model.layers.attn.qkv.kernel", PartitionSpec(None, None, "fsdp")),  # gathered before its use
+        ("vision_model.layers.norm1.scale", PartitionSpec(None, None)),
+        ("language_model.layers.mlp.up_proj.lora.a", PartitionSpec(None, "fsdp", None)),
+        ("sam2.image_encoder.trunk.runs.0.mlp.fc1.kernel", PartitionSpec(None, None, "fsdp")),
+    ],
+)
+def test_stored_shares_are_of_the_longest_axis_that_divides(full, path, spec):
+    assert layout_of("fsdp", fsdp=16).spec(path, full[path].shape) == spec
+    assert layout_of("fsdp", fsdp=16).spec(path, full[path].shape, "computed") == PartitionSpec(
+        *[None] * len(spec)
+    )
 
 
-def test_a_head_is_never_cut_apart(full):
-    """8 divides the 896 columns of 14 heads, but not the heads."""
-    layout = Layout(EIGHT, {"heads": "data", "kv_heads": "data", "vision_heads": "data"}, UNITS)
-    assert layout.axes(Q_PROJ, full[Q_PROJ].shape) == [
-        AxisLayout((), None),
-        AxisLayout((), None),
-        AxisLayout((), "its heads axis of 14 units of 64 does not divide by 8"),
-    ]
-    kv = layout.axes("language_model.layers.self_attn.k_proj.bias", (24, 128))
-    assert kv[1].obstacle == "its kv_heads axis of 2 units of 64 does not divide by 8"
-    vision = "vision_model.layers.attn.proj.kernel"
-    assert layout.spec(vision, full[vision].shape) == PartitionSpec(None, "data", None)
+def test_another_axis_takes_over_where_one_does_not_divide(full):
+    """128 divides 896, 256 does not."""
+    assert layout_of("fsdp", fsdp=256).spec(GATE, full[GATE].shape) == PartitionSpec(None, None, "fsdp")
+    lora = "language_model.layers.mlp.down_proj.lora.a"
+    assert layout_of("fsdp", fsdp=256).spec(lora, full[lora].shape) == PartitionSpec(None, "fsdp", None)
+    (row,) = layout_of("fsdp", fsdp=256).explain({Q_PROJ: full[Q_PROJ]})
+    assert row.obstacles == ("no axis of 896x896 divides by 256",)
+    # Of two mesh axes the one that divides is taken.
+    hsdp = layout_of("hsdp", replica=4, fsdp=128)
+    assert hsdp.spec(Q_PROJ, full[Q_PROJ].shape, "optimizer") == PartitionSpec(None, "fsdp", None)
 
-    two = Layout(AbstractMesh((2,), ("data",)), layout.strategy, UNITS)
-    assert two.spec(Q_PROJ, full[Q_PROJ].shape) == PartitionSpec(None, None, "data")
+
+def test_fsdp_that_does_not_spread_is_refused_with_what_does(full):
+    for strategy, mesh in (("fsdp", {"fsdp": 64}), ("hsdp", {"replica": 4, "fsdp": 64})):
+        layout_of(strategy, **mesh).require_useful(full, "optimizer")
+    with pytest.raises(
+        InputError, match="MiB of .* stay whole .* divides by 256.*hsdp --mesh replica=2,fsdp=128"
+    ):
+        layout_of("fsdp", fsdp=256).require_useful(full, "optimizer")
+
+
+def test_zero1_divides_what_the_optimiser_keeps(full):
+    layout = layout_of("zero1", replica=8)
+    shape = full[GATE].shape
+    assert layout.spec(GATE, shape) == PartitionSpec(None, None, None)
+    assert layout.spec(GATE, shape, "optimizer") == PartitionSpec(None, None, "replica")
+
+
+def test_tensor_parallelism_never_cuts_a_head_apart(full):
+    layout = layout_of("fsdp_tensor", fsdp=4, tensor=2)
+    assert layout.spec(Q_PROJ, full[Q_PROJ].shape, "computed") == PartitionSpec(None, None, "tensor")
+    assert layout.spec(Q_PROJ, full[Q_PROJ].shape) == PartitionSpec(None, "fsdp", "tensor")
+    assert layout.spec(O_PROJ, full[O_PROJ].shape, "computed") == PartitionSpec(None, "tensor", None)
+    assert layout.spec(GATE, full[GATE].shape) == PartitionSpec(None, None, ("tensor", "fsdp"))
     # The columns of an adapter are those of its kernel.
     adapter = "language_model.layers.self_attn.q_proj.lora.b"
-    assert layout.spec(adapter, full[adapter].shape) == PartitionSpec(None, None, None)
-    assert two.spec(adapter, full[adapter].shape) == PartitionSpec(None, None, "data")
+    assert layout.spec(adapter, full[adapter].shape, "computed") == PartitionSpec(None, None, "tensor")
+    # The vision tower is not divided: its tiles are.
+    vision = "vision_model.layers.mlp.fc1.kernel"
+    assert layout.spec(vision, full[vision].shape, "computed") == PartitionSpec(None, None, None)
+    assert layout.activation((16, 5, 7), ("vision.tiles", None, None)) == PartitionSpec(
+        ("fsdp", "tensor"), None, None
+    )
+    with pytest.raises(
+        InputError, match="14 heads of .*_proj.kernel do not divide by the 4 .*; the nearest that does is 2"
+    ):
+        layout_of("tensor", replica=2, tensor=4).require_useful(full)
+    # Keys and values of few heads are copied on purpose.
+    keys = Q_PROJ.replace("q_proj", "k_proj")
+    assert layout_of("tensor", tensor=7).spec(keys, full[keys].shape) == PartitionSpec(None, None, None)
+
+
+def test_a_strategy_may_speak_of_one_tower(full):
+    layout = layout_of(
+        {"batch": "fsdp", "weights": "fsdp", "sam2.weights": (), "vision.mlp": "tensor"}, fsdp=4, tensor=2
+    )
+    trunk = "sam2.image_encoder.trunk.runs.0.mlp.fc1.kernel"
+    assert layout.spec(trunk, full[trunk].shape) == PartitionSpec(None, None, None)
+    assert layout.spec(GATE, full[GATE].shape) == PartitionSpec(None, None, "fsdp")
+    fc1 = "vision_model.layers.mlp.fc1.kernel"
+    assert layout.spec(fc1, full[fc1].shape) == PartitionSpec(None, None, ("tensor", "fsdp"))
 
 
 def test_every_unit_is_of_an_axis_that_exists_and_divides_it(full):
     seen = set()
     for path, value in full.items():
         for size, meaning in zip(value.shape, logical_axes(path, value.ndim), strict=True):
-            if meaning in UNITS:
-                assert size % UNITS[meaning] == 0, path
-                seen.add(meaning)
+            name = f"{tower_of(path)}.{meaning}"
+            if name in UNITS:
+                assert size % UNITS[name] == 0, path
+                seen.add(name)
     assert seen == set(UNITS)
 
 
-def test_what_lies_side_by_side_is_never_divided_and_says_so(full):
-    layout = Layout(EIGHT, dict.fromkeys(FUSED, "data"), UNITS)
-    fused = {path: value for path, value in full.items() if ".qkv." in path}
-    assert {path.split(".")[0] for path in fused} == {"vision_model", "sam2"}
-    for row in layout.explain(fused):
-        assert row.spec == PartitionSpec(*[None] * len(row.shape))
-        (obstacle,) = row.obstacles
-        meaning = row.meanings[-1]
-        assert meaning in FUSED and obstacle == (
-            f"its {meaning} axis holds queries, keys and values side by side"
-        )
-    one = Layout(AbstractMesh((1,), ("data",)), layout.strategy, UNITS)
-    assert not any(row.obstacles for row in one.explain(fused))
-
-
-def test_two_mesh_axes_may_divide_an_axis_together(full):
-    layout = Layout(TWO_BY_FOUR, {"batch": ("data", "model"), "embed": ("data", "model")}, UNITS)
-    embedding = "language_model.embed_tokens"
-    assert layout.spec(embedding, full[embedding].shape) == PartitionSpec(None, ("data", "model"))
-    (row,) = layout.explain({embedding: full[embedding]})
-    assert row.bytes_per_device == full[embedding].size * 4 // 8
-    # 12 divides by 2 and by 4, but not by 8.
-    (first, _) = layout.axes("mlp1.linear2.kernel", (12, 12))
-    assert first == AxisLayout((), "its embed axis of 12 numbers does not divide by 8")
-    assert layout.batch.spec == PartitionSpec(("data", "model"))
-    layout.require_divisible(16)
-    with pytest.raises(InputError, match="12 samples cannot be split over 8 devices: .* a multiple of 8"):
-        layout.require_divisible(12)
-    Layout(TWO_BY_FOUR, DATA_PARALLEL, UNITS).require_divisible(2)
-
-
-def test_a_mesh_axis_divides_an_array_once(full):
-    gate = "language_model.layers.mlp.gate_proj.kernel"
-    shape = full[gate].shape
-    once = Layout(EIGHT, {"embed": "data", "mlp": "data"}, UNITS)
-    assert once.axes(gate, shape) == [AxisLayout((), None), AxisLayout(("data",), None), AxisLayout((), None)]
-    # What is left of two mesh axes divides the second axis; each of them is used once.
-    both = Layout(TWO_BY_FOUR, {"embed": "data", "mlp": ("data", "model")}, UNITS)
-    assert both.spec(gate, shape) == PartitionSpec(None, "data", "model")
-    # Where the first axis cannot be divided, the second may be.
-    second = Layout(EIGHT, {"heads": "data", "embed": "data"}, UNITS)
-    assert second.spec(O_PROJ, full[O_PROJ].shape) == PartitionSpec(None, None, "data")
-
-
-def test_explain_lists_what_stands_in_the_way():
-    shapes = {
-        O_PROJ: jax.ShapeDtypeStruct((24, 896, 12), np.float32),
-        "language_model.norm.scale": jax.ShapeDtypeStruct((896,), np.float32),
-        "mlp1.linear2.kernel": jax.ShapeDtypeStruct((16, 4), np.float32),
-    }
-    rows = Layout(EIGHT, {"heads": "data", "embed": "data"}, UNITS).explain(shapes)
-    assert [tuple(row) for row in rows] == [
-        (
-            O_PROJ,
-            (24, 896, 12),
-            ("layer", "heads", "embed"),
-            PartitionSpec(None, None, None),
-            24 * 896 * 12 * 4,
-            (
-                "its heads axis of 14 units of 64 does not divide by 8",
-                "its embed axis of 12 numbers does not divide by 8",
-            ),
-        ),
-        ("language_model.norm.scale", (896,), (None,), PartitionSpec(None), 896 * 4, ()),
-        ("mlp1.linear2.kernel", (16, 4), ("embed", None), PartitionSpec("data", None), 16 * 4 * 4 // 8, ()),
-    ]  # fmt: skip
+def test_activations_are_divided_as_far_as_they_divide():
+    layout = layout_of("sequence", fsdp=2, sequence=4)
+    tokens = ("batch", "language.tokens", None)
+    assert layout.activation((8, 1280, 896), tokens) == PartitionSpec("fsdp", "sequence", None)
+    # A token that is decoded cannot be divided.
+    assert layout.activation((8, 1, 896), tokens) == PartitionSpec("fsdp", None, None)
+    assert layout.activation((6, 4), ("sam2.images", None)) == PartitionSpec("fsdp", None)
+    assert layout.activation((5, 4), ("sam2.images", None)) == PartitionSpec(None, None)
+    with pytest.raises(InputError, match="two axes of an activation .* over fsdp"):
+        layout.activation((8, 8), ("batch", "vision.tiles"))
 
 
 def test_what_belongs_to_a_parameter_lies_as_it_does():
     """Gradients and moments lie beside their parameter; a counter is whole everywhere."""
-    layout = Layout(EIGHT, FSDP, UNITS)
+    layout = layout_of("zero1", replica=8)
     leaf = jax.ShapeDtypeStruct((896, 896), np.float32)
     table = {"mlp1.linear2.kernel": leaf}
     tree = {"step": jax.ShapeDtypeStruct((), np.int32), "trainable": table, "moments": (table, {"mu": table})}
-    specs = jax.tree.map(lambda place: place.spec, layout.tree(tree))
-    divided = {"mlp1.linear2.kernel": PartitionSpec("data", None)}
+    specs = jax.tree.map(lambda place: place.spec, layout.tree(tree, "optimizer"))
+    divided = {"mlp1.linear2.kernel": PartitionSpec("replica", None)}
     assert specs == {"step": PartitionSpec(), "trainable": divided, "moments": (divided, {"mu": divided})}
-    abstract = layout.abstract(tree)
+    abstract = layout.abstract(tree, "optimizer")
     assert jax.tree.map(lambda leaf: leaf.sharding.spec, abstract) == specs
     assert (
         abstract["step"].dtype == np.int32
@@ -213,55 +211,48 @@ def test_impossible_choices_are_named():
     with pytest.raises(InputError, match="fsdp"):
         find_strategy("fsdb")
     with pytest.raises(InputError, match="6 samples.*8 devices"):
-        Layout(EIGHT, FSDP, UNITS).require_divisible(6)
+        layout_of("fsdp", fsdp=8).require_divisible(6)
+
+
+@pytest.mark.parametrize("text", ["fsdp", "fsdp=0", "fsdp=x", "fsdp=4,data=2", "fsdp=2,fsdp=4", ""])
+def test_a_mesh_that_cannot_be_read_is_one_sentence(text):
+    with pytest.raises(InputError, match="cannot be read at .*fsdp=4,tensor=2"):
+        parse_mesh(text)
+    assert parse_mesh("fsdp=4, tensor=2") == {"fsdp": 4, "tensor": 2}
+
+
+def test_a_mesh_fits_the_devices_and_says_how_where_there_is_a_choice():
+    assert mesh_sizes(None, STRATEGIES["fsdp"], 8) == {"replica": 1, "fsdp": 8, "tensor": 1, "sequence": 1}
+    with pytest.raises(InputError, match="has 6 devices, but there are 8; for example fsdp=4,tensor=2 fits"):
+        mesh_sizes({"fsdp": 3, "tensor": 2}, STRATEGIES["fsdp_tensor"], 8)
+    with pytest.raises(InputError, match="how the 8 devices are spread, for example --mesh replica=2,fsdp=4"):
+        mesh_sizes(None, STRATEGIES["hsdp"], 8)
+    assert math.prod(mesh_sizes(None, STRATEGIES["hsdp"], 1).values()) == 1
 
 
 @pytest.fixture(scope="module")
 def eight_devices(tmp_path_factory):
     """What a process with eight CPU devices reports; see sharded_step.py."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(ROOT),
-    }
-    script = TESTS / "support" / "sharded_step.py"
-    folder = tmp_path_factory.mktemp("sharded")
-    result = subprocess.run(
-        [sys.executable, str(script), str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    found, said = report("sharded_step.py", str(tmp_path_factory.mktemp("sharded")))
+    return found | {"said": said}
 
 
 @pytest.mark.parametrize(
     ("strategy", "sentence"),
     [
-        (
-            {"batch": "model"},
-            "divides 'batch' over 'model', but the mesh has the axes data; give it",
-        ),
-        (
-            {"batch": "data", "embed": ("data", "x")},
-            "divides 'embed' over 'x', but the mesh has",
-        ),
-        (
-            {"batch": "data", "embedding": "data"},
-            "divides 'embedding', which is no meaning of an axis",
-        ),
+        ({"batch": "model"}, "divides 'batch' over 'model', but the mesh has the axes replica"),
+        ({"batch": "fsdp", "weights": ("fsdp", "x")}, "divides 'weights' over 'x', but the mesh has"),
+        ({"batch": "fsdp", "embedding": "fsdp"}, "divides 'embedding', which is no meaning of an axis"),
+        ({"batch": "replica"}, "has fsdp=8, but the strategy divides nothing over 'fsdp'"),
     ],
 )
 def test_a_strategy_that_does_not_fit_is_one_sentence(strategy, sentence):
     with pytest.raises(InputError, match=sentence):
-        Layout(EIGHT, strategy, UNITS)
+        Layout(AbstractMesh((1, 8, 1, 1), MESH_AXES), strategy, UNITS)
 
 
 def test_a_strategy_may_leave_batches_whole():
-    layout = Layout(EIGHT, {"embed": "data"}, UNITS)
+    layout = layout_of({"weights": "fsdp"}, fsdp=8)
     assert layout.batch.spec == PartitionSpec(None)
     layout.require_divisible(3)
 
@@ -269,8 +260,45 @@ def test_a_strategy_may_leave_batches_whole():
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_eight_devices_compute_what_one_does(eight_devices, strategy):
+    """Five updates, with dropout, dropped paths and random points."""
     found = eight_devices[strategy]
-    assert found["loss"] < 1e-5 and found["gradient"] < 1e-5 and found["norm"] < 1e-5
+    assert found["loss"] < 1e-5 and found["gradient"] < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_device_works_on_its_share_alone(eight_devices, strategy):
+    found = eight_devices[strategy]
+    assert 0.9 < found["flops"] < 1.1
+    batches = [
+        shape
+        for _, shapes in found["collectives"]
+        for shape in shapes
+        if any(size and size % eight_devices["batch"] == 0 for size in shape)
+    ]
+    assert not batches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_no_stack_of_layers_is_gathered_as_a_whole(eight_devices, strategy):
+    gathered = [
+        tuple(shape)
+        for kind, shapes in eight_devices[strategy]["collectives"]
+        for shape in shapes
+        if kind == "all-gather"
+    ]
+    # Where the optimiser has smaller shares than the weights, what trains is gathered once an update.
+    optimizer = "optimizer" in STRATEGIES[strategy]
+    stacks = {tuple(shape) for shape, frozen in eight_devices["stacks"] if frozen or not optimizer}
+    assert len(stacks) > 5 and not stacks.intersection(gathered)
+    if strategy in ("fsdp", "hsdp", "fsdp_tensor", "sequence"):
+        assert any((1, *shape[1:]) in gathered for shape in stacks)
+
+
+@pytest.mark.slow
+def test_the_partitioner_copies_nothing_it_could_divide(eight_devices):
+    assert "nvoluntary full rematerialization" not in eight_devices["said"]
 
 
 @pytest.mark.slow
@@ -284,35 +312,39 @@ def test_a_program_knows_what_it_is_compiled_for(eight_devices):
 
 
 @pytest.mark.slow
-def test_fsdp_spreads_parameters_and_moments(eight_devices):
-    assert eight_devices["fsdp"]["bytes"] < 0.5 * eight_devices["data_parallel"]["bytes"]
+def test_a_program_for_tpus_is_the_same_from_one_and_from_eight_cpus(eight_devices):
+    assert eight_devices["lowered"] == lowered.digest()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero1", "fsdp", "hsdp", "fsdp_tensor", "sequence"])
+def test_masters_and_moments_are_spread(eight_devices, strategy):
+    assert eight_devices[strategy]["bytes"] < 0.3 * eight_devices["data_parallel"]["bytes"]
 
 
 @pytest.mark.slow
 def test_a_run_says_which_parameters_stay_whole(eight_devices):
-    (counts,) = eight_devices["data_parallel"]["said"]
-    assert counts == (
-        "3,854 of 270,406 parameters train on 8 cpu, 12 records, 3 batches an epoch, 20 updates of 1 batches "
-        "of 4."
+    counts, whole = eight_devices["summary"]
+    assert (
+        "parameters train on 8 cpu, 12 records, 3 batches an epoch, 20 updates of 1 batches of 4." in counts
     )
-    # Adapters of rank 2 whose other axis is no "embed" axis, and maps of 1 and 4 channels. The other adapters
-    # are divided along their other axis.
-    assert eight_devices["fsdp"]["said"] == [
-        counts,
-        "12 parameters (0.0 MiB a device) stay whole although 'fsdp' asks to divide them; the largest is "
-        "sam2.memory_encoder.mask_downsampler.convs.1.kernel: its mask axis of 4 numbers does not divide by "
-        "8.",
-    ]
+    # Maps of 1 and 4 channels, and a hidden state of two numbers.
+    assert re.fullmatch(
+        r"\d+ parameters \(0\.0 MiB a device\) stay whole although 'fsdp' asks to divide them; the largest "
+        r"is sam2\.\S+: no axis of [\dx]+ divides by 8\.",
+        whole,
+    )
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_eight_devices_restores_onto_any_mesh_to_the_bit(eight_devices):
-    assert eight_devices["restored"] == {"1": True, "4": True, "8": True}
+def test_a_checkpoint_restores_onto_any_mesh_to_the_bit(eight_devices):
+    restored = eight_devices["restored"]
+    assert len(restored) == 2 * len(STRATEGIES) and all(restored.values())
 
 
 def test_one_device_needs_no_special_case():
     layout = Layout.over(jax.devices()[:1], FSDP, ModelConfig())
-    assert layout.spec("mlp1.linear2.kernel", (8, 8)) == PartitionSpec("data", None)
+    assert layout.spec("mlp1.linear2.kernel", (8, 8)) == PartitionSpec(None, None)
     kernel = np.arange(64, dtype=np.float32).reshape(8, 8)
     placed = layout.place({"mlp1.linear2.kernel": kernel})["mlp1.linear2.kernel"]
     np.testing.assert_array_equal(placed, kernel)

@@ -2,19 +2,22 @@
 
 import dataclasses
 import json
-import re
 import sys
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import lowered
 import numpy as np
 from flax import nnx
+from programs import collectives
 from small import IDS, MODEL, STEP, build, random_batch
 
+from unibiomed_jax.config.model import HieraConfig
 from unibiomed_jax.models.hiera import Hiera
+from unibiomed_jax.sharding.axes import logical_axes
 from unibiomed_jax.sharding.layout import Layout
-from unibiomed_jax.sharding.strategies import DATA_PARALLEL, FSDP, STRATEGIES
+from unibiomed_jax.sharding.strategies import STRATEGIES
 from unibiomed_jax.sharding.target import target
 from unibiomed_jax.training.config import CheckpointConfig
 from unibiomed_jax.training.initialise import structure
@@ -22,28 +25,82 @@ from unibiomed_jax.training.snapshot import Checkpointer
 from unibiomed_jax.training.start import Start, abstract_state, summary
 from unibiomed_jax.training.step import TrainStep
 
-# Without clipping, which would hide a gradient of the right direction and the wrong size.
+# No width, number of tokens or of windows is a multiple of it, so that it shows where a batch went.
+BATCH = 88
+UPDATES = 5
+MESHES = {
+    "data_parallel": None,
+    "zero1": None,
+    "fsdp": None,
+    "hsdp": {"replica": 2, "fsdp": 4},
+    "tensor": {"replica": 4, "tensor": 2},
+    "fsdp_tensor": {"fsdp": 4, "tensor": 2},
+    "sequence": {"fsdp": 4, "sequence": 2},
+}
+# Three layers: no other axis is as long, so that a stack of them shows. Without clipping, which would hide a
+# gradient of the right direction and the wrong size; without momentum, Adam's first moment is the gradient.
 CONFIG = dataclasses.replace(
     STEP,
-    lora=dataclasses.replace(STEP.lora, dropout=0.0),
-    optim=dataclasses.replace(STEP.optim, clip=1e9),
+    model=dataclasses.replace(
+        MODEL,
+        vision=dataclasses.replace(MODEL.vision, num_layers=3, drop_path_rate=0.1),
+        language=dataclasses.replace(MODEL.language, num_layers=3),
+        sam2=dataclasses.replace(
+            MODEL.sam2,
+            hiera=HieraConfig(embed_dim=8, num_heads=1, stages=(1, 1, 4, 1), global_attention_blocks=()),
+        ),
+    ),
+    optim=dataclasses.replace(STEP.optim, clip=1e9, lr=4e-5, warmup=0.0, beta1=0.0),
 )
 
 
+def share_of_flops(graphdef, state, frozen):
+    """Of an update of the samples that one of eight devices has, on a device of its own."""
+    layout = Layout.over(jax.devices()[:1], model=MODEL)
+    batch = layout.place_batch(random_batch(0, size=BATCH // 8))
+    program = TrainStep(graphdef, CONFIG, IDS, layout).whole.lower(state, frozen, batch).compile()
+    return program.cost_analysis()["flops"]
+
+
+def layout_of(name):
+    return Layout.over(None, STRATEGIES[name], MODEL, MESHES[name])
+
+
 def run(graphdef, state, frozen, layout):
-    """State and metrics after one update."""
+    """The program of an update, and losses and gradients of five updates."""
     step = TrainStep(graphdef, CONFIG, IDS, layout)
-    batch = layout.place_batch(random_batch(5, size=8))
-    return step(layout.place(state), layout.place(frozen), [batch])
+    state, frozen = layout.place(state, "optimizer"), layout.place(frozen)
+    batches = [layout.place_batch(random_batch(seed, size=BATCH)) for seed in range(UPDATES)]
+    program = step.whole.lower(state, frozen, batches[0]).compile()
+    losses, gradients = [], []
+    for batch in batches:
+        state, metrics = program(state, frozen, batch)
+        losses.append([float(value) for name, value in metrics.items() if name.startswith("loss")])
+        gradients.append(jax.device_get(state.moments[1].mu))
+    return program, state, np.array(losses), gradients
 
 
-def first_gradient(state):
-    """The gradient of the first update, from Adam's first moment."""
-    return [np.asarray(leaf) / 0.1 for leaf in jax.tree.leaves(state.moments[1].mu)]
+def difference(found, expected):
+    """The largest relative difference of an update's gradient, as one long vector."""
+
+    def long(tree):
+        return np.concatenate([np.ravel(leaf).astype(np.float64) for leaf in jax.tree.leaves(tree)])
+
+    pairs = [(long(a), long(b)) for a, b in zip(found, expected, strict=True)]
+    return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
 
 
 def bytes_on_first_device(state):
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+
+
+def said():
+    """What a run under FSDP says before it starts."""
+    config = dataclasses.replace(CONFIG, strategy="fsdp")
+    graphdef, shapes = structure(config)
+    layout = layout_of("fsdp")
+    start = Start(config, layout, None, None, IDS, graphdef, abstract_state(config, shapes, layout))
+    return summary(start, SimpleNamespace(mixture=SimpleNamespace(records=range(12)), steps_per_epoch=3))
 
 
 def trunk_collectives():
@@ -52,8 +109,7 @@ def trunk_collectives():
     graphdef, parameters = nnx.split(Hiera(MODEL.sam2.hiera, rngs=nnx.Rngs(0)))
     pixels = jax.ShapeDtypeStruct((16, 128, 128, 3), jnp.float32, sharding=layout.batch)
     program = layout.jit(lambda parameters, pixels: nnx.merge(graphdef, parameters)(pixels))
-    text = program.lower(parameters, pixels).compile().as_text()
-    return len(re.findall(r"all-gather|all-to-all|all-reduce|collective-permute", text))
+    return len(collectives(program.lower(parameters, pixels).compile().as_text()))
 
 
 def targets():
@@ -68,54 +124,53 @@ def targets():
     return seen
 
 
-def said(strategy):
-    """What a run says before it starts."""
-    config = dataclasses.replace(CONFIG, strategy=strategy)
-    layout = Layout.over(strategy=STRATEGIES[strategy], model=MODEL)
-    graphdef, shapes = structure(config)
-    start = Start(config, layout, None, None, IDS, graphdef, abstract_state(config, shapes, layout))
-    return summary(start, SimpleNamespace(mixture=SimpleNamespace(records=range(12)), steps_per_epoch=3))
-
-
 def main(folder):
     assert len(jax.devices()) == 8
     graphdef, state, frozen = build(CONFIG)
     state, frozen = jax.device_get((state, frozen))
-    one, expected = run(graphdef, state, frozen, Layout.over(jax.devices()[:1], DATA_PARALLEL, MODEL))
-    found = {}
-    for name, strategy in STRATEGIES.items():
-        eight, metrics = run(graphdef, state, frozen, Layout.over(None, strategy, MODEL))
-        losses = [
-            abs(float(metrics[key]) - float(expected[key])) for key in metrics if key.startswith("loss")
-        ]
-        pairs = zip(first_gradient(eight), first_gradient(one), strict=True)
+    share = share_of_flops(graphdef, state, frozen)
+    one = Layout.over(jax.devices()[:1], model=MODEL)
+    _, _, losses, gradients = run(graphdef, state, frozen, one)
+    found, states = {}, {}
+    for name in STRATEGIES:
+        print(name, "is compiled", file=sys.stderr)
+        program, states[name], own_losses, own_gradients = run(graphdef, state, frozen, layout_of(name))
         found[name] = {
-            "loss": max(losses),
-            "gradient": max(float(np.abs(a - b).max()) for a, b in pairs),
-            "norm": abs(float(metrics["gradient_norm"]) - float(expected["gradient_norm"])),
-            "bytes": bytes_on_first_device(eight),
-            "said": said(name),
+            "loss": float(np.abs(own_losses / losses - 1).max()),
+            "gradient": difference(own_gradients, gradients),
+            "bytes": bytes_on_first_device(states[name]),
+            "collectives": collectives(program.as_text()),
+            "flops": program.cost_analysis()["flops"] / share,
         }
 
+    found["batch"] = BATCH
+    found["stacks"] = [
+        (value.shape, path in frozen)
+        for path, value in (state.trainable | frozen).items()
+        if value.ndim > 2
+        and "layer" in logical_axes(path, value.ndim)
+        and value.shape[0] > 1
+        # Four small networks that work side by side.
+        and "hypernetworks" not in path
+    ]
     found["trunk_collectives"] = trunk_collectives()
     found["targets"] = targets()
-
-    checkpointer = Checkpointer(folder, CheckpointConfig())
-    checkpointer.save(1, eight, position={}, config={})
-    checkpointer.wait()
+    found["summary"] = said()
+    found["lowered"] = lowered.digest()
     found["restored"] = {}
-    for number in (1, 4, 8):
-        layout = Layout.over(jax.devices()[:number], FSDP, MODEL)
-        restored = checkpointer.restore(layout.abstract(eight)).state
-        found["restored"][number] = all(
-            np.array_equal(a, b) and a.sharding == place
-            for a, b, place in zip(
-                jax.tree.leaves(restored),
-                jax.tree.leaves(eight),
-                jax.tree.leaves(layout.tree(eight)),
-                strict=True,
+    for name in ("data_parallel", "fsdp_tensor"):  # whole, and divided along two axes
+        saved = states[name]
+        checkpointer = Checkpointer(f"{folder}/{name}", CheckpointConfig())
+        checkpointer.save(1, saved, position={}, config={})
+        checkpointer.wait()
+        for other in STRATEGIES:
+            layout = layout_of(other)
+            restored = checkpointer.restore(layout.abstract(saved, "optimizer")).state
+            places = layout.tree(saved, "optimizer")
+            found["restored"][f"{name} as {other}"] = all(
+                np.array_equal(a, b) and a.sharding == place
+                for a, b, place in zip(*map(jax.tree.leaves, (restored, saved, places)), strict=True)
             )
-        )
     print(json.dumps(found))
 
 

@@ -24,7 +24,7 @@ from unibiomed_jax.data.plan import Shape
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inputs.tokenizer import Tokenizer
 from unibiomed_jax.sharding.layout import Layout
-from unibiomed_jax.sharding.strategies import DATA_PARALLEL
+from unibiomed_jax.sharding.strategies import DATA_PARALLEL, MESH_AXES
 from unibiomed_jax.training.config import Acts, CheckpointConfig
 from unibiomed_jax.training.experiment import load_command, load_experiment
 from unibiomed_jax.training.footprint import heaviest
@@ -287,7 +287,7 @@ def test_help_does_not_need_the_data(monkeypatch, tmp_path, capsys):
 
 
 def test_a_batch_that_the_devices_cannot_share(refuses, monkeypatch):
-    eight = Layout(AbstractMesh((8,), ("data",)), DATA_PARALLEL, {})
+    eight = Layout(AbstractMesh((8, 1, 1, 1), MESH_AXES), DATA_PARALLEL, {})
     monkeypatch.setattr(Layout, "over", lambda *_, **__: eight)
     refuses("batch of 2 samples cannot be split over 8 devices")
 

@@ -1,4 +1,4 @@
-"""`unibiomed data`: make and check datasets to train on."""
+"""`unibiomed data`: make, check and pack datasets to train on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from rich.markup import escape
 from unibiomed_jax.commands.run import DONE, FAILED_IN_PART
 from unibiomed_jax.datasets.build import BuildOptions
 from unibiomed_jax.datasets.build import build as build_dataset
+from unibiomed_jax.datasets.pack import PackOptions
+from unibiomed_jax.datasets.pack import pack as pack_dataset
 from unibiomed_jax.datasets.validate import ValidateOptions
 from unibiomed_jax.datasets.validate import validate as validate_datasets
 from unibiomed_jax.files import shown
@@ -54,3 +56,16 @@ def validate(options: ValidateOptions) -> int:
         console.print(f"... and {len(problems) - options.show} more (--show {len(problems)} prints all).")
     console.print(f"{len(report.errors)} errors, {len(report.warnings)} warnings")
     return FAILED_IN_PART if report.errors else DONE
+
+
+def pack(options: PackOptions) -> int:
+    """Run `unibiomed data pack`."""
+    with console.status(f"Writing {escape(shown(options.out))}"):
+        report = pack_dataset(options)
+    kept = f", {report.kept} of them written before" if report.kept else ""
+    _say(
+        f"{report.records:,} records of {report.tables} tables in {report.folders} folders: {report.files:,} "
+        f"files, {report.bytes / 1e6:,.1f} MB in {report.shards} shards{kept}"
+    )
+    _say(f"Next: set DATASET of the configuration to {options.out}")
+    return DONE

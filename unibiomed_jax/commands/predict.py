@@ -8,7 +8,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from PIL import Image
@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from unibiomed_jax.commands.run import DONE, FAILED_IN_PART
+from unibiomed_jax.config.precision import PrecisionName, find_precision
 from unibiomed_jax.errors import DiskFullError, InputError
 from unibiomed_jax.files import shown
 from unibiomed_jax.inputs.images import by_number
@@ -66,25 +67,35 @@ class PredictOptions:
     stream: bool = False
     # Images answered in one go; takes the memory of the next power of two.
     batch_size: int = 1
-    # "auto": bfloat16, as the reference; on a CPU float32, with bfloat16 products where it has units.
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    # "auto": bfloat16, as the reference; float32 on a CPU. "fast": coarser, where a CPU multiplies bfloat16.
+    precision: PrecisionName = "auto"
+    # Divide the model over all devices: a strategy of unibiomed_jax/sharding/strategies.py.
+    strategy: str | None = None
+    # With a strategy: devices along the axes of the mesh, such as fsdp=4,tensor=2.
+    mesh: str | None = None
     # Answer again what is already answered.
     overwrite: bool = False
 
 
 def predict(options: PredictOptions) -> int:
     """Run `unibiomed predict`; FAILED_IN_PART if an image failed."""
-    from unibiomed_jax.config.precision import BFLOAT16, FLOAT32  # JAX starts only when it is needed
-    from unibiomed_jax.conversion import loading
+    from unibiomed_jax.conversion import loading  # JAX starts only when it is needed
     from unibiomed_jax.inference.answer import INTENDED_USE
     from unibiomed_jax.inference.predictor import UniBiomed
+    from unibiomed_jax.sharding.layout import Layout, parse_mesh
+    from unibiomed_jax.sharding.strategies import find_strategy
 
     sources, left_out = _sources(options)
     _check(options, sources)
-    precision = {"auto": None, "float32": FLOAT32, "bfloat16": BFLOAT16}[options.precision]
+    layout = None
+    if options.strategy is not None:
+        mesh = None if options.mesh is None else parse_mesh(options.mesh)
+        layout = Layout.over(strategy=find_strategy(options.strategy), mesh=mesh)
     loading.fetch(options.checkpoint)  # with a progress bar of its own, which the spinner would garble
     with console.status(f"Loading {escape(shown(options.checkpoint))}"):
-        model = UniBiomed.from_pretrained(options.checkpoint, precision=precision)
+        model = UniBiomed.from_pretrained(
+            options.checkpoint, precision=find_precision(options.precision), layout=layout
+        )
 
     todo = [name for name in sources if options.overwrite or not _is_done(model, options, name, sources)]
     if len(todo) < len(sources):
@@ -211,6 +222,8 @@ def _check(options: PredictOptions, sources: dict[str, list[Path]]) -> None:
         raise InputError("--conditioning chooses slices of a volume; add --volume, or leave it out.")
     if options.temperature is None and (options.top_p != 1.0 or options.seed):
         raise InputError("--top-p and --seed belong to words that are drawn; add --temperature.")
+    if options.mesh is not None and options.strategy is None:
+        raise InputError(f"--mesh {options.mesh} spreads a strategy over devices; add --strategy.")
     _sampling(options)
     if options.out.resolve() == options.image_or_folder.resolve():
         raise InputError(

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
-
 Dtype = typing.Literal["float32", "bfloat16"]
 
 
@@ -37,36 +35,50 @@ class Precision:
 FLOAT32 = Precision()
 # Everywhere, as the reference runs on a GPU.
 BFLOAT16 = Precision("bfloat16", "bfloat16", "bfloat16", "bfloat16", bfloat16_position=True)
-# On a CPU with bfloat16 units large products gain from them: a call took 9.8 s instead of 17.9 s (jax 0.10,
-# benchmarks/predict.py). A decoding step does not gain: it is bound by reading the weights.
-# Masks of the recorded cases stay within IoU 0.999 of float32's; at full size, with random weights, 0.9952
-# was seen (benchmarks/precision.py).
-CPU = Precision("bfloat16", "float32", "mixed", "float32")
+# On a CPU that multiplies bfloat16, large products gain from it; a decoding step does not: it is bound by
+# reading the weights. Coarser: at full size, with random weights, masks of IoU 0.995 against float32's were
+# seen (benchmarks/precision.py), and InternViT or SAM2's encoder alone do not keep 0.999 either.
+FAST = Precision("bfloat16", "float32", "mixed", "float32")
+
+PrecisionName = typing.Literal["auto", "float32", "fast", "bfloat16"]
 
 
-def default_precision() -> Precision:
-    """The policy of this backend: bfloat16 as the reference; of a CPU FLOAT32, or CPU if it has the units."""
-    if jax.default_backend() != "cpu":
+def find_precision(name: PrecisionName) -> Precision:
+    """The policy of a name.
+
+    "auto" is bfloat16 on a GPU or TPU, as the reference, and float32 on a CPU. "fast" is the fastest of this
+    backend: on a CPU without bfloat16 arithmetic that is float32 as well.
+    """
+    import jax  # a command line that names a policy does not need it yet
+
+    if name == "float32":
+        return FLOAT32
+    if name == "bfloat16" or jax.default_backend() != "cpu":
         return BFLOAT16
-    return CPU if has_bfloat16_units() else FLOAT32
+    return FAST if name == "fast" and bfloat16_units() else FLOAT32
 
 
-def has_bfloat16_units(
+def bfloat16_units(
     cpuinfo: Path = Path("/proc/cpuinfo"), environment: Mapping[str, str] = os.environ
-) -> bool:
-    """Whether the processor multiplies bfloat16, and XLA may use that; False where nobody says.
+) -> typing.Literal["matrix", "vector"] | None:
+    """With what the processor multiplies bfloat16, as far as XLA may use it; None where nobody says.
 
-    Elsewhere products of bfloat16 are those of float32 with conversions around: slower and coarser.
+    "matrix" units (AMX) do it five times as fast as float32, "vector" units (AVX-512) twice. Elsewhere
+    products of bfloat16 are those of float32 with conversions around: slower and coarser.
 
     Args:
-        cpuinfo: where Linux says what the processor can do (x86: flags, Arm: Features).
+        cpuinfo: where Linux says what the processor can do.
         environment: where XLA_FLAGS may limit the instructions that XLA uses.
     """
-    allowed = re.search(r"--xla_cpu_max_isa=(\w+)", environment.get("XLA_FLAGS", ""))
-    if allowed and allowed[1].upper() not in ("AVX512_BF16", "AMX", "AMX_FP16"):
-        return False
     try:
-        found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+        found = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
     except OSError:
-        return False
-    return found is not None and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(found[1].split())
+        return None
+    features = set(found[1].split()) if found else set()
+    limit = re.search(r"--xla_cpu_max_isa=(\w+)", environment.get("XLA_FLAGS", ""))
+    allowed = limit[1].upper() if limit else "AMX"
+    if "amx_bf16" in features and allowed.startswith("AMX"):
+        return "matrix"
+    if "avx512_bf16" in features and (allowed.startswith("AMX") or allowed == "AVX512_BF16"):
+        return "vector"
+    return None

@@ -20,11 +20,12 @@ from unibiomed_jax.files import NO_SPACE
 logger = logging.getLogger(__name__)
 
 
-def load(source: str | Path) -> checkpoint.Checkpoint:
+def load(source: str | Path, sharding: checkpoint.Sharding | None = None) -> checkpoint.Checkpoint:
     """Load a checkpoint onto the devices.
 
     Args:
         source: a converted folder, a released one (which is converted in memory), or `owner/name[@revision]`.
+        sharding: where each parameter of a converted checkpoint goes; see `checkpoint.load`.
 
     Raises:
         InputError: it is incomplete, damaged or of an unsupported kind, or cannot be downloaded.
@@ -32,7 +33,7 @@ def load(source: str | Path) -> checkpoint.Checkpoint:
     folder = fetch(source)
     made = _made(folder)
     try:
-        return _read(folder)
+        return _read(folder, sharding)
     except InputError as error:
         repository = hub.repository(source)
         if repository is None or not folder.is_relative_to(_cache()):
@@ -40,7 +41,7 @@ def load(source: str | Path) -> checkpoint.Checkpoint:
         logger.warning(
             "What was converted from %s is made anew, for it cannot be read: %s", repository, error
         )
-    return _read(_converted(repository, instead_of=made))
+    return _read(_converted(repository, instead_of=made), sharding)
 
 
 def fetch(source: str | Path) -> Path:
@@ -54,8 +55,10 @@ def fetch(source: str | Path) -> Path:
     return _converted(repository) if repository else Path(source)
 
 
-def _read(folder: Path) -> checkpoint.Checkpoint:
-    return checkpoint.load(folder) if checkpoint.is_checkpoint(folder) else from_torch.read_released(folder)
+def _read(folder: Path, sharding: checkpoint.Sharding | None) -> checkpoint.Checkpoint:
+    if checkpoint.is_checkpoint(folder):
+        return checkpoint.load(folder, sharding=sharding)
+    return from_torch.read_released(folder)
 
 
 def _cache() -> Path:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from unibiomed_jax.files import write_beside
 from unibiomed_jax.parameters import Parameters
 
 DECODER = "language_model.layers."
@@ -47,6 +48,4 @@ def save_peft_adapter(
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "adapter_model.safetensors.part", metadata={"format": "pt"})
     os.replace(directory / "adapter_model.safetensors.part", directory / "adapter_model.safetensors")
-    part = directory / "adapter_config.json.part"
-    part.write_text(json.dumps(settings, indent=2) + "\n")
-    os.replace(part, directory / "adapter_config.json")
+    write_beside(directory / "adapter_config.json", (json.dumps(settings, indent=2) + "\n").encode())

@@ -12,10 +12,13 @@ from unibiomed_jax.errors import InputError
 from unibiomed_jax.files import shown
 
 
-def check_files(records: Sequence[Record]) -> None:
+def check_files(records: Sequence[Record]) -> dict[str, tuple[int, int] | None]:
     """Look at every file's name and header, and at no pixel.
 
     A header that cannot be read is passed over; reading the sample reports it.
+
+    Returns:
+        (width, height) of every file's upright image, None where the header cannot be read.
 
     Raises:
         InputError: the first record whose image or mask file is missing, whose image has another size than
@@ -36,6 +39,7 @@ def check_files(records: Sequence[Record]) -> None:
             for mask in (frames[frame] for frames in record.masks):
                 if mask and sizes[mask] is not None:
                     require_mask_size(record.name, mask, sizes[mask], size)
+    return sizes
 
 
 def require_table_size(record: Record, path: str, size: tuple[int, int]) -> None:

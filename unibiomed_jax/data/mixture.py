@@ -1,14 +1,17 @@
 """Several datasets as one list of samples."""
 
+import bisect
 import hashlib
+import itertools
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from unibiomed_jax.data.packed import PackedRecords, is_packed, read_index, records_digest
 from unibiomed_jax.data.records import DatasetConfig, Kind, Record
 from unibiomed_jax.data.tables import read_dataset
 from unibiomed_jax.errors import InputError
@@ -22,13 +25,31 @@ class Mixture:
     """Several datasets as one list of samples, repeats included."""
 
     # Every record once, dataset after dataset.
-    records: tuple[Record, ...]
+    records: "Records"
     # Sample i of the mixture is records[order[i]]; repeats stand here.
     order: np.ndarray
     # Title, records and samples (repeats counted) of every dataset, for logs.
     sizes: tuple[tuple[str, int, int], ...]
     # Of all that the records say; it does not change when a dataset's folder moves.
     fingerprint: str
+
+
+class Records(Sequence[Record]):
+    """Several lists of records as one; each of the `parts` is of one kind."""
+
+    def __init__(self, parts: Sequence[Sequence[Record]]):
+        self.parts = tuple(parts)
+        self._ends = list(itertools.accumulate(map(len, self.parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, number: int) -> Record:
+        part = bisect.bisect_right(self._ends, number)
+        return self.parts[part][number - (self._ends[part] - len(self.parts[part]))]
+
+    def __iter__(self) -> Iterator[Record]:
+        return itertools.chain.from_iterable(self.parts)
 
 
 class NoTableError(InputError):
@@ -53,7 +74,8 @@ def find_datasets(root: str | os.PathLike, split: str = "train", **choices) -> t
 
     `{split}.json` segmentation, `meta_{split}.json` sequences, `{split}_disease.json`, `{split}_region.json`,
     `{split}_parse.json` (grounded questions and reports), `{split}_captions.json`. Where there is no folder
-    `{split}`, image paths are relative to the dataset's folder.
+    `{split}`, image paths are relative to the dataset's folder. Packed datasets (`unibiomed data pack`) are
+    found as the folders they were made from, under the same names.
 
     Args:
         root: searched with all folders below it; a folder that links also reach counts once.
@@ -71,20 +93,33 @@ def find_datasets(root: str | os.PathLike, split: str = "train", **choices) -> t
         raise InputError(f"The dataset folder {shown(root)} {wrong}.")
     found = []
     for folder in sorted(_folders(root)):
+        index = read_index(folder) if is_packed(folder) else None
+        title = root.resolve().name / folder.relative_to(root)
+        if index is not None:  # a packed dataset keeps its name wherever it lies
+            title = Path(index["name"])
         for pattern, kinds in _TASK_TABLES:
             name = pattern.format(split=split)
-            for kind in kinds if (folder / name).is_file() else ():
-                flat = kind in _BESIDE_IMAGES and not (folder / split).is_dir()
-                place = "" if flat else None
+            flat = kinds[0] in _BESIDE_IMAGES and not (folder / split).is_dir()
+            images = masks = "" if flat else None
+            if index is not None:
+                if name not in index["tables"]:
+                    continue
+                table = index["tables"][name]
+                images, masks = table["images"], table["masks"]
+                if not set(kinds) <= set(table["digests"]):  # captions under the name of another task
+                    kinds = tuple(map(Kind, table["digests"]))
+            elif not (folder / name).is_file():
+                continue
+            for kind in kinds:
                 found.append(
                     DatasetConfig(
                         kind,
                         str(folder),
-                        name=(root.resolve().name / folder.relative_to(root) / kind).as_posix(),
+                        name=(title / kind).as_posix(),
                         split=split,
                         annotations=name,
-                        images=place,
-                        masks=place,
+                        images=images,
+                        masks=masks,
                         **choices,
                     )
                 )
@@ -132,7 +167,8 @@ def read_mixture(datasets: Sequence[DatasetConfig]) -> Mixture:
     """
     if not datasets:
         raise InputError("The mixture has no datasets; name at least one.")
-    records: list[Record] = []
+    parts: list[Sequence[Record]] = []
+    records = 0
     order: list[np.ndarray] = []
     sizes = []
     titles = set()
@@ -145,19 +181,13 @@ def read_mixture(datasets: Sequence[DatasetConfig]) -> Mixture:
             )
         titles.add(title)
         found = read_dataset(config)
-        span = np.arange(len(records), len(records) + len(found))
+        span = np.arange(records, records + len(found))
         order.append(np.tile(span, config.repetitions(len(found))))
         sizes.append((title, len(found), len(order[-1])))
-        records += found
-        for record in found:
-            digest.update(repr(_without_place(record, config.root)).encode())
-    return Mixture(tuple(records), np.concatenate(order), tuple(sizes), digest.hexdigest())
-
-
-def _without_place(record: Record, root: str) -> Record:
-    """The record with paths relative to its dataset's folder, and without what decides no batch."""
-    prefix = os.path.join(Path(root), "")
-    images, *masks = (
-        tuple(file.removeprefix(prefix) for file in files) for files in (record.images, *record.masks)
-    )
-    return replace(record, images=images, masks=tuple(masks), size=(0, 0), patient="")
+        parts.append(found)
+        records += len(found)
+        content = found.digest if isinstance(found, PackedRecords) else records_digest(found, config)
+        slices = config.slices if config.kind is Kind.SEQUENCE else 0
+        shared = (title, config.kind, slices, config.augment)
+        digest.update(f"{shared} {content}\n".encode("utf-8", "surrogatepass"))
+    return Mixture(Records(parts), np.concatenate(order), tuple(sizes), digest.hexdigest())

@@ -1,6 +1,7 @@
 """Batches from datasets: Grain reads ahead in threads or worker processes; the order is the plan's."""
 
 import hashlib
+import itertools
 import logging
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import numpy as np
 from unibiomed_jax.config.fields import ONE_OR_MORE, SHARE, ZERO_OR_MORE, require_limits
 from unibiomed_jax.data.files import check_files
 from unibiomed_jax.data.mixture import Mixture, read_mixture
+from unibiomed_jax.data.packed import PackedRecords
 from unibiomed_jax.data.plan import BLANK, BatchPlan, BucketConfig, Shape, record_shapes
 from unibiomed_jax.data.records import DatasetConfig
 from unibiomed_jax.data.transforms import IGNORE, Sample, SampleBuilder, SampleConfig, SampleSizes
@@ -93,7 +95,7 @@ class Pipeline:
         host: int = 0,
         hosts: int = 1,
     ):
-        """Read the tables, look at every file's name and size, and lay the plan.
+        """Read the tables, look at every file's name and size (of packed ones, at the shards), lay the plan.
 
         Args:
             config: which batches.
@@ -116,12 +118,12 @@ class Pipeline:
             config = replace(config, datasets=datasets, sample=replace(config.sample, augment=None))
         self.config, self.sizes, self.training = config, sizes, training
         self.mixture = read_mixture(config.datasets)
-        check_files(self.mixture.records)
+        loose = (part for part in self.mixture.records.parts if not isinstance(part, PackedRecords))
+        check_files(list(itertools.chain.from_iterable(loose)))
         builder = SampleBuilder(config.sample, sizes, tokenizer, config.seed)
-        self.shapes = record_shapes(self.mixture, builder, config.buckets)
         self.plan = BatchPlan(
             self.mixture,
-            self.shapes,
+            record_shapes(self.mixture, builder, config.buckets),
             config.batch_size,
             config.seed,
             shuffle=training,

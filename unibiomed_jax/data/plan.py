@@ -1,15 +1,19 @@
 """Which samples make up which batch: a pure function of seed and step, and the same on every host."""
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Annotated
 
 import numpy as np
+from jaxtyping import Int32, Int64
 
 from unibiomed_jax.config.fields import SIZES, require_limits
+from unibiomed_jax.data.files import image_size
 from unibiomed_jax.data.mixture import Mixture
+from unibiomed_jax.data.packed import PackedRecords
+from unibiomed_jax.data.records import Kind, Record
 from unibiomed_jax.data.transforms import SampleBuilder
 from unibiomed_jax.errors import InputError
 
@@ -50,6 +54,24 @@ class BucketConfig:
 
 
 @dataclass(frozen=True)
+class RecordShapes:
+    """The shape of every record of a mixture, in a few bytes each."""
+
+    # Every shape that occurs, in their order.
+    shapes: list[Shape]
+    # Of every record, which of them it has.
+    numbers: Int32[np.ndarray, " records"]
+
+    @classmethod
+    def of(cls, rows: Int64[np.ndarray, "records 4"]) -> "RecordShapes":
+        """From the sizes of every record, in the order of Shape's fields."""
+        width = rows.max(0, initial=0) + 1
+        keys = functools.reduce(lambda key, field: key * width[field] + rows[:, field], range(4), 0)
+        _, first, numbers = np.unique(keys, return_index=True, return_inverse=True)
+        return cls([Shape(*row) for row in rows[first].tolist()], numbers.astype(np.int32))
+
+
+@dataclass(frozen=True)
 class Rows:
     """One batch: its shape and, row by row, which sample of the mixture; BLANK for none."""
 
@@ -68,7 +90,7 @@ class BatchPlan:
     def __init__(
         self,
         mixture: Mixture,
-        shapes: Sequence[Shape],
+        shapes: RecordShapes,
         batch_size: int,
         seed: int,
         *,
@@ -90,9 +112,8 @@ class BatchPlan:
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} is no batch; use at least 1.")
         self.batch_size, self.seed, self.shuffle, self.repeat = batch_size, seed, shuffle, repeat
-        self.shapes = sorted(set(shapes))
-        numbers = {shape: number for number, shape in enumerate(self.shapes)}
-        group = np.array([numbers[shape] for shape in shapes])[mixture.order]
+        self.shapes = shapes.shapes
+        group = shapes.numbers[mixture.order]
         self.groups = [np.flatnonzero(group == number) for number in range(len(self.shapes))]
         self.batches_per_epoch = sum(-(-len(members) // batch_size) for members in self.groups)
         choices = repr((self.shapes, batch_size, seed, shuffle, repeat, mixture.fingerprint))
@@ -101,14 +122,14 @@ class BatchPlan:
             digest.update(numbers.astype("<i8").tobytes())
         # Another one for other records, another shape of any of them, or other arguments.
         self.fingerprint = digest.hexdigest()
-        self._layout = lru_cache(maxsize=2)(self._lay_out)
+        self._layout = functools.lru_cache(maxsize=2)(self._lay_out)
 
     def __getstate__(self) -> dict:
         return {key: value for key, value in vars(self).items() if key != "_layout"}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
-        self._layout = lru_cache(maxsize=2)(self._lay_out)
+        self._layout = functools.lru_cache(maxsize=2)(self._lay_out)
 
     def rows(self, step: int) -> Rows:
         """The batch of a step, counted from 0 through all epochs."""
@@ -140,7 +161,7 @@ class BatchPlan:
         return np.array(groups)[order], np.concatenate(batches)[order]
 
 
-def record_shapes(mixture: Mixture, builder: SampleBuilder, buckets: BucketConfig) -> list[Shape]:
+def record_shapes(mixture: Mixture, builder: SampleBuilder, buckets: BucketConfig) -> RecordShapes:
     """The shape of every record: tiles, frames, objects, longest text, each rounded up to its bucket.
 
     Needs image sizes, from the tables or else from file headers.
@@ -148,19 +169,42 @@ def record_shapes(mixture: Mixture, builder: SampleBuilder, buckets: BucketConfi
     Raises:
         InputError: more tiles or objects than the largest bucket, or a text that would lose a [SEG].
     """
-    config, sizes = builder.config, builder.sizes
-    shapes = []
-    for record in mixture.records:
-        tiles = builder.tiles(record)
-        tokens = builder.longest(record, tiles)
-        slots = record.slices or _bucket(tiles, buckets.tiles, "tiles", record.name)
-        text = tokens - tiles * sizes.tokens_per_tile
-        fitting = [size for size in buckets.text if size >= text]
-        room = slots * sizes.tokens_per_tile + min(fitting) if fitting else config.max_tokens
-        grounded = record.frames > 0
-        objects = _bucket(len(record.masks), buckets.objects, "objects", record.name) if grounded else 0
-        shapes.append(Shape(record.frames, objects, slots, min(room, config.max_tokens)))
-    return shapes
+    return RecordShapes.of(
+        np.concatenate([_shapes(records, builder, buckets) for records in mixture.records.parts])
+    )
+
+
+def _shapes(
+    records: Sequence[Record], builder: SampleBuilder, buckets: BucketConfig
+) -> Int64[np.ndarray, "records 4"]:
+    """Of records of one kind: the sizes of their shapes, in the order of Shape's fields."""
+    first = records[0]
+    kind, slices, frames = first.kind, first.slices, first.frames
+    per_tile, limit = builder.sizes.tokens_per_tile, builder.config.max_tokens
+    packed = isinstance(records, PackedRecords)
+    if slices:
+        tiles = slots = np.full(len(records), slices)
+    else:
+        sizes = records.sizes if packed else np.array([image_size(record) for record in records])
+        tiles = _tiles(sizes, kind, builder)
+        slots = _bucket(tiles, buckets.tiles, "tiles", records)
+    text = builder.text_lengths(records)
+    for number in np.flatnonzero(text + tiles * per_tile > limit):
+        builder.require_fit(records[number], int(tiles[number]))
+    text = np.minimum(text, limit - tiles * per_tile)
+    rooms = np.array([*sorted(buckets.text), limit])  # what no bucket holds has all there is
+    tokens = np.minimum(slots * per_tile + rooms[np.searchsorted(rooms[:-1], text)], limit)
+    objects = np.zeros(len(records), int)
+    if frames:
+        counts = records.objects if packed else np.array([len(record.masks) for record in records])
+        objects = _bucket(counts, buckets.objects, "objects", records)
+    return np.stack([np.full(len(records), frames), objects, slots, tokens], 1)
+
+
+def _tiles(sizes: np.ndarray, kind: Kind, builder: SampleBuilder) -> np.ndarray:
+    """Tiles of images of these sizes, (records, 2); most are of a few sizes."""
+    keys, numbers = np.unique(sizes[:, 0].astype(np.int64) << 32 | sizes[:, 1], return_inverse=True)
+    return np.array([builder.tiles(kind, (key >> 32, key & 0xFFFFFFFF)) for key in keys.tolist()])[numbers]
 
 
 def permutation(count: int, *key: int) -> np.ndarray:
@@ -179,10 +223,13 @@ def scramble(values: np.ndarray, *key: int) -> np.ndarray:
     return state
 
 
-def _bucket(count: int, buckets: tuple[int, ...], what: str, name: str) -> int:
-    fitting = [size for size in buckets if size >= count]
-    if not fitting:
+def _bucket(counts: np.ndarray, buckets: tuple[int, ...], what: str, records: Sequence[Record]) -> np.ndarray:
+    """The smallest bucket that holds each count."""
+    buckets = np.sort(buckets)
+    if (too_many := np.flatnonzero(counts > buckets[-1])).size:
+        first = int(too_many[0])
         raise InputError(
-            f"{name} has {count} {what} but the largest bucket is {max(buckets)}; add a larger one."
+            f"{records[first].name} has {counts[first]} {what} but the largest bucket is {buckets[-1]}; add "
+            "a larger one."
         )
-    return min(fitting)
+    return buckets[np.searchsorted(buckets, counts)]

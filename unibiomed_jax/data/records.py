@@ -1,6 +1,7 @@
 """What a dataset is made of: the configuration of one, and one training sample before any pixel is read."""
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ import tyro
 from unibiomed_jax.config.fields import ONE_OR_MORE, ZERO_OR_MORE, require_limits
 from unibiomed_jax.data.augment import AugmentConfig
 from unibiomed_jax.files import shown
+from unibiomed_jax.inputs.shards import StoredFile
 
 
 class Kind(StrEnum):
@@ -112,7 +114,7 @@ class DatasetConfig:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One sample: paths and words, no pixels.
+    """One sample: files and words, no pixels. A file is a path, or lies in a shard of a packed dataset.
 
     masks[object][frame] is the file of one object in one frame; an empty string stands for an all-zero mask.
     Kinds without masks have none.
@@ -122,8 +124,8 @@ class Record:
     name: str
     kind: Kind
     # One image, or the slices of a volume in order.
-    images: tuple[str, ...]
-    masks: tuple[tuple[str, ...], ...] = ()
+    images: tuple[str | StoredFile, ...]
+    masks: tuple[tuple[str | StoredFile, ...], ...] = ()
     # Wordings of the target, of which one is used; for VQA and reports the abnormality of every object; for
     # captions the text.
     texts: tuple[str, ...] = ()
@@ -146,3 +148,14 @@ class Record:
     def frames(self) -> int:
         """SAM frames of the sample: 0 without masks, the drawn slices of a sequence, else 1."""
         return self.slices if self.kind is Kind.SEQUENCE else 0 if self.kind in TEXT_ONLY else 1
+
+
+def without_place(record: Record, config: DatasetConfig) -> Record:
+    """The record with its files' paths from its dataset's folder on, and named within its dataset."""
+    prefix = os.path.join(Path(config.root), "")
+    images, *masks = (
+        tuple(os.fspath(file).removeprefix(prefix) for file in files)
+        for files in (record.images, *record.masks)
+    )
+    name = record.name.removeprefix(f"{config.title}:{config.split}/")
+    return replace(record, name=name, images=images, masks=tuple(masks))

@@ -1,11 +1,13 @@
 """JSON tables on disk to records, one reader per table format. No pixel is read here."""
 
 import math
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from unibiomed_jax.data.packed import PackedRecords, is_packed
 from unibiomed_jax.data.records import DatasetConfig, Kind, Record
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.files import find_file, read_json, shown, spelled
@@ -15,12 +17,15 @@ from unibiomed_jax.inputs.images import by_number
 NO_FINDINGS = "no findings"
 
 
-def read_dataset(config: DatasetConfig, problems: list[str] | None = None) -> list[Record]:
-    """All records of one dataset in the order of its table.
+def read_dataset(
+    config: DatasetConfig, problems: list[str] | None = None, *, table: Any = None
+) -> Sequence[Record]:
+    """All records of one dataset in the order of its table, which may be packed.
 
     Args:
         config: which.
         problems: collects what is wrong with single entries, which are then left out.
+        table: its table, where that has been read before.
 
     Raises:
         InputError: table missing, not JSON, or of another schema; names file, field and remedy. Or no record
@@ -31,7 +36,10 @@ def read_dataset(config: DatasetConfig, problems: list[str] | None = None) -> li
         raise InputError(
             f"The dataset folder {shown(root)} does not exist; check the path of {config.title}."
         )
-    table = _read_table(config.annotation_path)
+    if is_packed(root):
+        return PackedRecords(config)
+    if table is None:
+        table = read_table(config.annotation_path)
     path = shown(config.annotation_path)  # for messages
     reader = {
         Kind.SEQUENCE: _read_volumes,
@@ -248,7 +256,12 @@ class _Names:
         return f"{self.prefix}/{name}" + (f"#{count}" if count > 1 else "")
 
 
-def _read_table(path: Path):
+def read_table(path: Path) -> Any:
+    """The content of a table.
+
+    Raises:
+        InputError: it is missing or not JSON.
+    """
     if not path.is_file():
         raise InputError(
             f"{shown(path)} does not exist; a dataset needs this table (`unibiomed data build` writes it)."

@@ -1,6 +1,10 @@
 """One record to the arrays of one sample: pixels, tokens, labels, masks."""
 
-from collections.abc import Sequence
+import logging
+import multiprocessing
+import os
+from collections.abc import Hashable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,7 +14,8 @@ from scipy import ndimage
 
 from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.data.augment import AugmentConfig, augment
-from unibiomed_jax.data.files import image_size, require_mask_size, require_table_size
+from unibiomed_jax.data.files import require_mask_size, require_table_size
+from unibiomed_jax.data.packed import PackedRecords
 from unibiomed_jax.data.prompts import Conversation, PromptConfig, draw, variants
 from unibiomed_jax.data.records import TEXT_ONLY, Kind, Record
 from unibiomed_jax.errors import InputError
@@ -25,6 +30,7 @@ from unibiomed_jax.inputs.prompt import (
     expand,
     visual_tokens,
 )
+from unibiomed_jax.inputs.shards import StoredFile
 from unibiomed_jax.inputs.tiles import frame_tiles, image_tiles, sam_image, tile_grid
 from unibiomed_jax.inputs.tokenizer import (
     IMAGE_CONTEXT,
@@ -34,6 +40,8 @@ from unibiomed_jax.inputs.tokenizer import (
     Tokenizer,
 )
 from unibiomed_jax.masks.resize import resize_nearest
+
+logger = logging.getLogger(__name__)
 
 # Labels of tokens that are not learned.
 IGNORE = -100
@@ -45,6 +53,12 @@ _BOX_COLOUR = (0, 255, 0)
 
 # A region whose bounding box has this many pixels or fewer is boxed only if no other is left.
 _SMALL_BOX = 400
+
+# Texts whose token counts are kept.
+_REMEMBERED = 1 << 16
+
+# Records whose texts a process measures at once, and the most processes that do.
+_SHARE, _MAX_PROCESSES = 50_000, 32
 
 
 @dataclass(frozen=True)
@@ -116,8 +130,9 @@ class SampleBuilder:
         self._plain |= dict.fromkeys(TEXT_ONLY, UNIBIOMED_TOKENS)
         # Tokenizers that read them so, made when first needed.
         self._plain_tokenizers: dict[tuple[str, ...], Tokenizer] = {}
-        # Token counts, since most texts occur many times.
+        # Token counts, since most texts occur many times: of questions and answers, and of all of a record.
         self._lengths: dict[tuple[Kind, str, int], int] = {}
+        self._text_lengths: dict[tuple, int] = {}
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Sample:
         """Read and build one sample.
@@ -142,7 +157,7 @@ class SampleBuilder:
             image = frames[0]
             if record.kind is Kind.REGION:
                 image = Image.fromarray(draw_box(np.asarray(image), masks[0, 0], rng))
-            tiles, _ = image_tiles(image, **self._tiling(record), use_thumbnail=sizes.use_thumbnail)
+            tiles, _ = image_tiles(image, **self._tiling(record.kind), use_thumbnail=sizes.use_thumbnail)
         ids, labels = self.encode(record, draw(record, rng, self.seed, config.prompts), len(tiles))
         grounded = record.kind not in TEXT_ONLY
         sam = [sam_image(frame, sizes.sam_size) for frame in frames] if grounded else []
@@ -191,39 +206,61 @@ class SampleBuilder:
             )
         return ids, labels
 
-    def tiles(self, record: Record) -> int:
-        """Tiles that the record will have, thumbnail included."""
-        if record.kind is Kind.SEQUENCE:
-            return record.slices
-        columns, rows = tile_grid(*image_size(record), **self._tiling(record))
+    def tiles(self, kind: Kind, size: tuple[int, int]) -> int:
+        """Tiles of an image of this size, (width, height) in pixels, thumbnail included."""
+        columns, rows = tile_grid(*size, **self._tiling(kind))
         count = columns * rows
         return count + (count > 1 and self.sizes.use_thumbnail)
 
-    def longest(self, record: Record, tiles: int) -> int:
-        """Tokens of the longest sample that any draw of question, answer and wording can give.
+    def text_length(self, record: Record) -> int:
+        """Tokens beside those of the tiles in the longest sample that any draw of words can give.
 
         Raises:
-            InputError: it exceeds max_tokens and cutting it would lose a [SEG] or the whole answer, or its
-                words contain the mark of an image.
+            InputError: the record's words contain the mark of an image.
         """
+        words = (record.kind, record.texts, record.anatomy, record.report, record.question, record.slices)
+        if words not in self._text_lengths:
+            asked, answered = variants(record, self.config.prompts)
+            tiles = record.slices or 1
+            try:
+                longest = max(self._length(record.kind, text, tiles) for text in asked)
+                longest += max(self._length(record.kind, text, 0) for text in answered)
+            except InputError as error:
+                raise InputError(f"{record.name}: {error}") from error
+            longest += len(self._end(record.kind)) - tiles * self.sizes.tokens_per_tile
+            _remember(self._text_lengths, words, longest)
+        return self._text_lengths[words]
+
+    def text_lengths(self, records: Sequence[Record]) -> Int32[np.ndarray, " records"]:
+        """`text_length` of many records of one kind; those of packed ones are measured once and kept."""
+        if isinstance(records, PackedRecords):
+            key = f"{self.config.prompts} {self.tokenizer.backend.to_str()}"
+            return records.text_lengths(key, self._measure)
+        return self._measure(records)
+
+    def require_fit(self, record: Record, tiles: int) -> None:
+        """Raise InputError if cutting the record to max_tokens would lose a [SEG] or the whole answer."""
         asked, answered = variants(record, self.config.prompts)
-        try:
-            longest = max(self._length(record.kind, text, tiles) for text in asked)
-            longest += max(self._length(record.kind, text, 0) for text in answered)
-        except InputError as error:
-            raise InputError(f"{record.name}: {error}") from error
-        longest += len(self._end(record.kind))
-        if longest > self.config.max_tokens:
-            for question in asked:
-                for answer in answered:
-                    self.encode(record, Conversation(question, answer), tiles)
-        return min(longest, self.config.max_tokens)
+        for question in asked:
+            for answer in answered:
+                self.encode(record, Conversation(question, answer), tiles)
+
+    def _measure(self, records: Sequence[Record]) -> np.ndarray:
+        if len(records) <= _SHARE or not isinstance(records, PackedRecords):
+            return np.fromiter(map(self.text_length, records), np.int32, len(records))
+        logger.info("Measuring the texts of %d records, once for this tokenizer.", len(records))
+        processes = min(os.cpu_count() or 1, _MAX_PROCESSES)
+        context = multiprocessing.get_context("spawn")  # threads of JAX do not survive a fork
+        with ProcessPoolExecutor(processes, context, _start_measuring, (self, records)) as pool:
+            firsts = range(0, len(records), _SHARE)
+            ends = (min(first + _SHARE, len(records)) for first in firsts)
+            return np.concatenate(list(pool.map(_measure_share, firsts, ends)))
 
     def _length(self, kind: Kind, text: str, tiles: int) -> int:
         key = (kind, text, tiles)
         if key not in self._lengths:
             tokens = self._instruction(kind, text, tiles) if tiles else self._answer(kind, text)
-            self._lengths[key] = len(tokens)
+            _remember(self._lengths, key, len(tokens))
         return self._lengths[key]
 
     def _segments(
@@ -262,10 +299,10 @@ class SampleBuilder:
             self._plain_tokenizers[plain] = self.tokenizer.with_plain_text(*plain)
         return self._plain_tokenizers[plain].encode(text)
 
-    def _tiling(self, record: Record) -> dict[str, int]:
-        """The arguments of `tile_grid` for this record's task."""
+    def _tiling(self, kind: Kind) -> dict[str, int]:
+        """The arguments of `tile_grid` for a task."""
         sizes = self.sizes
-        limit = self.config.text_only_max_tiles if record.kind in TEXT_ONLY else sizes.max_tiles
+        limit = self.config.text_only_max_tiles if kind in TEXT_ONLY else sizes.max_tiles
         least = min(sizes.min_tiles, limit)
         return {"tile_size": sizes.tile_size, "min_tiles": least, "max_tiles": limit}
 
@@ -273,7 +310,28 @@ class SampleBuilder:
         return np.zeros((0, 0, self.sizes.mask_size, self.sizes.mask_size), np.uint8)
 
 
-def load_mask(path: str, size: tuple[int, int], name: str) -> Bool[np.ndarray, "height width"]:
+# Of a process that measures texts.
+_measured: tuple[SampleBuilder, PackedRecords] | None = None
+
+
+def _start_measuring(builder: SampleBuilder, records: PackedRecords) -> None:
+    global _measured
+    _measured = builder, records
+
+
+def _measure_share(first: int, end: int) -> np.ndarray:
+    builder, records = _measured
+    return np.fromiter(map(builder.text_length, records.span(first, end)), np.int32)
+
+
+def _remember(known: dict, key: Hashable, value: int) -> None:
+    """Keep a value, and not ever more of them where no text occurs twice."""
+    if len(known) >= _REMEMBERED:
+        known.clear()
+    known[key] = value
+
+
+def load_mask(path: str | StoredFile, size: tuple[int, int], name: str) -> Bool[np.ndarray, "height width"]:
     """A mask file, upright as its image is (see `open_mask`); an empty path is an all-zero mask.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import collections
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -10,6 +11,7 @@ import tyro
 from rich.table import Column, Table
 
 from unibiomed_jax.data.mixture import find_datasets
+from unibiomed_jax.data.packed import check_packed, is_packed
 from unibiomed_jax.data.records import DatasetConfig, Kind, Record
 from unibiomed_jax.data.tables import NO_FINDINGS, read_dataset
 from unibiomed_jax.datasets.write import SPLITS
@@ -17,6 +19,7 @@ from unibiomed_jax.errors import InputError
 from unibiomed_jax.files import shown
 from unibiomed_jax.inputs.images import open_image
 from unibiomed_jax.inputs.masks import open_mask
+from unibiomed_jax.inputs.shards import StoredFile
 
 
 @dataclass(frozen=True)
@@ -102,25 +105,25 @@ class _Files:
     """What is known of every file looked at so far, read as training reads it."""
 
     # (width, height), upright.
-    images: dict[str, tuple[int, int] | _Wrong] = field(default_factory=dict)
-    masks: dict[str, _Mask | _Wrong] = field(default_factory=dict)
+    images: dict[str | StoredFile, tuple[int, int] | _Wrong] = field(default_factory=dict)
+    masks: dict[str | StoredFile, _Mask | _Wrong] = field(default_factory=dict)
 
-    def image(self, path: str) -> tuple[int, int] | _Wrong:
+    def image(self, path: str | StoredFile) -> tuple[int, int] | _Wrong:
         if path not in self.images:
             try:
                 self.images[path] = open_image(path)[0].size
             except InputError as error:
-                missing = not Path(path).exists()
+                missing = not isinstance(path, StoredFile) and not Path(path).exists()
                 self.images[path] = _Wrong("missing" if missing else "unreadable", str(error))
         return self.images[path]
 
-    def mask(self, path: str) -> _Mask | _Wrong:
+    def mask(self, path: str | StoredFile) -> _Mask | _Wrong:
         if path not in self.masks:
             try:
                 mask = open_mask(path)
                 self.masks[path] = _Mask(mask.shape[::-1], not mask.any())
             except InputError as error:
-                if not Path(path).exists():
+                if not isinstance(path, StoredFile) and not Path(path).exists():
                     self.masks[path] = _Wrong("missing", f"the mask {shown(path)} is missing.")
                 else:
                     self.masks[path] = _Wrong("unreadable", str(error))
@@ -128,13 +131,14 @@ class _Files:
 
 
 def validate(options: ValidateOptions) -> ValidationReport:
-    """Check all datasets under a folder, every file of them.
+    """Check all datasets under a folder, every file of them, packed ones by their checksums, too.
 
-    Errors: a table or an entry of another schema, an annotation without its file, a file that cannot be read,
-    a mask of another size than its image, a size in the table that is not the image's, slices of several
-    sizes, a patient in several splits of one folder. Warnings: an empty mask (unless the text says "no
-    findings"), a mask named by two annotations of one text or by two images, one image or volume name in
-    several splits of a folder, a patient in several splits of different folders.
+    Errors: a damaged file of a packed dataset (whose records are not looked at then), a table or an entry of
+    another schema, an annotation without its file, a file that cannot be read, a mask of another size than
+    its image, a size in the table that is not the image's, slices of several sizes, a patient in several
+    splits of one folder. Warnings: an empty mask (unless the text says "no findings"), a mask named by two
+    annotations of one text or by two images, one image or volume name in several splits of a folder, a
+    patient in several splits of different folders.
 
     Raises:
         InputError: no dataset there at all.
@@ -143,9 +147,16 @@ def validate(options: ValidateOptions) -> ValidationReport:
     # Of every patient, and of every image name: in which folder, in which split, by which dataset.
     people: dict[str, dict[tuple[str, str], str]] = collections.defaultdict(dict)
     names: dict[tuple[str, str], dict[str, str]] = collections.defaultdict(dict)
+    # Of every packed folder: which of its files are damaged.
+    damage: dict[str, list[str]] = {}
     for config in _find(options.path):
         summary = report.datasets.setdefault(config.title, DatasetSummary(config.title))
         wrong: list[str] = []
+        if is_packed(config.root) and config.root not in damage:
+            damage[config.root] = list(check_packed(config.root))
+            report.problems += [Problem(config.title, "damaged", text) for text in damage[config.root]]
+        if damage.get(config.root):
+            continue
         try:
             records = read_dataset(config, wrong)
         except InputError as error:
@@ -154,7 +165,7 @@ def validate(options: ValidateOptions) -> ValidationReport:
         summary.records[config.split] = len(records)
         report.problems += _check_records(config.title, records, files)
         for record in records:
-            summary.images.update(record.images)
+            summary.images.update(map(os.fspath, record.images))
             if record.patient:
                 summary.patients.add(record.patient)
                 people[record.patient].setdefault((config.root, config.split), config.title)
@@ -180,7 +191,7 @@ def _find(path: Path) -> list[DatasetConfig]:
     return configs
 
 
-def _check_records(title: str, records: list[Record], files: _Files) -> list[Problem]:
+def _check_records(title: str, records: Sequence[Record], files: _Files) -> list[Problem]:
     problems = []
     # Of every mask: the image and the texts of every annotation that names it.
     uses: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
@@ -199,7 +210,7 @@ def _check_records(title: str, records: list[Record], files: _Files) -> list[Pro
                 problems.append(Problem(title, "slice size", text))
             for mask in (frames[number] for frames in record.masks):
                 if mask:
-                    uses[mask][path, record.texts] += 1
+                    uses[os.fspath(mask)][os.fspath(path), record.texts] += 1
                     problems += _check_mask(title, record, mask, files.mask(mask), image)
     for path, named in uses.items():
         images = sorted({image for image, _ in named})
@@ -214,7 +225,7 @@ def _check_records(title: str, records: list[Record], files: _Files) -> list[Pro
 
 
 def _check_mask(
-    title: str, record: Record, path: str, mask: _Mask | _Wrong, image: tuple[int, int] | _Wrong
+    title: str, record: Record, path: str | StoredFile, mask: _Mask | _Wrong, image: tuple[int, int] | _Wrong
 ) -> list[Problem]:
     if isinstance(mask, _Wrong):
         return [Problem(title, mask.sort, f"{record.name}: {mask.text}")]

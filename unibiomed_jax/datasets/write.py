@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.files import write_beside
 
 SPLITS = ("train", "val", "test")
 
@@ -49,11 +49,9 @@ def save_mask(path: Path, mask: np.ndarray) -> None:
 
 
 def save_json(path: Path, table: dict) -> None:
-    """Write a table with one entry per line; beside `path` first, so that no reader ever sees half a file."""
+    """Write a table with one entry per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(_lines(table, 2) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_beside(path, (_lines(table, 2) + "\n").encode())
 
 
 def _lines(value, depth: int) -> str:

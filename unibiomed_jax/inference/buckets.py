@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 from jaxtyping import Array, Float
+
+from unibiomed_jax.sharding.target import target
 
 
 def power_of_two(count: int) -> int:
@@ -32,8 +33,11 @@ def tile_bucket(count: int) -> int:
 
 
 def tile_chunks() -> tuple[int, ...]:
-    """How many tiles go through the vision model at a time: a CPU gains nothing from more than one."""
-    return (1,) if jax.default_backend() == "cpu" else (8, 4, 2, 1)
+    """How many tiles go through the vision model at a time: a CPU gains nothing from more than one.
+
+    To be asked inside the layout of the model (`Layout.inside`).
+    """
+    return (1,) if target() == ("cpu", 1) else (8, 4, 2, 1)
 
 
 def in_chunks(

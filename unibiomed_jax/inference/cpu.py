@@ -1,8 +1,9 @@
 """Linear layers of the language model on a CPU, from weights as they are stored: in bfloat16.
 
 A token that is decoded costs one pass over the weights, and in bfloat16 they are half the bytes. A prompt
-costs arithmetic, of which a CPU with bfloat16 matrix units does six times as much as in float32. Activations
-stay float32: each goes through those units as a sum of bfloat16 numbers.
+costs arithmetic, of which a CPU with bfloat16 matrix units does five times as much as in float32. Activations
+stay float32: each goes through those units as a sum of bfloat16 numbers. Vector units do only twice as much:
+with them float32 weights are faster, for prompts and for tokens.
 """
 
 from __future__ import annotations

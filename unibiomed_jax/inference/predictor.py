@@ -11,12 +11,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Float32
 
 from unibiomed_jax import runtime
 from unibiomed_jax.config.model import ModelConfig
-from unibiomed_jax.config.precision import FLOAT32, Precision, default_precision, has_bfloat16_units
+from unibiomed_jax.config.precision import Precision, find_precision
 from unibiomed_jax.conversion import loading
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inference.answer import (
@@ -36,8 +35,8 @@ from unibiomed_jax.inference.batching import (
     volume_arrays,
 )
 from unibiomed_jax.inference.buckets import in_chunks, power_of_two, tile_chunks
-from unibiomed_jax.inference.cpu import split_linears, stored_in_bfloat16
 from unibiomed_jax.inference.generate import Decoding, Draw, Limits
+from unibiomed_jax.inference.network import build_network
 from unibiomed_jax.inference.phrases import Phrase, parse_answer
 from unibiomed_jax.inference.segments import full_size
 from unibiomed_jax.inference.stages import Stages
@@ -45,10 +44,8 @@ from unibiomed_jax.inference.stopping import end_of
 from unibiomed_jax.inputs.images import ImageRecord, ImageSource, open_frames, open_image
 from unibiomed_jax.inputs.tiles import frame_tiles, image_tiles, sam_image
 from unibiomed_jax.inputs.tokenizer import Tokenizer
-from unibiomed_jax.models.layers import unstack_layers
 from unibiomed_jax.models.sam2 import plan_frames
-from unibiomed_jax.models.unibiomed import UniBiomedModel
-from unibiomed_jax.parameters import stored_for
+from unibiomed_jax.sharding.axes import axis_units
 from unibiomed_jax.sharding.layout import Layout
 
 # Tokens between two looks of the host at the text. The loop also stops by itself where the text may end.
@@ -85,36 +82,23 @@ class UniBiomed:
         *,
         precision: Precision | None = None,
         checkpoint_hash: str = "",
+        layout: Layout | None = None,
     ):
-        """`params` is the parameter tree of `UniBiomedModel(config)`."""
+        """`params` is the parameter tree of `UniBiomedModel(config)`, `layout` divides it over devices."""
         runtime.prepare()
         self.config = config
-        self.precision = precision or default_precision()
+        self.precision = precision or find_precision("auto")
         self.tokenizer = tokenizer
         self.checkpoint_hash = checkpoint_hash
-        model = nnx.eval_shape(lambda: UniBiomedModel(config, self.precision, rngs=nnx.Rngs(0)))
-        graphdef, state = nnx.split(model)
-        on_cpu = jax.default_backend() == "cpu"
-        in_parts = (
-            on_cpu
-            and has_bfloat16_units()
-            and self.precision.language == "float32"
-            and stored_in_bfloat16(params["language_model"])
-        )
-        stored = dataclasses.replace(self.precision, language="bfloat16") if in_parts else self.precision
-        nnx.replace_by_pure_dict(state, stored_for(params, config, stored))
-        model = nnx.merge(graphdef, state)
-        if on_cpu:
-            # A scan would copy every layer's weights out of the stack for every token.
-            model.language_model.layers = unstack_layers(model.language_model.layers)
-        if in_parts:
-            split_linears(model.language_model, exact=self.precision == FLOAT32)
-        self.graphdef, self.params = nnx.split(model)
-        layout = Layout.over(jax.devices()[:1], model=config)
+        layout = layout or Layout.over(jax.devices()[:1])
+        self.layout = layout = dataclasses.replace(layout, units=axis_units(config))
+        self.graphdef, self.params = build_network(config, params, self.precision, layout)
         self.stages = Stages(self.graphdef, tokenizer, config.language.vocab_size, layout)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, precision: Precision | None = None) -> UniBiomed:
+    def from_pretrained(
+        cls, path: str | Path, *, precision: Precision | None = None, layout: Layout | None = None
+    ) -> UniBiomed:
         """Load a checkpoint.
 
         Args:
@@ -122,18 +106,20 @@ class UniBiomed:
                 `owner/name[@revision]` on the Hugging Face hub: what is downloaded and converted is kept for
                 the next time.
             precision: of the arithmetic; by default what suits the device.
+            layout: how the model is divided over devices; by default the first device has all of it.
 
         Raises:
             InputError: the folder or a file of it is missing, damaged or of another model, or the repository
                 cannot be downloaded.
         """
-        loaded = loading.load(path)
+        loaded = loading.load(path, sharding=layout and layout.parameter)
         return cls(
             loaded.config,
             loaded.params,
             Tokenizer.from_folder(loaded.tokenizer),
             precision=precision,
             checkpoint_hash=loaded.hash,
+            layout=layout,
         )
 
     # ---------------------------------------------------------------------------------------- questions
@@ -355,7 +341,9 @@ class UniBiomed:
         if not images:
             return
         tiles = np.concatenate([image.tiles for image in images])
-        rows = in_chunks(lambda part: self.stages.encode_tiles(self.params, part), tiles, tile_chunks())
+        with self.layout.inside():
+            sizes = tile_chunks()
+        rows = in_chunks(lambda part: self.stages.encode_tiles(self.params, part), tiles, sizes)
         bounds = np.cumsum([len(image.tiles) for image in images])[:-1]
         for image, part in zip(images, np.split(rows, bounds), strict=True):
             image.visual = part.reshape(-1, part.shape[-1])

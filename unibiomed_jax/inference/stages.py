@@ -14,6 +14,7 @@ from unibiomed_jax.inference.stopping import stop_text
 from unibiomed_jax.inputs.prompt import STOP_TEXT
 from unibiomed_jax.inputs.tokenizer import Tokenizer
 from unibiomed_jax.models.unibiomed import UniBiomedModel
+from unibiomed_jax.sharding.constraints import gather_unstacked
 from unibiomed_jax.sharding.layout import Layout
 
 
@@ -48,6 +49,7 @@ class Stages:
         def run(params, *arguments, **options):
             # float32 means float32 on every backend; bfloat16 products are not touched by this.
             with jax.default_matmul_precision("highest"):
-                return function(nnx.merge(self._graphdef, params), *arguments, **options)
+                model = nnx.merge(self._graphdef, gather_unstacked(params))
+                return function(model, *arguments, **options)
 
         return self._layout.jit(run, **jit_options)

@@ -1,5 +1,6 @@
 """Images as people give them (files, open files, Pillow images, arrays) to upright pixels."""
 
+import io
 import os
 import threading
 import warnings
@@ -21,6 +22,7 @@ from unibiomed_jax.inputs.formats import (
     stored_values,
     unapplied_colours,
 )
+from unibiomed_jax.inputs.shards import StoredFile
 
 
 class SupportsArray(Protocol):
@@ -90,6 +92,9 @@ def decode(source: ImageSource) -> Pixels:
         name = "Pillow image"
         with _shared_image:
             pixels = _decode_image(source, name)
+    elif isinstance(source, StoredFile):
+        name = shown(source)
+        pixels = _decode_file(_require_content(source.read_bytes(), name), name)
     elif isinstance(source, str | os.PathLike):
         name = shown(source)
         pixels = _decode_file(_require_file(source), name)
@@ -159,10 +164,20 @@ def _require_file(source: str | os.PathLike) -> Path:
         if not path.is_file():
             raise InputError(f"{name} is no ordinary file; save the image as one first.")
         if path.stat().st_size == 0:
-            raise InputError(f"{name} is an empty file; copy it again from its source.")
+            raise _empty(name)
     except OSError as error:  # a name that is too long, a folder that may not be searched
         raise InputError(f"{name} cannot be read ({error.strerror}); check the path.") from error
     return path
+
+
+def _require_content(data: bytes, name: str) -> BinaryIO:
+    if not data:
+        raise _empty(name)
+    return io.BytesIO(data)
+
+
+def _empty(name: str) -> InputError:
+    return InputError(f"{name} is an empty file; copy it again from its source.")
 
 
 def _open(file: Path | BinaryIO, name: str) -> Image.Image:
@@ -198,9 +213,9 @@ def _require_one_picture(image: Image.Image, name: str) -> None:
         )
 
 
-def _decode_file(path: Path, name: str) -> Pixels:
-    """As `_decode_image`; the file is closed."""
-    image = _open(path, name)
+def _decode_file(file: Path | BinaryIO, name: str) -> Pixels:
+    """As `_decode_image`, for a file that nobody else reads; it is closed."""
+    image = _open(file, name)
     try:
         _require_one_picture(image, name)
         pixels = _decode_image(image, name)

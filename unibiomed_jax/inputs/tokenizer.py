@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import is_text, read_json, read_text, shown
+from unibiomed_jax.files import is_text, read_json, read_text, shown, write_beside
 
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 SEG = "[SEG]"
@@ -157,9 +157,7 @@ class Tokenizer:
             ("tokenizer.json", self.backend.to_str(pretty=True)),
             ("tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False)),
         ):
-            partial = folder / f"{name}.partial"
-            partial.write_text(text + "\n", encoding="utf-8")
-            os.replace(partial, folder / name)
+            write_beside(folder / name, (text + "\n").encode())
 
 
 def require_text(text: str, name: str = "The text") -> None:

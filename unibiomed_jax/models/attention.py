@@ -53,23 +53,24 @@ def attention(
     batch, queries, heads, dim = q.shape
     keys, kv_heads = k.shape[1:3]
     group = heads // kv_heads
-    q = q.reshape(batch, queries, kv_heads, group, dim).transpose(0, 2, 3, 1, 4)
+    # Queries before the heads that share their keys: devices may each hold some of the queries.
+    q = q.reshape(batch, queries, kv_heads, group, dim).transpose(0, 2, 1, 3, 4)
     k, v = (row_major(x.swapaxes(1, 2)) for x in (k, v))
     if mask is not None:
-        mask = mask.reshape(batch, min(mask.shape[1], kv_heads), -1, queries, keys)
+        mask = mask.reshape(batch, min(mask.shape[1], kv_heads), -1, queries, keys).swapaxes(2, 3)
 
     def attend(q, rows, mask):
-        """The queries with these row numbers, as (batch, kv_heads, group, rows, dim)."""
+        """The queries with these row numbers, as (batch, kv_heads, rows, group, dim)."""
         visible = [] if mask is None else [mask]
         if causal:
-            visible.append((jnp.arange(keys) <= rows[:, None])[None, None, None])
+            visible.append((jnp.arange(keys) <= rows[:, None])[None, None, :, None])
         if key_valid is not None:
             visible.append(key_valid[:, None, None, None])
         folded = row_major(q.reshape(batch, kv_heads, -1, dim))
         scores = jnp.einsum("bgqd,bgkd->bgqk", folded, k, preferred_element_type=jnp.float32) * dim**-0.5
         if visible:  # added, because a select would break XLA's fused kernel on a CPU
             bias = jnp.where(functools.reduce(jnp.logical_and, visible), 0, MASKED)
-            bias = jnp.broadcast_to(bias, (*bias.shape[:2], group, len(rows), keys))
+            bias = jnp.broadcast_to(bias, (*bias.shape[:2], len(rows), group, keys))
             scores = scores + bias.reshape(*bias.shape[:2], -1, keys)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         out = jnp.einsum("bgqk,bgkd->bgqd", weights, v, preferred_element_type=jnp.float32)
@@ -82,14 +83,15 @@ def attention(
         size = -(-queries // chunks)
 
         def cut(x, axis):
-            """Split the query axis into chunks that lead; the last one is filled up with zeros."""
+            """Deal the query axis out to chunks that lead; zeros fill it up."""
             filled = jnp.pad(x, [(0, chunks * size - queries if i == axis else 0) for i in range(x.ndim)])
-            return jnp.moveaxis(filled.reshape(*x.shape[:axis], chunks, size, *x.shape[axis + 1 :]), axis, 0)
+            dealt = filled.reshape(*x.shape[:axis], size, chunks, *x.shape[axis + 1 :])
+            return jnp.moveaxis(dealt, axis + 1, 0)
 
-        cuts = (cut(q, 3), cut(jnp.arange(queries), 0), None if mask is None else cut(mask, 3))
+        cuts = (cut(q, 2), cut(jnp.arange(queries), 0), None if mask is None else cut(mask, 2))
         out = jax.lax.map(jax.checkpoint(lambda args: attend(*args)), cuts)
-        out = jnp.moveaxis(out, 0, 3).reshape(*q.shape[:3], chunks * size, -1)[..., :queries, :]
-    return row_major(out.transpose(0, 3, 1, 2, 4)).reshape(batch, queries, heads, -1)
+        out = jnp.moveaxis(out, 0, 3).reshape(*q.shape[:2], chunks * size, group, -1)[:, :, :queries]
+    return row_major(out.transpose(0, 2, 1, 3, 4)).reshape(batch, queries, heads, -1)
 
 
 def decode_attention(

@@ -20,6 +20,7 @@ from unibiomed_jax.models.layers import (
     unstack_layers,
 )
 from unibiomed_jax.models.ops import gelu, resize_bicubic
+from unibiomed_jax.sharding.constraints import constrain
 from unibiomed_jax.sharding.target import target
 
 PATCH_STRIDE = 4
@@ -135,20 +136,20 @@ class Hiera(nnx.Module):
         self, pixels: Float[Array, "batch size size 3"], *, remat: str = "none"
     ) -> list[Float[Array, "batch grid grid dim"]]:
         """The last map of every stage, finest first: strides 4, 8, 16, 32. `size` must divide by 32."""
-        x = self.patch_embed(pixels)
+        x = self.patch_embed(constrain(pixels, "sam2.images", None, None, None))
         x = x + self.position(x.shape[1]).astype(x.dtype)
         maps = []
-        for run, blocks in zip(self.config.runs(), self.runs, strict=True):
-            x = run_blocks(blocks, run, x, remat)
+        for index, (run, blocks) in enumerate(zip(self.config.runs(), self.runs, strict=True)):
+            x = run_blocks(blocks, run, x, remat, f"sam2.image_encoder.trunk.runs.{index}")
             if run.first + run.count - 1 in self.config.stage_ends:
                 maps.append(x)
         return maps
 
 
 def run_blocks(
-    blocks: HieraBlock, run: HieraRun, x: Float[Array, "batch grid grid dim_in"], remat: str
+    blocks: HieraBlock, run: HieraRun, x: Float[Array, "batch grid grid dim_in"], remat: str, path: str
 ) -> Float[Array, "batch grid2 grid2 dim_out"]:
-    """Run equal blocks by one scan.
+    """Run equal blocks, which lie at `path` in the model, by one scan.
 
     The map is cut into windows once for all of them: apart from the attention everything is local to a cell.
     Where the grid is no multiple of the window, attention sees zeros in the padding, as in torch.
@@ -164,7 +165,10 @@ def run_blocks(
         )  # a scan cannot carry a map that shrinks; such a run is one block long
 
     def run_all(windows, valid):
-        return scan_layers(blocks, lambda block, x, _: (block(x, valid), None), windows, remat=remat)[0]
+        def step(block, x, _):
+            return block(constrain(x, "sam2.windows", None, None, None), valid), None
+
+        return scan_layers(blocks, step, windows, path=path, remat=remat)[0]
 
     windows = to_windows(x, window)
     count = bands(len(windows), window)
@@ -174,7 +178,8 @@ def run_blocks(
         split = jax.tree.map(lambda y: y.reshape(count, -1, *y.shape[1:]), (windows, valid))
         windows = jax.lax.map(lambda band: run_all(*band), split)
         windows = windows.reshape(-1, *windows.shape[2:])
-    return from_windows(windows, grid // 2 if run.pools else grid)
+    x = from_windows(windows, grid // 2 if run.pools else grid)
+    return constrain(x, "sam2.images", None, None, None)
 
 
 def bands(windows: int, window: int) -> int:

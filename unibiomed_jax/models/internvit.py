@@ -13,6 +13,7 @@ from unibiomed_jax.errors import InputError
 from unibiomed_jax.models.attention import attention
 from unibiomed_jax.models.layers import LINEAR_INIT, LayerNorm, Linear, matmul, scan_layers, stack_layers
 from unibiomed_jax.models.ops import gelu
+from unibiomed_jax.sharding.constraints import constrain
 
 
 class PatchEmbed(nnx.Module):
@@ -141,7 +142,7 @@ class InternVisionModel(nnx.Module):
             keys = jax.random.split(drop_path_key, (config.num_layers, 2))
 
         def step(block, x, rate_and_keys):
-            return block(x, *rate_and_keys), None
+            return block(constrain(x, "vision.tiles", None, None), *rate_and_keys), None
 
-        x, _ = scan_layers(self.layers, step, x, (rates, keys), remat=remat)
-        return x
+        x, _ = scan_layers(self.layers, step, x, (rates, keys), path="vision_model.layers", remat=remat)
+        return constrain(x, "vision.tiles", None, None)

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from unibiomed_jax.sharding.constraints import GATHERED, gathered, gathers_layers
+
 LINEAR_INIT = nnx.initializers.normal(0.02)
 
 
@@ -36,9 +38,9 @@ def _matmul_backward(residuals, g):
     x, kernel = residuals
     g = g.astype(x.dtype)
     dx = jnp.matmul(g, kernel.T, preferred_element_type=jnp.float32).astype(x.dtype)
-    flat_x, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    dkernel = jnp.matmul(flat_x.T, flat_g, preferred_element_type=jnp.float32).astype(kernel.dtype)
-    return dx, dkernel
+    rows = tuple(range(x.ndim - 1))  # not made one axis, as several of them may be divided over devices
+    dkernel = jax.lax.dot_general(x, g, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+    return dx, dkernel.astype(kernel.dtype)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -206,16 +208,20 @@ def scan_layers(
     carry: Any,
     xs: Any = None,
     *,
+    path: str,
     remat: str = "none",
 ) -> tuple[Any, Any]:
     """Run `carry, y = step(layer, carry, x)` over all layers; return the last carry and the stacked ys.
 
     A stack is scanned, so that compile time and compiler memory stay flat in depth; a list is unrolled.
+    `path` is where the layers lie in the model: each is gathered where parameters are stored in shares.
     `remat` names a rematerialisation policy for the backward pass: "none", "full" or "dots".
     """
     if isinstance(layers, nnx.List):
         ys = []
         for i, layer in enumerate(layers):
+            graphdef, state = nnx.split(layer)
+            layer = nnx.merge(graphdef, gathered(path, state))
             carry, y = step(layer, carry, layer_at(xs, i))
             ys.append(y)
         return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)
@@ -224,8 +230,11 @@ def scan_layers(
 
     def body(carry, inputs):
         layer_state, x = inputs
-        return step(nnx.merge(graphdef, layer_state), carry, x)
+        return step(nnx.merge(graphdef, gathered(path, layer_state)), carry, x)
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    elif gathers_layers():
+        keep = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+        body = jax.checkpoint(body, policy=keep, prevent_cse=False)
     return jax.lax.scan(body, carry, (state, xs))

@@ -18,6 +18,7 @@ from unibiomed_jax.config.model import Sam2Config
 from unibiomed_jax.models.attention import attention
 from unibiomed_jax.models.layers import LINEAR_INIT, MLP, Conv2d, LayerNorm, Linear, matmul, stack_layers
 from unibiomed_jax.models.ops import gelu
+from unibiomed_jax.sharding.constraints import constrain, gathered
 
 NUM_MASK_TOKENS = 4
 
@@ -180,7 +181,9 @@ class MaskDecoder(nnx.Module):
 
         grid = image.shape[1]
         cells = rearrange(image + dense_prompt.astype(dtype), "b r c d -> b 1 (r c) d")
+        tokens, cells = (constrain(x, "sam2.images", None, None, None) for x in (tokens, cells))
         tokens, cells = self.transformer(tokens, cells, image_position.astype(dtype))
+        tokens, cells = (constrain(x, "sam2.images", None, None, None) for x in (tokens, cells))
         object_token, iou_token = tokens[:, :, 0], tokens[:, :, 1]
         mask_tokens = tokens[:, :, 2 : 2 + NUM_MASK_TOKENS]
 
@@ -214,6 +217,7 @@ class MaskDecoder(nnx.Module):
     ) -> Float[Array, "images objects masks d_model/8"]:
         """Each mask token through its own network."""
         graphdef, state = nnx.split(self.output_hypernetworks_mlps)
+        state = gathered("sam2.sam_mask_decoder.output_hypernetworks_mlps", state)
 
         def one(state, token):
             return nnx.merge(graphdef, state)(token)

@@ -97,7 +97,8 @@ class Fuser(nnx.Module):
         self.layers = stack_layers(lambda r: FuserBlock(dim, rngs=r), 2, rngs)
 
     def __call__(self, x: Float[Array, "batch rows columns dim"]) -> Float[Array, "batch rows columns dim"]:
-        return scan_layers(self.layers, lambda block, x, _: (block(x), None), x)[0]
+        path = "sam2.memory_encoder.fuser.layers"
+        return scan_layers(self.layers, lambda block, x, _: (block(x), None), x, path=path)[0]
 
 
 class MemoryEncoder(nnx.Module):
@@ -209,5 +210,6 @@ class MemoryAttention(nnx.Module):
         grid, _, dim = image.shape
         x = image + (0.1 * sine_position((grid, grid), dim)).astype(image.dtype)
         x = jnp.broadcast_to(x.reshape(1, grid * grid, dim), (memory.pointers.shape[0], grid * grid, dim))
-        x, _ = scan_layers(self.layers, lambda layer, x, _: (layer(x, memory, grid), None), x)
+        path = "sam2.memory_attention.layers"
+        x, _ = scan_layers(self.layers, lambda layer, x, _: (layer(x, memory, grid), None), x, path=path)
         return self.norm(x).reshape(-1, grid, grid, dim)

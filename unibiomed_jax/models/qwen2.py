@@ -16,6 +16,10 @@ from unibiomed_jax.config.model import LanguageConfig
 from unibiomed_jax.models.attention import attention, decode_attention
 from unibiomed_jax.models.layers import LINEAR_INIT, Linear, RMSNorm, matmul, scan_layers, stack_layers
 from unibiomed_jax.models.ops import apply_rope, rope_table
+from unibiomed_jax.sharding.constraints import constrain
+
+# Where the blocks lie in the model.
+LAYERS = "language_model.layers"
 
 # Keys or values of all layers.
 Slots = Float[Array, "layers batch kv_heads slots head_dim"]
@@ -73,7 +77,11 @@ class SelfAttention(nnx.Module):
             layer(x, projection_key(key, i)).reshape(*x.shape[:2], -1, self.head_dim)
             for i, layer in enumerate((self.q_proj, self.k_proj, self.v_proj))
         )
-        return apply_rope(q, *rope), apply_rope(k, *rope), v
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q = constrain(q, "batch", "language.tokens", "language.heads", None)
+        # Every query looks at the keys of all tokens.
+        k, v = (constrain(x, "batch", None, "language.kv_heads", None) for x in (k, v))
+        return q, k, v
 
     def output(
         self, heads: Float[Array, "batch tokens heads head_dim"], key: Array | None = None
@@ -95,7 +103,8 @@ class GatedMLP(nnx.Module):
     ) -> Float[Array, "batch tokens width"]:
         gate = self.gate_proj(x, projection_key(key, 4)).astype(jnp.float32)
         up = self.up_proj(x, projection_key(key, 5))
-        return self.down_proj(jax.nn.silu(gate).astype(x.dtype) * up, projection_key(key, 6))
+        hidden = constrain(jax.nn.silu(gate).astype(x.dtype) * up, "batch", "language.tokens", "language.mlp")
+        return self.down_proj(hidden, projection_key(key, 6))
 
 
 class DecoderBlock(nnx.Module):
@@ -109,8 +118,10 @@ class DecoderBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch tokens width"], rope: Rope, attend, key: Array | None = None):
         """Return the block's output and the `extra` that `attend(q, k, v) -> (heads, extra)` returned."""
+        x = constrain(x, "batch", "language.tokens", None)
         q, k, v = self.self_attn.project(self.input_layernorm(x), rope, key)
         heads, extra = attend(q, k, v)
+        heads = constrain(heads, "batch", "language.tokens", "language.heads", None)
         x = x + self.self_attn.output(heads, key)
         return x + self.mlp(self.post_attention_layernorm(x), key), extra
 
@@ -174,14 +185,15 @@ class Qwen2(nnx.Module):
         def step(block, x, key):
             return block(x, rope, attend, key)
 
-        x, _ = scan_layers(self.layers, step, embeds, keys, remat=remat)
-        return self.norm(x)
+        x, _ = scan_layers(self.layers, step, embeds, keys, path=LAYERS, remat=remat)
+        return constrain(self.norm(x), "batch", "language.tokens", None)
 
     def init_cache(self, batch: int, length: int, dtype=jnp.float32) -> Cache:
         """An empty cache with `length` slots a row: prompt and answer together."""
         config = self.config
         shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
-        return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+        axes = (None, "batch", "language.kv_heads", None, None)
+        return {name: constrain(jnp.zeros(shape, dtype), *axes) for name in ("k", "v")}
 
     def prefill(
         self, embeds: Float[Array, "batch tokens width"], lengths: Int[Array, " batch"], cache: Cache
@@ -236,5 +248,6 @@ class Qwen2(nnx.Module):
             x, cache = carry
             return block(x, rope, lambda q, k, v: attend(q, k, v, cache, layer)), None
 
-        (x, cache), _ = scan_layers(self.layers, step, (embeds, cache), np.arange(self.config.num_layers))
+        numbers = np.arange(self.config.num_layers)
+        (x, cache), _ = scan_layers(self.layers, step, (embeds, cache), numbers, path=LAYERS)
         return x, cache

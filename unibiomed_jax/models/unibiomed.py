@@ -27,6 +27,7 @@ from unibiomed_jax.models.ops import normalize, normalize_fused
 from unibiomed_jax.models.projector import Projector, pixel_shuffle
 from unibiomed_jax.models.qwen2 import Qwen2
 from unibiomed_jax.models.sam2 import FrameMasks, FramePlan, ImageFeatures, Sam2, plan_frames
+from unibiomed_jax.sharding.constraints import constrain
 
 
 class Forward(NamedTuple):
@@ -92,7 +93,7 @@ class UniBiomedModel(nnx.Module):
         visual = self.visual_rows(tiles, remat=remat.vision, drop_path_key=path_key)
         embeds = self.embed_prompt(ids, visual, source)
         hidden = self.language_model(embeds, remat=remat.language, lora_dropout_key=lora_key)
-        states = jnp.take_along_axis(hidden, places[..., None], axis=1)
+        states = constrain(jnp.take_along_axis(hidden, places[..., None], axis=1), "batch", None, None)
 
         batch, count = frames.shape[:2]
         objects, side = places.shape[1], 4 * self.config.sam2.grid
@@ -104,7 +105,8 @@ class UniBiomedModel(nnx.Module):
         else:
             features = self.encode_image(frames.reshape(-1, *frames.shape[2:]), remat=remat.sam2_encoder)
             masks = self.segment(features, jnp.repeat(states, count, axis=0)).masks
-        return Forward(hidden, masks.reshape(batch, count, objects, side, side).swapaxes(1, 2))
+        masks = masks.reshape(batch, count, objects, side, side).swapaxes(1, 2)
+        return Forward(hidden, constrain(masks, "batch", None, None, None, None))
 
     # ---------------------------------------------------------------------------------- images to the words
 
@@ -130,7 +132,7 @@ class UniBiomedModel(nnx.Module):
     ) -> Float[Array, "batch rows embed"]:
         """The rows of all tiles of an image, one after the other; see `encode_tiles` for the options."""
         rows = self.encode_tiles(tiles.reshape(-1, *tiles.shape[2:]), **options)
-        return rows.reshape(len(tiles), -1, rows.shape[-1])
+        return constrain(rows.reshape(len(tiles), -1, rows.shape[-1]), "batch", None, None)
 
     def embed_prompt(
         self,
@@ -141,7 +143,8 @@ class UniBiomedModel(nnx.Module):
         """Embed token ids; where `source` is not -1 the visual row of that number takes the token's place."""
         text = self.language_model.embed(ids).astype(self.precision.language)
         rows = jnp.take_along_axis(visual, jnp.maximum(source, 0)[..., None], axis=1).astype(text.dtype)
-        return jnp.where(source[..., None] >= 0, rows, text)
+        embeds = jnp.where(source[..., None] >= 0, rows, text)
+        return constrain(embeds, "batch", "language.tokens", None)
 
     # ----------------------------------------------------------------------------------- words to the masks
 
@@ -157,7 +160,9 @@ class UniBiomedModel(nnx.Module):
 
     def segment(self, features: ImageFeatures, hidden: Float[Array, "images objects embed"]) -> MaskDecoding:
         """One mask for every [SEG] state of every image, all decoded in one call."""
-        return self.sam2.decode(features, self.prompt_vectors(hidden))
+        hidden = constrain(hidden, "sam2.images", None, None)
+        prompts = constrain(self.prompt_vectors(hidden), "sam2.images", None, None)
+        return self.sam2.decode(features, prompts)
 
     def segment_frames(
         self,

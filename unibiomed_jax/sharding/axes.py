@@ -1,4 +1,4 @@
-"""What every axis of a parameter means, and in what units it may be divided."""
+"""What every axis of a parameter and of an activation means, and in what units it may be divided."""
 
 from __future__ import annotations
 
@@ -7,18 +7,28 @@ from fnmatch import fnmatchcase
 from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.errors import InputError
 
+# First names of a parameter's path -> the tower it belongs to. A strategy that says "vision.mlp" speaks of
+# that tower alone, one that says "mlp" of all that it says nothing else about.
+TOWERS = {
+    "vision_model": "vision",
+    "mlp1": "vision",
+    "language_model": "language",
+    "text_hidden_fcs": "language",
+    "sam2": "sam2",
+}
+
 # Path pattern -> meaning of the trailing axes; the first row that fits counts. A stack of layers has one more
-# axis in front, "layer". None: an axis that is never split.
+# axis in front, "layer". None: an axis that no computation divides.
 LOGICAL_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     # InternViT and the projector
-    ("vision_model.patch_embedding.kernel", (None, None, None, "vision")),
-    ("vision_model.position_embedding", (None, "vision")),
-    ("vision_model.*.attn.qkv.kernel", ("vision", "vision_qkv")),
-    ("vision_model.*.attn.qkv.bias", ("vision_qkv",)),
-    ("vision_model.*.attn.proj.kernel", ("vision_heads", "vision")),
-    ("vision_model.*.mlp.fc1.kernel", ("vision", "vision_mlp")),
-    ("vision_model.*.mlp.fc1.bias", ("vision_mlp",)),
-    ("vision_model.*.mlp.fc2.kernel", ("vision_mlp", "vision")),
+    ("vision_model.patch_embedding.kernel", (None, None, None, "embed")),
+    ("vision_model.position_embedding", (None, "embed")),
+    ("vision_model.*.attn.qkv.kernel", ("embed", "qkv")),
+    ("vision_model.*.attn.qkv.bias", ("qkv",)),
+    ("vision_model.*.attn.proj.kernel", ("heads", "embed")),
+    ("vision_model.*.mlp.fc1.kernel", ("embed", "mlp")),
+    ("vision_model.*.mlp.fc1.bias", ("mlp",)),
+    ("vision_model.*.mlp.fc2.kernel", ("mlp", "embed")),
     ("vision_model.*", (None,)),
     ("mlp1.norm.*", (None,)),
     ("mlp1.linear1.kernel", ("folded", "embed")),
@@ -40,26 +50,26 @@ LOGICAL_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("text_hidden_fcs.linear2.kernel", ("embed", None)),
     ("text_hidden_fcs.*.bias", (None,)),
     # SAM2's trunk
-    ("sam2.image_encoder.trunk.patch_embed.kernel", (None, None, None, "trunk")),
-    ("sam2.image_encoder.trunk.pos_embed*", (None, None, "trunk")),
-    ("sam2.image_encoder.trunk.*.attn.qkv.kernel", ("trunk", "trunk_qkv")),
-    ("sam2.image_encoder.trunk.*.attn.qkv.bias", ("trunk_qkv",)),
-    ("sam2.image_encoder.trunk.*.attn.proj.kernel", ("trunk_heads", "trunk")),
-    ("sam2.image_encoder.trunk.*.mlp.fc1.kernel", ("trunk", "trunk_mlp")),
-    ("sam2.image_encoder.trunk.*.mlp.fc1.bias", ("trunk_mlp",)),
-    ("sam2.image_encoder.trunk.*.mlp.fc2.kernel", ("trunk_mlp", "trunk")),
-    ("sam2.image_encoder.trunk.*.proj.kernel", ("trunk", None)),
+    ("sam2.image_encoder.trunk.patch_embed.kernel", (None, None, None, "embed")),
+    ("sam2.image_encoder.trunk.pos_embed*", (None, None, "embed")),
+    ("sam2.image_encoder.trunk.*.attn.qkv.kernel", ("embed", "qkv")),
+    ("sam2.image_encoder.trunk.*.attn.qkv.bias", ("qkv",)),
+    ("sam2.image_encoder.trunk.*.attn.proj.kernel", ("heads", "embed")),
+    ("sam2.image_encoder.trunk.*.mlp.fc1.kernel", ("embed", "mlp")),
+    ("sam2.image_encoder.trunk.*.mlp.fc1.bias", ("mlp",)),
+    ("sam2.image_encoder.trunk.*.mlp.fc2.kernel", ("mlp", "embed")),
+    ("sam2.image_encoder.trunk.*.proj.kernel", ("embed", None)),
     ("sam2.image_encoder.trunk.*", (None,)),
-    ("sam2.image_encoder.neck.*.kernel", (None, None, "trunk", None)),
+    ("sam2.image_encoder.neck.*.kernel", (None, None, "embed", None)),
     # the rest of SAM2 is small: its kernels are split by their input, if at all
-    ("sam2.*.dwconv.kernel", (None, None, None, "mask")),
-    ("sam2.*.pwconv?.kernel", ("mask", None)),
-    ("sam2.sam_mask_decoder.upscale_conv?.kernel", ("mask", None, None, None)),
-    ("sam2.*conv*.kernel", (None, None, "mask", None)),
-    ("sam2.memory_encoder.pix_feat_proj.kernel", (None, None, "mask", None)),
-    ("sam2.memory_encoder.out_proj.kernel", (None, None, "mask", None)),
+    ("sam2.*.dwconv.kernel", (None, None, None, "embed")),
+    ("sam2.*.pwconv?.kernel", ("embed", None)),
+    ("sam2.sam_mask_decoder.upscale_conv?.kernel", ("embed", None, None, None)),
+    ("sam2.*conv*.kernel", (None, None, "embed", None)),
+    ("sam2.memory_encoder.pix_feat_proj.kernel", (None, None, "embed", None)),
+    ("sam2.memory_encoder.out_proj.kernel", (None, None, "embed", None)),
     ("sam2.mask_downsample.kernel", (None, None, None, None)),
-    ("sam2.*.kernel", ("mask", None)),
+    ("sam2.*.kernel", ("embed", None)),
     ("sam2.sam_prompt_encoder.p*", (None, None)),
     ("sam2.*_token", (None, None)),
     ("sam2.*.mask_tokens", (None, None)),
@@ -67,23 +77,41 @@ LOGICAL_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("sam2.*", (None,)),
 )
 
-# What a strategy may divide: the axes above, the samples of a batch and the rank of an adapter.
-MEANINGS = {"batch", "rank", *(meaning for _, axes in LOGICAL_AXES for meaning in axes if meaning)}
+# Axes of activations, besides those that parameters have, too. The leading ones hold samples one after the
+# other, cut into tiles, images (frames of all samples) or the windows of all images.
+SAMPLES = ("batch", "tiles", "images", "windows")
+ACTIVATIONS = (*SAMPLES, "tokens")
 
-# Axes that hold several arrays side by side; a slice would mix them, so they are never divided.
-FUSED = dict.fromkeys(("vision_qkv", "trunk_qkv"), "queries, keys and values")
+# What is divided for storage alone, along whichever axis of a matrix divides: it is whole again (but for what
+# a computation divides) where it is used.
+WEIGHTS = "weights"  # parameters
+OPTIMIZER = (
+    "optimizer"  # what an optimiser keeps of them, masters included; as the weights if nothing is said
+)
+STORED = (WEIGHTS, OPTIMIZER)
+
+# Axes that a computation may divide.
+COMPUTED = ("heads", "kv_heads", "mlp", "vocab")
+
+# What a strategy may divide; a tower's name and a dot may stand in front.
+MEANINGS = (*ACTIVATIONS, *STORED, *COMPUTED)
 
 
 def axis_units(model: ModelConfig) -> dict[str, int]:
-    """How many numbers along an axis belong together, by its meaning: a head is never cut apart."""
+    """How many numbers along an axis belong together, by tower and meaning: a head is never cut apart."""
     hiera = model.sam2.hiera
     return {
-        "heads": model.language.head_dim,
-        "kv_heads": model.language.head_dim,
-        "vision_heads": model.vision.hidden_size // model.vision.num_heads,
+        "language.heads": model.language.head_dim,
+        "language.kv_heads": model.language.head_dim,
+        "vision.heads": model.vision.hidden_size // model.vision.num_heads,
         # Width and heads double together from stage to stage.
-        "trunk_heads": hiera.embed_dim // hiera.num_heads,
+        "sam2.heads": hiera.embed_dim // hiera.num_heads,
     }
+
+
+def tower_of(path: str) -> str:
+    """The tower of the parameter at a dotted path."""
+    return TOWERS[path.partition(".")[0]]
 
 
 def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:

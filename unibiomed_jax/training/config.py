@@ -175,6 +175,9 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
     # How parameters and batches are spread over the devices: a name in `sharding.strategies.STRATEGIES`.
     strategy: str = "data_parallel"
+    # Devices along the axes of the mesh, such as "fsdp=4,tensor=2"; by default all along the one axis that
+    # the strategy divides over.
+    mesh: str | None = None
     # Random parameters, dropout and sampling points (the data has its own seed).
     seed: Annotated[int, SEED] = 42
     # Updates in a row that may fail with a loss that is not finite before the run stops.

@@ -39,7 +39,7 @@ def footprint(start: Start, step: TrainStep, data: Pipeline) -> tuple[Table, flo
     if config.optim.accumulate == 1:
         program, arguments = step.whole, (state, frozen, batch)
     else:
-        total = layout.abstract(jax.eval_shape(step.nothing, state.trainable))
+        total = layout.abstract(jax.eval_shape(step.nothing, state.trainable), "optimizer")
         parts["gradient total"] = total
         counts, index = jax.eval_shape(step.count, batch), jax.ShapeDtypeStruct((), np.int32)
         program, arguments = step.accumulate, (total, state, frozen, batch, counts, index)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from unibiomed_jax import distributed
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.files import write_beside
 from unibiomed_jax.masks.overlay import overlay
 
 
@@ -110,6 +111,4 @@ def _keep_until(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             continue
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_beside(path, "".join(kept).encode())

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from unibiomed_jax.data.transforms import IGNORE
 from unibiomed_jax.models.layers import matmul
+from unibiomed_jax.sharding.constraints import constrain
 
 # Added to every denominator of the mask losses by the reference: its own epsilon and float32's.
 MASK_EPS = 1e-4 + float(np.finfo(np.float32).eps)
@@ -67,10 +68,13 @@ def token_cross_entropy(
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     targets = targets.reshape(batch, -1, chunk).swapaxes(0, 1)
     hidden = hidden.reshape(batch, -1, chunk, hidden.shape[-1]).swapaxes(0, 1)
+    targets = constrain(targets, None, "batch", "language.tokens")
+    hidden = constrain(hidden, None, "batch", "language.tokens", None)
 
     @jax.checkpoint
     def chunk_loss(hidden, head, targets):
         logits = matmul(hidden, head.astype(hidden.dtype))
+        logits = constrain(logits, "batch", "language.tokens", "language.vocab")
         logits = jnp.where(jnp.arange(head.shape[1]) < vocab_size, logits, -jnp.inf)
         learned = targets != IGNORE
         label = jnp.where(learned, targets, 0)
@@ -132,9 +136,10 @@ def choose_points(
     masks = logits.shape[0]
     key_candidates, key_uniform = jax.random.split(key)
     candidates = jax.random.uniform(key_candidates, (masks, int(num_points * oversample), 2))
-    unsure = -jnp.abs(sample_bilinear(jax.lax.stop_gradient(logits), candidates))
+    certainty = jnp.abs(sample_bilinear(jax.lax.stop_gradient(logits), candidates))
     num_unsure = int(importance * num_points)
-    _, best = jax.lax.top_k(unsure, num_unsure)
+    # Not `top_k`, for which the compiler gathers the masks of all devices.
+    best = jnp.argsort(certainty, axis=1, stable=True)[:, :num_unsure]
     chosen = jnp.take_along_axis(candidates, best[..., None], axis=1)
     uniform = jax.random.uniform(key_uniform, (masks, num_points - num_unsure, 2))
     return jnp.concatenate([chosen, uniform], axis=1)

@@ -22,7 +22,7 @@ from unibiomed_jax.data.transforms import SampleSizes
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inputs.tokenizer import Tokenizer
 from unibiomed_jax.parameters import Parameters, count, flatten, partition, split
-from unibiomed_jax.sharding.layout import Layout
+from unibiomed_jax.sharding.layout import Layout, parse_mesh
 from unibiomed_jax.sharding.strategies import find_strategy
 from unibiomed_jax.training.config import TrainConfig
 from unibiomed_jax.training.forward import TokenIds
@@ -67,7 +67,8 @@ def prepare(config: TrainConfig) -> Start:
             the model, or whatever `resolve_model` refuses.
     """
     config = resolve_model(config)
-    layout = Layout.over(strategy=find_strategy(config.strategy), model=config.model)
+    mesh = None if config.mesh is None else parse_mesh(config.mesh)
+    layout = Layout.over(strategy=find_strategy(config.strategy), model=config.model, mesh=mesh)
     layout.require_divisible(config.data.batch_size)
     folder = find_tokenizer(config)
     tokenizer = Tokenizer.from_folder(folder)
@@ -78,7 +79,10 @@ def prepare(config: TrainConfig) -> Start:
         )
     ids = TokenIds(tokenizer.image_context_id, tokenizer.seg_id)
     graphdef, shapes = structure(config)
-    return Start(config, layout, folder, tokenizer, ids, graphdef, abstract_state(config, shapes, layout))
+    abstract = abstract_state(config, shapes, layout)
+    layout.require_useful(abstract["frozen"])
+    layout.require_useful(abstract["train"].trainable, "optimizer")
+    return Start(config, layout, folder, tokenizer, ids, graphdef, abstract)
 
 
 def resolve_model(config: TrainConfig) -> TrainConfig:
@@ -177,7 +181,9 @@ def summary(start: Start, data: Pipeline) -> list[str]:
         f"{config.optim.accumulate} batches of {config.data.batch_size}."
     ]
     # An axis that cannot be divided matters only where the parameter has no other divided axis.
-    rows = layout.explain(trainable | frozen)
+    rows = sorted(
+        layout.explain(trainable, "optimizer") + layout.explain(frozen), key=lambda row: -row.bytes_per_device
+    )
     whole = [row for row in rows if row.obstacles and not any(row.spec)]
     if whole:
         size = sum(row.bytes_per_device for row in whole)
@@ -206,7 +212,10 @@ def abstract_state(config: TrainConfig, shapes: Parameters, layout: Layout) -> d
             {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in trainable.items()}, config
         )
 
-    return layout.abstract({"train": jax.eval_shape(state), "frozen": frozen})
+    return {
+        "train": layout.abstract(jax.eval_shape(state), "optimizer"),
+        "frozen": layout.abstract(frozen),
+    }
 
 
 def together(positions: Sequence[dict]) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from unibiomed_jax.parameters import Parameters, merge
+from unibiomed_jax.sharding.constraints import from_optimizer, gather_unstacked
 from unibiomed_jax.sharding.layout import Layout
 from unibiomed_jax.training.config import TrainConfig
 from unibiomed_jax.training.forward import (
@@ -89,8 +91,9 @@ def gradients(
     dropout_key, points_key = jax.random.split(jax.random.fold_in(key, index))
 
     def share(trainable):
+        trainable = gather_unstacked(from_optimizer(trainable))
         prediction = answer_batch(
-            merge(graphdef, trainable, frozen),
+            merge(graphdef, trainable, gather_unstacked(frozen)),
             batch,
             ids,
             token_chunk=config.loss.token_chunk,
@@ -162,7 +165,7 @@ class TrainStep:
         ids: TokenIds,
         layout: Layout,
     ):
-        pin = layout.pin
+        pin = functools.partial(layout.pin, use="optimizer")
 
         def whole(state, frozen, batch):
             counts = count_targets(batch, ids, config.loss)

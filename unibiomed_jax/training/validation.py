@@ -17,6 +17,7 @@ from unibiomed_jax.data.pipeline import Pipeline
 from unibiomed_jax.data.records import TEXT_ONLY, Kind
 from unibiomed_jax.masks.measures import dice_score
 from unibiomed_jax.parameters import Parameters, merge
+from unibiomed_jax.sharding.constraints import gather_unstacked
 from unibiomed_jax.sharding.layout import Layout
 from unibiomed_jax.training.config import TrainConfig
 from unibiomed_jax.training.forward import (
@@ -63,7 +64,7 @@ def build_validation(graphdef: nnx.GraphDef, config: TrainConfig, ids: TokenIds,
     @layout.jit
     def measure(trainable: Parameters, frozen: Parameters, batch: Arrays) -> Measured:
         with jax.default_matmul_precision("highest"):
-            model = merge(graphdef, trainable, frozen)
+            model = merge(graphdef, gather_unstacked(trainable), gather_unstacked(frozen))
             prediction = answer_batch(
                 model, batch, ids, token_chunk=config.loss.token_chunk, follow=config.loss.follow
             )
