@@ -6,7 +6,6 @@ The same command goes on where a run stopped: after its end, a kill, or SIGTERM 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import jax
 from rich.console import Console
@@ -17,6 +16,7 @@ from unibiomed_jax.commands.run import run
 from unibiomed_jax.config.fields import to_dict
 from unibiomed_jax.data.pipeline import Batch
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.files import place
 from unibiomed_jax.training.experiment import load_command, main_arguments
 from unibiomed_jax.training.export import export_checkpoint, export_model
 from unibiomed_jax.training.footprint import footprint
@@ -55,7 +55,7 @@ def main() -> int:
     console.quiet = not distributed.is_first()
     runtime.prepare()
     start = prepare(config)
-    config, layout, folder = start.config, start.layout, Path(config.folder)
+    config, layout, folder = start.config, start.layout, place(config.folder)
     if acts.export:
         update = export_checkpoint(start, acts.export)
         console.print(f"The model of update {update} is in {folder / 'model'}.")
@@ -95,9 +95,8 @@ def main() -> int:
     for sentence in summary(start, data):
         console.print(sentence)
     first = int(state.step)
-    profile = acts.profile and config.optim.steps - first >= PROFILED[-1]
-    tracing = profile and distributed.is_first()
-    if acts.profile and not profile:
+    tracing = acts.profile and config.optim.steps - first >= PROFILED[-1]
+    if acts.profile and not tracing:
         console.print("Too few updates are left to profile them.")
 
     # Loop
@@ -109,6 +108,7 @@ def main() -> int:
 
     def save(measures: dict | None = None) -> None:
         tree = {"train": state, "frozen": frozen} if config.checkpoint.save_frozen else {"train": state}
+        log.flush()
         checkpointer.save(
             int(state.step),
             tree,
@@ -119,16 +119,16 @@ def main() -> int:
             belongs_to=belongs,
         )
 
-    with checkpointer, progress_bar() as bar:
+    with log, checkpointer, progress_bar() as bar:
         task = bar.add_task("training", total=config.optim.steps, completed=first)
         for update in range(first + 1, config.optim.steps + 1):
             batches = [next(iterator) for _ in range(config.optim.accumulate)]
             if tracing and update == first + PROFILED[0]:
-                jax.profiler.start_trace(str(folder / "profile"))
+                log.start_trace()
             state, metrics = step(state, frozen, [layout.place_batch(batch.arrays) for batch in batches])
             if tracing and update == first + PROFILED[-1]:
                 jax.block_until_ready(state)
-                jax.profiler.stop_trace()
+                log.stop_trace()
             # Looking at the update before keeps the device busy with this one meanwhile.
             if previous is not None:
                 require_finite(config.max_bad_steps, log, update - 1, *previous)
@@ -161,7 +161,6 @@ def main() -> int:
                 console.print(f"Stopped by a signal; update {update} is saved, the same command goes on.")
                 return 0
     iterator.close()
-    log.close()
     export_model(folder, config, state, frozen, start.tokenizer_folder)
     console.print(f"The trained model is in {folder / 'model'}.")
     return 0

@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,10 +28,11 @@ from flax import nnx
 from orbax.checkpoint.experimental import v1 as ocp
 
 from unibiomed_jax import distributed
+from unibiomed_jax.bucket import teach_orbax, told
 from unibiomed_jax.config.fields import from_dict, to_dict
 from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import new_folder, read_json, require_space
+from unibiomed_jax.files import copy_folder, in_bucket, new_folder, place, read_json, require_space
 from unibiomed_jax.inputs.tokenizer import copy_tokenizer
 from unibiomed_jax.parameters import LoraInfo, abstract_params, flatten, merge_adapters, unflatten
 
@@ -45,6 +45,8 @@ Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 # Threads that hash what was read; hashlib lets go of the interpreter meanwhile.
 HASHERS = 4
+
+teach_orbax()
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def write(
         The sha256 that identifies the weights.
     """
     leaves: dict[str, Future[dict]] = {}
-    with ThreadPoolExecutor(1) as hasher, _context():
+    with ThreadPoolExecutor(1) as hasher, told(folder), _context():
         saving = None
         try:
             for name, tree in parts:
@@ -111,7 +113,7 @@ def write(
                         leaves[f"{name}.{path}"] = hasher.submit(leaf_record, host)
                     spans = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
                     shares[path] = leaf if spans else host
-                saving = ocp.save_async(folder / "params" / name, _string_keys(unflatten(shares)))
+                saving = ocp.save_async(os.fspath(folder / "params" / name), _string_keys(unflatten(shares)))
                 del tree, shares, leaf, host
             records = {path: future.result() for path, future in leaves.items()}
         finally:
@@ -166,12 +168,12 @@ def save(
         def begin() -> str:
             require_space(path, size)
             folder = filling.enter_context(new_folder(path, overwrite=overwrite))
-            copy_tokenizer(Path(tokenizer), folder / "tokenizer")
-            if release is not None and Path(release).is_dir():
-                shutil.copytree(release, folder / "release")
+            copy_tokenizer(place(tokenizer), folder / "tokenizer")
+            if release is not None and place(release).is_dir():
+                copy_folder(place(release), folder / "release")
             return str(folder)
 
-        folder = Path(distributed.first_says(begin))
+        folder = place(distributed.first_says(begin))
         return write(folder, config, params.items(), lora=lora)
 
 
@@ -217,7 +219,8 @@ def hash_of(params: Mapping | nnx.State) -> str:
 
 def is_checkpoint(path: str | os.PathLike) -> bool:
     """Whether `path` is meant to be a converted checkpoint (as opposed to a released one)."""
-    return (Path(path) / "manifest.json").exists() or (Path(path) / "params").is_dir()
+    path = place(path)
+    return (path / "manifest.json").exists() or (path / "params").is_dir()
 
 
 def read_config(path: str | os.PathLike) -> ModelConfig:
@@ -226,10 +229,11 @@ def read_config(path: str | os.PathLike) -> ModelConfig:
     Raises:
         InputError: the file is missing or damaged, or holds an unknown or ill-typed field.
     """
-    values = _read_json(Path(path), "config.json")
+    path = place(path)
+    values = _read_json(path, "config.json")
     if isinstance(values, dict):
         values.pop("precision", None)  # version 0.1 wrote one, which no reader obeyed
-    return from_dict(ModelConfig, values, str(Path(path) / "config.json"))
+    return from_dict(ModelConfig, values, str(path / "config.json"))
 
 
 def read_manifest(path: str | os.PathLike) -> Manifest:
@@ -238,7 +242,7 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
     Raises:
         InputError: the file is missing or damaged, or was written by a later version.
     """
-    path = Path(path)
+    path = place(path)
     values = _read_json(path, "manifest.json")
     try:
         if values["format"] != FORMAT:
@@ -269,7 +273,7 @@ def read_part(path: str | os.PathLike, name: str, manifest: Manifest) -> dict[st
     abstract = {
         p: np.broadcast_to(np.zeros((), dtype_of(leaf["dtype"])), leaf["shape"]) for p, leaf in leaves.items()
     }
-    found = _restore(Path(path), name, abstract)
+    found = _restore(place(path), name, abstract)
     with ThreadPoolExecutor(HASHERS) as hashers:
         for p, measured in zip(found, hashers.map(leaf_record, found.values()), strict=True):
             if measured != leaves[p]:
@@ -300,7 +304,7 @@ def load(
         InputError: a file is missing, a file or a parameter is damaged, or config.json describes another
             model than the parameters.
     """
-    path = Path(path)
+    path = place(path)
     if not path.is_dir():
         raise InputError(f"{path} is not a folder; give a converted checkpoint or {REMEDY}.")
     config, manifest = read_config(path), read_manifest(path)
@@ -347,10 +351,12 @@ def dtype_of(name: str) -> np.dtype:
 def _restore(path: Path, name: str, abstract: Mapping[str, Any]) -> dict[str, Any]:
     folder = path.absolute() / "params" / name  # Orbax refuses relative paths
     try:
-        with _alone():
-            return flatten(ocp.load(folder, _string_keys(unflatten(abstract))))
+        with told(path), _alone():
+            return flatten(ocp.load(os.fspath(folder), _string_keys(unflatten(abstract))))
     except MemoryError:
         raise
     except Exception as error:  # Orbax and tensorstore raise many kinds
+        if in_bucket(path) and isinstance(error, OSError):  # it could not be asked
+            raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise InputError(f"{folder} cannot be read ({reason}); {REMEDY}.") from error

@@ -6,10 +6,11 @@
         position.json    where the data pipeline stood
         tokenizer/       the tokenizer's files
         about.json       step, measures, shapes of the state, and what it belongs to
-        manifest.json    size and sha256 of every file above; written last
+        manifest.json    size and checksum of every file above; written last
 
 A checkpoint is written beside its place and moved there when it is complete, so that a folder with that name
-is either whole or was damaged later, which the manifest shows. Older ones go only after that.
+is either whole or was damaged later, which the manifest shows. Older ones go only after that. In a bucket,
+where nothing can be moved, it is written in its place and complete as soon as its manifest is there.
 
 Of several processes every one writes its shares of the state; all else is done by the first, in a folder
 that all of them must see.
@@ -17,13 +18,13 @@ that all of them must see.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
-import shutil
 import threading
 import time
 import uuid
@@ -37,14 +38,19 @@ import jax
 from orbax.checkpoint.experimental import v1 as ocp
 
 from unibiomed_jax import distributed
+from unibiomed_jax.bucket import teach_orbax, told
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import NO_SPACE
+from unibiomed_jax.files import NO_SPACE, delete_folder, in_bucket, place
 from unibiomed_jax.inputs.tokenizer import copy_tokenizer
 from unibiomed_jax.training.config import CheckpointConfig
 
 logger = logging.getLogger(__name__)
+teach_orbax()
 
 PARTIAL = ".partial"
+MANIFEST = "manifest.json"
+# What reading a damaged or missing file raises.
+UNUSABLE = (OSError, ValueError, LookupError, TypeError)
 # What file systems without locks answer to one.
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -77,7 +83,7 @@ class Checkpointer:
         Raises:
             InputError: it cannot be created.
         """
-        self.folder = Path(folder).absolute()
+        self.folder = place(folder).absolute()
         self.config = config
         self._primary = distributed.is_first()
         try:
@@ -103,7 +109,8 @@ class Checkpointer:
     def claim(self) -> None:
         """Make the run's folder this job's own to train in, and clear what a killed run left unfinished.
 
-        The lock ends with the process, whatever ends it. A file system without locks goes without.
+        The lock ends with the process, whatever ends it. A file system without locks, and a bucket, goes
+        without.
 
         Raises:
             InputError: another job trains in the folder, or the processes of this one do not all see it.
@@ -120,6 +127,17 @@ class Checkpointer:
 
     def _lock_and_clear(self) -> str:
         """What `claim` does on the first process; names a file that only shows that the folder is seen."""
+        if not in_bucket(self.folder):
+            self._lock_folder()
+        name = f"{uuid.uuid4().hex}{PARTIAL}"
+        (self.folder / name).touch()
+        for path in self.folder.iterdir():
+            unfinished = path.name.isdigit() and not _is_complete(path)
+            if (unfinished or path.suffix == PARTIAL) and path.name != name:
+                delete_folder(path) if path.is_dir() else path.unlink()
+        return name
+
+    def _lock_folder(self) -> None:
         run = self.folder.parent
         self._lock = (run / "lock").open("a")
         try:
@@ -131,11 +149,6 @@ class Checkpointer:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-        for leftover in self.folder.glob(f"*{PARTIAL}"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        name = f"{uuid.uuid4().hex}{PARTIAL}"
-        (self.folder / name).touch()
-        return name
 
     def save(
         self,
@@ -162,15 +175,15 @@ class Checkpointer:
             InputError: this save or the one before could not be written.
         """
         self.wait()
-        partial = self.folder / f"{step:08d}{PARTIAL}"
+        partial = self.path(step) if in_bucket(self.folder) else self.path(step).with_suffix(PARTIAL)
         try:
             if self._primary:
-                shutil.rmtree(partial, ignore_errors=True)
+                _delete(partial)
                 partial.mkdir()
                 _write_json(partial / "config.json", config)
                 _write_json(partial / "position.json", position)
                 if tokenizer is not None:
-                    copy_tokenizer(Path(tokenizer), partial / "tokenizer")
+                    copy_tokenizer(place(tokenizer), partial / "tokenizer")
                 about = {
                     "step": step,
                     "measures": dict(measures or {}),
@@ -179,7 +192,8 @@ class Checkpointer:
                 }
                 _write_json(partial / "about.json", about)
             distributed.wait_for_all()
-            response = ocp.save_async(partial / "state", nested(state))
+            with told(partial):
+                response = ocp.save_async(os.fspath(partial / "state"), nested(state))
         except Exception as error:
             raise self._explain(error) from error
         self._thread = threading.Thread(target=self._finish, args=(step, partial, response))
@@ -204,13 +218,14 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+        return sorted(int(path.name) for path in self.folder.iterdir() if _is_complete(path))
 
     def measures(self, step: int) -> dict[str, float]:
         """Validation results of a checkpoint; none if it is damaged."""
         try:
             return _read_json(self.path(step) / "about.json")["measures"]
-        except (OSError, ValueError, LookupError, TypeError):
+        except UNUSABLE as error:
+            _require_answer(error)
             return {}
 
     def best(self) -> int | None:
@@ -272,23 +287,27 @@ class Checkpointer:
                         f"and {here} here; resume with the configuration in its config.json and the weights "
                         "it started from, or choose another run folder."
                     )
-        loaded = leaves_by_name(ocp.load(path / "state", nested(abstract)))
+        with told(path):
+            loaded = leaves_by_name(ocp.load(os.fspath(path / "state"), nested(abstract)))
         state = jax.tree.unflatten(jax.tree.structure(abstract), [loaded[name] for name in leaves])
         return Restored(state, _read_json(path / "position.json"), step, _read_json(path / "config.json"))
 
     def _finish(self, step: int, partial: Path, response) -> None:
         try:
-            response.result()
+            with told(partial):
+                response.result()
             if self._primary:
-                _write_json(partial / "manifest.json", {"files": digests(partial)})
-                shutil.rmtree(self.path(step), ignore_errors=True)
-                os.replace(partial, self.path(step))
+                _write_json(partial / MANIFEST, {"files": digests(partial)})
+                if partial != self.path(step):
+                    delete_folder(self.path(step))
+                    os.replace(partial, self.path(step))
                 self._damaged.discard(step)
                 self._prune(step)
         except BaseException as error:
             self._error = error
             if self._primary:
-                shutil.rmtree(partial, ignore_errors=True)
+                with contextlib.suppress(OSError):  # what went wrong first is what counts
+                    delete_folder(partial)
 
     def _ranked(self, steps: Iterable[int]) -> list[int]:
         """The undamaged among these steps that were measured by `config.best`, best first."""
@@ -305,10 +324,7 @@ class Checkpointer:
         newest = [step for step in steps if step not in self._damaged][-self.config.keep_last :]
         keep = {*newest, *self._ranked(steps)[: self.config.keep_best]}
         for step in set(steps) - keep:
-            # Out of sight first: a half-deleted checkpoint must not look like a damaged one.
-            doomed = self.path(step).with_suffix(PARTIAL)
-            os.replace(self.path(step), doomed)
-            shutil.rmtree(doomed)
+            _delete(self.path(step))
 
     def _explain(self, error: BaseException) -> BaseException:
         text = str(error)
@@ -317,6 +333,20 @@ class Checkpointer:
             kept = f"checkpoint {steps[-1]} is intact" if steps else "there is no checkpoint yet"
             return InputError(f"The disk of {self.folder} is full ({kept}); free some space and run again.")
         return error
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether something in the folder of checkpoints is one, damaged or not."""
+    return path.name.isdigit() and (not in_bucket(path) or (path / MANIFEST).exists())
+
+
+def _delete(path: Path) -> None:
+    """Delete a checkpoint; out of sight first: a half-deleted one must not look like a damaged one."""
+    if in_bucket(path):
+        (path / MANIFEST).unlink(missing_ok=True)
+    elif path.exists() and path.suffix != PARTIAL:
+        path = path.rename(path.with_suffix(PARTIAL))
+    delete_folder(path)
 
 
 def _appears(path: Path) -> bool:
@@ -352,7 +382,12 @@ def shapes(tree: Any) -> dict[str, list]:
 
 
 def digests(folder: Path) -> dict[str, list]:
-    """Size and sha256 of every file below a folder."""
+    """Size and checksum of every file below a folder: its sha256, or what a bucket gives without reading it."""
+    if in_bucket(folder):
+        return {
+            name: [entry["size"], f"crc32c {entry['crc32c']}" if "crc32c" in entry else f"etag {entry['ETag']}"]
+            for name, entry in folder.walk_files().items()
+        }
     files = sorted(path for path in folder.rglob("*") if path.is_file())
 
     def digest(path: Path) -> list:
@@ -366,15 +401,34 @@ def digests(folder: Path) -> dict[str, list]:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+    """What is wrong with a checkpoint's files, or None.
+
+    Of a checkpoint that was copied from a bucket to a disk, or the other way, the sizes are compared: each
+    names other checksums.
+    """
     try:
-        expected = dict(_read_json(checkpoint / "manifest.json")["files"])
+        expected = dict(_read_json(checkpoint / MANIFEST)["files"])
         found = digests(checkpoint)
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except UNUSABLE as error:
+        _require_answer(error)
         return f"manifest.json cannot be used ({error!r})"
     if "about.json" not in expected:
         return "manifest.json does not list about.json"
-    return next((f"{name} has changed" for name in expected if found.get(name) != expected[name]), None)
+    return next((f"{name} has changed" for name in expected if not _same(found.get(name), expected[name])), None)
+
+
+def _require_answer(error: Exception) -> None:
+    """Raise the error of a bucket that could not be asked, which says nothing about what lies in it."""
+    asked = not isinstance(error, OSError) or isinstance(error, FileNotFoundError)
+    if not asked and error.filename and in_bucket(error.filename):
+        raise error
+
+
+def _same(found: list | None, expected: list) -> bool:
+    if found is None or found[0] != expected[0]:
+        return False
+    kinds = {checksum.rpartition(" ")[0] for checksum in (found[1], expected[1])}  # none for a sha256
+    return found[1] == expected[1] or len(kinds) > 1
 
 
 def _read_json(path: Path) -> dict:
