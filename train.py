@@ -16,7 +16,7 @@ from unibiomed_jax.commands.run import run
 from unibiomed_jax.config.fields import to_dict
 from unibiomed_jax.data.pipeline import Batch
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import place
+from unibiomed_jax.files import locate
 from unibiomed_jax.training.experiment import load_command, main_arguments
 from unibiomed_jax.training.export import export_checkpoint, export_model
 from unibiomed_jax.training.footprint import footprint
@@ -55,7 +55,7 @@ def main() -> int:
     console.quiet = not distributed.is_first()
     runtime.prepare()
     start = prepare(config)
-    config, layout, folder = start.config, start.layout, place(config.folder)
+    config, layout, folder = start.config, start.layout, locate(config.folder)
     if acts.export:
         update = export_checkpoint(start, acts.export)
         console.print(f"The model of update {update} is in {folder / 'model'}.")

@@ -1,9 +1,10 @@
 """Buckets: folders of files under gs://BUCKET/... and s3://BUCKET/..., read and written over the network.
 
 Three things are unlike a disk. There are no folders, only names with slashes: a folder is there as long as
-something lies in it. Nothing can be renamed or appended to, but a file appears whole or not at all: a folder is
-complete when the file that is written last is there. And every call can fail in many ways of the libraries
-beneath, whose words may hold credentials: `told` makes of them an OSError with a path and a reason of ours.
+something lies in it. Nothing can be renamed or appended to, but a file appears whole or not at all: a folder
+is complete when the file that is written last is there. And every call can fail in many ways of the libraries
+beneath, whose words may hold credentials: `told` makes a BucketError of them, with a path and a reason of
+ours.
 
 Access and credentials are those that the environment of the process gives to every tool (AWS_ACCESS_KEY_ID,
 AWS_PROFILE, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, STORAGE_EMULATOR_HOST, ...). Files go through
@@ -25,7 +26,7 @@ from typing import Any
 
 from etils.epath.gpath import PosixGPath
 
-from unibiomed_jax.errors import InputError
+from unibiomed_jax.errors import BucketError, InputError
 
 # Package that reads the buckets of a scheme.
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
@@ -33,57 +34,57 @@ _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 ATTEMPTS = 5
 # What to say about errors with such words in their kinds or messages, in this order.
 _REASONS = (
-    (r"NoSuchBucket|bucket does not exist", errno.ENODEV, "there is no such bucket"),
+    (r"NoSuchBucket|bucket does not exist", "there is no such bucket; correct its name or create it"),
     (
         r"NoCredentials|PartialCredentials|DefaultCredentials|Anonymous caller|UNAUTHENTICATED",
-        errno.EACCES,
-        "no credentials for it are in the environment",
+        "there are no credentials for it in the environment; set AWS_ACCESS_KEY_ID and "
+        "AWS_SECRET_ACCESS_KEY, or GOOGLE_APPLICATION_CREDENTIALS",
     ),
     (
-        r"PermissionError|Access ?Denied|Forbidden|PERMISSION_DENIED|InvalidAccessKeyId|SignatureDoesNotMatch|"
-        r"ExpiredToken|InvalidToken|Unauthorized|RefreshError|\b40[13]\b",
-        errno.EACCES,
-        "the credentials in the environment give no permission",
+        r"PermissionError|Access ?Denied|Forbidden|PERMISSION_DENIED|InvalidAccessKeyId|ExpiredToken|"
+        r"SignatureDoesNotMatch|InvalidToken|Unauthorized|RefreshError|\b40[13]\b",
+        "permission is denied; let the credentials in the environment read and write there, or take others",
     ),
     (
         r"Connect|Timeout|Disconnected|ClientPayload|IncompleteRead|UNAVAILABLE|DEADLINE_EXCEEDED|SlowDown|"
         r"CURL|TransportError|\b5\d\d\b",
-        errno.EHOSTUNREACH,
-        "the bucket does not answer",
+        "the bucket does not answer; run the same command again when it does",
     ),
 )
 
 
 @contextlib.contextmanager
 def told(path: str | os.PathLike) -> Iterator[None]:
-    """Make of what the libraries of a bucket raise in the block an OSError that names `path` and a reason.
+    """Make of what the libraries of a bucket raise in the block a BucketError, or a plain FileNotFoundError.
 
     Where `path` lies on a disk, and for errors that are no answer of a bucket, nothing is changed.
     """
     try:
         yield
+    except (BucketError, InputError):
+        raise
     except Exception as error:
-        reason = _reason(error) if isinstance(path, BucketPath) else None
-        if reason is None:
+        if not isinstance(path, BucketPath):
             raise
-        raise OSError(*reason, os.fspath(path)) from None
+        reason = _reason(error)
+        if reason is not None:
+            raise BucketError(f"{path} cannot be used: {reason}.") from None
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path)) from None
+        raise
 
 
-def _reason(error: BaseException) -> tuple[int, str] | None:
-    """Number and words for an error of a bucket; None for another one, or one that has them already."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return None
+def _reason(error: BaseException) -> str | None:
+    """What is wrong with the bucket, and what to do; None if it is not the bucket."""
     chain = []
     while error is not None:
         chain.append(error)
         error = error.__cause__
     text = "\n".join(f"{type(one).__name__}: {one}" for one in chain)
-    for pattern, number, words in _REASONS:
-        if re.search(pattern, text):
-            return number, words
-    if isinstance(chain[0], FileNotFoundError):
-        return errno.ENOENT, os.strerror(errno.ENOENT)
-    return (errno.EIO, "the bucket refused it") if isinstance(chain[0], OSError) else None
+    found = next((words for pattern, words in _REASONS if re.search(pattern, text)), None)
+    if found is None and isinstance(chain[0], OSError) and not isinstance(chain[0], FileNotFoundError):
+        return "it refuses what is asked of it; see the log of the bucket"
+    return found
 
 
 class BucketPath(PosixGPath):

@@ -31,8 +31,8 @@ from unibiomed_jax import distributed
 from unibiomed_jax.bucket import teach_orbax, told
 from unibiomed_jax.config.fields import from_dict, to_dict
 from unibiomed_jax.config.model import ModelConfig
-from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import copy_folder, in_bucket, new_folder, place, read_json, require_space
+from unibiomed_jax.errors import BucketError, InputError
+from unibiomed_jax.files import copy_folder, locate, new_folder, read_json, require_space
 from unibiomed_jax.inputs.tokenizer import copy_tokenizer
 from unibiomed_jax.parameters import LoraInfo, abstract_params, flatten, merge_adapters, unflatten
 
@@ -100,12 +100,17 @@ def write(
         The sha256 that identifies the weights.
     """
     leaves: dict[str, Future[dict]] = {}
-    with ThreadPoolExecutor(1) as hasher, told(folder), _context():
+
+    def finish(saving) -> None:
+        with told(folder):
+            saving.result()
+
+    with ThreadPoolExecutor(1) as hasher, _context():
         saving = None
         try:
             for name, tree in parts:
                 if saving:
-                    saving.result()
+                    finish(saving)
                 shares = {}
                 for path, leaf in flatten(tree).items():
                     host = distributed.whole(leaf)
@@ -113,12 +118,14 @@ def write(
                         leaves[f"{name}.{path}"] = hasher.submit(leaf_record, host)
                     spans = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
                     shares[path] = leaf if spans else host
-                saving = ocp.save_async(os.fspath(folder / "params" / name), _string_keys(unflatten(shares)))
+                place = os.fspath(folder / "params" / name)
+                with told(folder):
+                    saving = ocp.save_async(place, _string_keys(unflatten(shares)))
                 del tree, shares, leaf, host
             records = {path: future.result() for path, future in leaves.items()}
         finally:
             if saving:
-                saving.result()
+                finish(saving)
 
     def end() -> str:
         manifest = {
@@ -168,12 +175,12 @@ def save(
         def begin() -> str:
             require_space(path, size)
             folder = filling.enter_context(new_folder(path, overwrite=overwrite))
-            copy_tokenizer(place(tokenizer), folder / "tokenizer")
-            if release is not None and place(release).is_dir():
-                copy_folder(place(release), folder / "release")
+            copy_tokenizer(locate(tokenizer), folder / "tokenizer")
+            if release is not None and locate(release).is_dir():
+                copy_folder(locate(release), folder / "release")
             return str(folder)
 
-        folder = place(distributed.first_says(begin))
+        folder = locate(distributed.first_says(begin))
         return write(folder, config, params.items(), lora=lora)
 
 
@@ -219,7 +226,7 @@ def hash_of(params: Mapping | nnx.State) -> str:
 
 def is_checkpoint(path: str | os.PathLike) -> bool:
     """Whether `path` is meant to be a converted checkpoint (as opposed to a released one)."""
-    path = place(path)
+    path = locate(path)
     return (path / "manifest.json").exists() or (path / "params").is_dir()
 
 
@@ -229,7 +236,7 @@ def read_config(path: str | os.PathLike) -> ModelConfig:
     Raises:
         InputError: the file is missing or damaged, or holds an unknown or ill-typed field.
     """
-    path = place(path)
+    path = locate(path)
     values = _read_json(path, "config.json")
     if isinstance(values, dict):
         values.pop("precision", None)  # version 0.1 wrote one, which no reader obeyed
@@ -242,7 +249,7 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
     Raises:
         InputError: the file is missing or damaged, or was written by a later version.
     """
-    path = place(path)
+    path = locate(path)
     values = _read_json(path, "manifest.json")
     try:
         if values["format"] != FORMAT:
@@ -273,7 +280,7 @@ def read_part(path: str | os.PathLike, name: str, manifest: Manifest) -> dict[st
     abstract = {
         p: np.broadcast_to(np.zeros((), dtype_of(leaf["dtype"])), leaf["shape"]) for p, leaf in leaves.items()
     }
-    found = _restore(place(path), name, abstract)
+    found = _restore(locate(path), name, abstract)
     with ThreadPoolExecutor(HASHERS) as hashers:
         for p, measured in zip(found, hashers.map(leaf_record, found.values()), strict=True):
             if measured != leaves[p]:
@@ -304,7 +311,7 @@ def load(
         InputError: a file is missing, a file or a parameter is damaged, or config.json describes another
             model than the parameters.
     """
-    path = place(path)
+    path = locate(path)
     if not path.is_dir():
         raise InputError(f"{path} is not a folder; give a converted checkpoint or {REMEDY}.")
     config, manifest = read_config(path), read_manifest(path)
@@ -353,10 +360,8 @@ def _restore(path: Path, name: str, abstract: Mapping[str, Any]) -> dict[str, An
     try:
         with told(path), _alone():
             return flatten(ocp.load(os.fspath(folder), _string_keys(unflatten(abstract))))
-    except MemoryError:
+    except (MemoryError, BucketError):
         raise
     except Exception as error:  # Orbax and tensorstore raise many kinds
-        if in_bucket(path) and isinstance(error, OSError):  # it could not be asked
-            raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise InputError(f"{folder} cannot be read ({reason}); {REMEDY}.") from error

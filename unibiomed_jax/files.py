@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from unibiomed_jax.errors import DiskFullError, InputError
+from unibiomed_jax.errors import BucketError, DiskFullError, InputError
 
 # What a full disk is called.
 NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -26,7 +26,7 @@ BUCKETS = ("gs://", "s3://")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
-def place(path: str | os.PathLike) -> Path:
+def locate(path: str | os.PathLike) -> Path:
     """A path on a disk, or in a bucket (gs://..., s3://...), which has the methods of one that are used here.
 
     Raises:
@@ -109,7 +109,7 @@ def read_text(path: str | os.PathLike, *, remedy: str = "write it again", encodi
         InputError: the file is missing, cannot be read, or is no such text.
     """
     try:
-        data = place(path).read_bytes()
+        data = locate(path).read_bytes()
         return data.decode(encoding or json.detect_encoding(data))
     except FileNotFoundError:
         raise InputError(f"{shown(path)} is missing; {remedy}.") from None
@@ -167,7 +167,7 @@ def read_range(path: str | os.PathLike, start: int, length: int) -> bytes:
     """
     try:
         if in_bucket(path):
-            return place(path).read_range(start, length)
+            return locate(path).read_range(start, length)
         with open(path, "rb", buffering=0) as file:
             return os.pread(file.fileno(), length, start)
     except FileNotFoundError:
@@ -176,6 +176,19 @@ def read_range(path: str | os.PathLike, start: int, length: int) -> bytes:
         raise InputError(
             f"{shown(path)} cannot be read ({error.strerror}); check the disk and its permissions."
         ) from None
+
+
+def open_file(path: str | os.PathLike) -> BinaryIO:
+    """A file to read; one in a bucket is fetched as a whole."""
+    return io.BytesIO(locate(path).read_bytes()) if in_bucket(path) else open(path, "rb")
+
+
+def sizes(folder: str | os.PathLike) -> dict[str, int]:
+    """Bytes of every file that lies in a folder, by its name; of a bucket asked in one go."""
+    if in_bucket(folder):
+        return {name: entry["size"] for name, entry in locate(folder).walk_files().items() if "/" not in name}
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
 
 
 def write_beside(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
@@ -202,14 +215,14 @@ def write_beside(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Non
 def new_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill that becomes `path` when the block ends, and vanishes when it fails.
 
-    A bucket can rename nothing: there the folder is `path` itself, and whole as soon as the file is there that
-    its writer writes last.
+    A bucket can rename nothing: there the folder is `path` itself, and whole as soon as the file is there
+    that its writer writes last.
 
     Raises:
         InputError: `path` exists and `overwrite` is false, or its parent cannot be written.
         DiskFullError: the disk is full.
     """
-    path = place(path).absolute()
+    path = locate(path).absolute()
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists; choose another folder or pass --overwrite.")
     if in_bucket(path):
@@ -217,7 +230,7 @@ def new_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[
         try:
             yield path
         except BaseException:
-            with contextlib.suppress(OSError):  # what went wrong first is what counts
+            with contextlib.suppress(BucketError):  # what went wrong first is what counts
                 path.rmtree()
             raise
         return

@@ -34,7 +34,7 @@ class Server:
 
     @contextlib.contextmanager
     def behaving(self, how: str):
-        """"refuse": every request that writes, with 403; "refuse all"; "stall": no answer."""
+        """ "refuse": every request that writes, with 403; "refuse all"; "stall": no answer."""
         (self.folder / "how").write_text(how)
         yield
         (self.folder / "how").unlink()
@@ -83,7 +83,8 @@ def main(folder: Path, *buckets: str) -> None:
             return start_response(status, headers, *rest)
 
         if how == "refuse all" or (how == "refuse" and method not in ("GET", "HEAD")):
-            start("403 Forbidden", [("Content-Length", str(len(REFUSAL))), ("Content-Type", "application/xml")])
+            length = str(len(REFUSAL))
+            start("403 Forbidden", [("Content-Length", length), ("Content-Type", "application/xml")])
             parts = [REFUSAL]
         else:
             parts = list(moto(environ, start))

@@ -1,15 +1,9 @@
 """train.py with its run folder in a bucket: a real S3 server on the loopback."""
 
-import json
 import os
-import signal
-import subprocess
-import sys
-import time
 
-import numpy as np
 import pytest
-from bucket_server import KEY_ID, SECRET, serve
+from bucket_server import serve
 from places import MICRO_RUN, ROOT
 from small_datasets import coco_table, save_picture, save_square, write_table
 

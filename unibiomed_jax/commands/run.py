@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 
 from unibiomed_jax import distributed
-from unibiomed_jax.errors import InputError
+from unibiomed_jax.errors import BucketError, InputError
 from unibiomed_jax.files import NO_SPACE, shown
 
 # Exit codes. (The command-line parser ends with IMPOSSIBLE, too.)
@@ -31,7 +31,7 @@ def run(program: Callable[[], int | None]) -> int:
         done = program() or DONE
         distributed.finish()
         return done
-    except InputError as error:
+    except (BucketError, InputError) as error:
         sentence = str(error)
     except KeyboardInterrupt as error:
         sentence, code = str(error) or "Interrupted.", INTERRUPTED

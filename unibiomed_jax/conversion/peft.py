@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save
 
-from unibiomed_jax.files import place, write_beside
+from unibiomed_jax.files import locate, write_beside
 from unibiomed_jax.parameters import Parameters
 
 DECODER = "language_model.layers."
@@ -43,7 +43,7 @@ def save_peft_adapter(
         "target_modules": sorted(modules),
         "inference_mode": True,
     }
-    directory = place(directory)
+    directory = locate(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_beside(directory / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     write_beside(directory / "adapter_config.json", (json.dumps(settings, indent=2) + "\n").encode())

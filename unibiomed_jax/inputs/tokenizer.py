@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import is_text, place, read_json, read_text, shown, write_beside
+from unibiomed_jax.files import is_text, locate, read_json, read_text, shown, write_beside
 
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 SEG = "[SEG]"
@@ -81,7 +81,7 @@ class Tokenizer:
         Raises:
             InputError: files missing, unreadable or damaged, or special tokens missing.
         """
-        folder = place(folder)
+        folder = locate(folder)
         config = _read_json(folder / "tokenizer_config.json")
         backend = _read_backend(folder, config)
         if add_missing:
@@ -130,7 +130,7 @@ class Tokenizer:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write tokenizer.json and a tokenizer_config.json that this class and transformers read."""
-        folder = place(folder)
+        folder = locate(folder)
         added = {
             str(token_id): {
                 "content": token.content,

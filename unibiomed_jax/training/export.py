@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from unibiomed_jax import checkpoint, distributed
 from unibiomed_jax.conversion.peft import DECODER, save_peft_adapter
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import place
+from unibiomed_jax.files import locate
 from unibiomed_jax.parameters import Parameters, merge_adapters, unflatten
 from unibiomed_jax.training.config import TrainConfig
 from unibiomed_jax.training.snapshot import Checkpointer
@@ -62,7 +62,7 @@ def export_model(
         config.model,
         unflatten(parameters),
         tokenizer,
-        release=place(config.initial) / "release" if config.initial else None,
+        release=locate(config.initial) / "release" if config.initial else None,
         overwrite=True,
     )
 
@@ -83,7 +83,7 @@ def export_checkpoint(start: Start, named: str) -> int:
     checkpointer = Checkpointer(start.checkpoint_folder, config.checkpoint)
     step = distributed.first_says(lambda: _step_of(checkpointer, named))
     restored, state, frozen = starting_state(start, checkpointer, belongs_to(config), step)
-    export_model(place(config.folder), config, state, frozen, start.tokenizer_folder)
+    export_model(locate(config.folder), config, state, frozen, start.tokenizer_folder)
     return restored.step
 
 

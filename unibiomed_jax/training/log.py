@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from unibiomed_jax import distributed
-from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import copy_folder, in_bucket, place, write_beside
+from unibiomed_jax.errors import BucketError, InputError
+from unibiomed_jax.files import copy_folder, in_bucket, locate, write_beside
 from unibiomed_jax.masks.overlay import overlay
 
 # A file in a bucket cannot be appended to: it is written anew, no more often than so many seconds apart.
@@ -37,7 +37,7 @@ class RunLog:
         Raises:
             InputError: TensorBoard files are wanted but their writer is not installed.
         """
-        self.folder = place(folder)
+        self.folder = locate(folder)
         self._writes = distributed.is_first()
         if not self._writes:
             return
@@ -67,7 +67,7 @@ class RunLog:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if not isinstance(error, OSError):  # a bucket that is gone gets nothing more
+        if not isinstance(error, BucketError):  # a bucket that is gone gets nothing more
             self.close()
 
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:

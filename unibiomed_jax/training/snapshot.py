@@ -39,8 +39,8 @@ from orbax.checkpoint.experimental import v1 as ocp
 
 from unibiomed_jax import distributed
 from unibiomed_jax.bucket import teach_orbax, told
-from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import NO_SPACE, delete_folder, in_bucket, place
+from unibiomed_jax.errors import BucketError, InputError
+from unibiomed_jax.files import NO_SPACE, delete_folder, in_bucket, locate
 from unibiomed_jax.inputs.tokenizer import copy_tokenizer
 from unibiomed_jax.training.config import CheckpointConfig
 
@@ -49,8 +49,6 @@ teach_orbax()
 
 PARTIAL = ".partial"
 MANIFEST = "manifest.json"
-# What reading a damaged or missing file raises.
-UNUSABLE = (OSError, ValueError, LookupError, TypeError)
 # What file systems without locks answer to one.
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -83,7 +81,7 @@ class Checkpointer:
         Raises:
             InputError: it cannot be created.
         """
-        self.folder = place(folder).absolute()
+        self.folder = locate(folder).absolute()
         self.config = config
         self._primary = distributed.is_first()
         try:
@@ -183,7 +181,7 @@ class Checkpointer:
                 _write_json(partial / "config.json", config)
                 _write_json(partial / "position.json", position)
                 if tokenizer is not None:
-                    copy_tokenizer(place(tokenizer), partial / "tokenizer")
+                    copy_tokenizer(locate(tokenizer), partial / "tokenizer")
                 about = {
                     "step": step,
                     "measures": dict(measures or {}),
@@ -224,8 +222,7 @@ class Checkpointer:
         """Validation results of a checkpoint; none if it is damaged."""
         try:
             return _read_json(self.path(step) / "about.json")["measures"]
-        except UNUSABLE as error:
-            _require_answer(error)
+        except (OSError, ValueError, LookupError, TypeError):
             return {}
 
     def best(self) -> int | None:
@@ -306,7 +303,7 @@ class Checkpointer:
         except BaseException as error:
             self._error = error
             if self._primary:
-                with contextlib.suppress(OSError):  # what went wrong first is what counts
+                with contextlib.suppress(OSError, BucketError):  # what went wrong first is what counts
                     delete_folder(partial)
 
     def _ranked(self, steps: Iterable[int]) -> list[int]:
@@ -382,12 +379,9 @@ def shapes(tree: Any) -> dict[str, list]:
 
 
 def digests(folder: Path) -> dict[str, list]:
-    """Size and checksum of every file below a folder: its sha256, or what a bucket gives without reading it."""
+    """Size and checksum of every file below a folder: its sha256, or what a bucket knows without reading."""
     if in_bucket(folder):
-        return {
-            name: [entry["size"], f"crc32c {entry['crc32c']}" if "crc32c" in entry else f"etag {entry['ETag']}"]
-            for name, entry in folder.walk_files().items()
-        }
+        return {name: [entry["size"], _checksum(entry)] for name, entry in folder.walk_files().items()}
     files = sorted(path for path in folder.rglob("*") if path.is_file())
 
     def digest(path: Path) -> list:
@@ -409,19 +403,17 @@ def find_damage(checkpoint: Path) -> str | None:
     try:
         expected = dict(_read_json(checkpoint / MANIFEST)["files"])
         found = digests(checkpoint)
-    except UNUSABLE as error:
-        _require_answer(error)
+    except (OSError, ValueError, LookupError, TypeError) as error:
         return f"manifest.json cannot be used ({error!r})"
     if "about.json" not in expected:
         return "manifest.json does not list about.json"
-    return next((f"{name} has changed" for name in expected if not _same(found.get(name), expected[name])), None)
+    changed = (name for name in expected if not _same(found.get(name), expected[name]))
+    return next((f"{name} has changed" for name in changed), None)
 
 
-def _require_answer(error: Exception) -> None:
-    """Raise the error of a bucket that could not be asked, which says nothing about what lies in it."""
-    asked = not isinstance(error, OSError) or isinstance(error, FileNotFoundError)
-    if not asked and error.filename and in_bucket(error.filename):
-        raise error
+def _checksum(entry: Mapping[str, Any]) -> str:
+    """Of a file in a bucket: Google's checksum, or Amazon's ETag, which changes with the content."""
+    return f"crc32c {entry['crc32c']}" if "crc32c" in entry else f"etag {entry['ETag']}"
 
 
 def _same(found: list | None, expected: list) -> bool:

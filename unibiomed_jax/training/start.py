@@ -20,7 +20,7 @@ from unibiomed_jax.config.model import ModelConfig, require_fitting
 from unibiomed_jax.data.pipeline import Pipeline
 from unibiomed_jax.data.transforms import SampleSizes
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import place
+from unibiomed_jax.files import locate
 from unibiomed_jax.inputs.tokenizer import Tokenizer
 from unibiomed_jax.parameters import Parameters, count, flatten, partition, split
 from unibiomed_jax.sharding.layout import Layout, parse_mesh
@@ -57,7 +57,7 @@ class Start:
 
     @property
     def checkpoint_folder(self) -> Path:
-        return place(self.config.folder) / "checkpoints"
+        return locate(self.config.folder) / "checkpoints"
 
 
 def prepare(config: TrainConfig) -> Start:
@@ -120,9 +120,9 @@ def resolve_model(config: TrainConfig) -> TrainConfig:
 def find_tokenizer(config: TrainConfig) -> Path:
     """The tokenizer's folder: its own field, or the one of the checkpoint the run starts from."""
     if config.tokenizer:
-        return place(config.tokenizer)
+        return locate(config.tokenizer)
     if config.initial:
-        return place(config.initial) / "tokenizer"
+        return locate(config.initial) / "tokenizer"
     raise InputError("A run from random parameters needs --tokenizer, the folder of a tokenizer's files.")
 
 
