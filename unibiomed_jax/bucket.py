@@ -176,6 +176,8 @@ def open_bucket(path: str | os.PathLike) -> BucketPath:
 def _file_system(scheme: str):
     """The fsspec file system that epath, and so Orbax, uses for a scheme."""
     os.environ.setdefault("EPATH_USE_TF", "false")  # the same, whether TensorFlow is installed or not
+    # The plain reader of gs://: the other one asks first, and warns, what kind of bucket it is.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     package = _PACKAGES[scheme]
     try:
         importlib.import_module(package)
