@@ -32,6 +32,8 @@ from unibiomed_jax.errors import BucketError, InputError
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 # A request is tried so often, with pauses that double from a second on; after half a minute it is given up.
 ATTEMPTS = 5
+# Seconds without a byte after which a try has failed.
+SILENCE = 15
 # What to say about errors with such words in their kinds or messages, in this order.
 _REASONS = (
     (r"NoSuchBucket|bucket does not exist", "there is no such bucket; correct its name or create it"),
@@ -180,7 +182,7 @@ def _file_system(scheme: str):
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     package = _PACKAGES[scheme]
     try:
-        importlib.import_module(package)
+        library = importlib.import_module(package)
     except ImportError:
         raise InputError(
             f"{scheme}:// needs the package {package}: pip install 'unibiomed-jax[bucket]'."
@@ -191,7 +193,9 @@ def _file_system(scheme: str):
     # Other processes write, and TensorStore: a listing is never remembered.
     options: dict[str, Any] = {"use_listings_cache": False}
     if scheme == "s3":
-        options["config_kwargs"] = {"retries": {"mode": "standard", "total_max_attempts": ATTEMPTS}}
+        retries = {"mode": "standard", "total_max_attempts": ATTEMPTS}
+        options["config_kwargs"] = {"retries": retries, "connect_timeout": SILENCE, "read_timeout": SILENCE}
+        library.S3FileSystem.retries = 2  # of all these, for an answer that breaks off
     fsspec.config.conf[scheme] = options | fsspec.config.conf.get(scheme, {})
     return fsspec_backend.fs(f"{scheme}://")
 
@@ -211,6 +215,9 @@ def teach_orbax() -> None:
     gcs_utils.get_kvstore_for_gcs = _store
     tensorstore_utils._use_gcs_driver = lambda path: path.startswith(prefixes)
     tensorstore_utils._normalize_path = lambda path: path.rstrip("/")
+    for name in ("CONNECT_TIMEOUT_SECONDS", "LOW_SPEED_TIME_SECONDS"):
+        os.environ.setdefault(f"TENSORSTORE_CURL_{name}", str(SILENCE))
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
     if host := os.environ.get("STORAGE_EMULATOR_HOST"):
         os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", host)
 
