@@ -31,8 +31,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def here(server, monkeypatch):
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
+    server.reach(monkeypatch)
 
 
 def upload(folder: Path, name: str) -> str:

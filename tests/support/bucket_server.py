@@ -28,6 +28,19 @@ class Server:
             "NO_PROXY": "127.0.0.1",
         }
 
+    def reach(self, monkeypatch) -> None:
+        """Let this process talk to it, and forget another one."""
+        import fsspec
+        from etils.epath.backend import fsspec_backend
+
+        from unibiomed_jax import bucket
+
+        for name, value in self.environment.items():
+            monkeypatch.setenv(name, value)
+        bucket._file_system.cache_clear()
+        type(fsspec_backend)._get_filesystem.cache_clear()
+        fsspec.AbstractFileSystem.clear_instance_cache()
+
     def requests(self) -> list[dict]:
         """All requests so far: method, path, range (None: the whole), status, sent (bytes)."""
         return [json.loads(line) for line in (self.folder / "requests.jsonl").read_text().splitlines()]

@@ -56,8 +56,7 @@ def environment(server, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def here(server, monkeypatch):
     """This process reaches the server, too."""
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
+    server.reach(monkeypatch)
 
 
 def command(folder, *options):

@@ -38,14 +38,14 @@ import jax
 from orbax.checkpoint.experimental import v1 as ocp
 
 from unibiomed_jax import distributed
-from unibiomed_jax.bucket import teach_orbax, told
+from unibiomed_jax.bucket import told
+from unibiomed_jax.checkpoint import saving_options
 from unibiomed_jax.errors import BucketError, InputError
 from unibiomed_jax.files import NO_SPACE, delete_folder, in_bucket, locate
 from unibiomed_jax.inputs.tokenizer import copy_tokenizer
 from unibiomed_jax.training.config import CheckpointConfig
 
 logger = logging.getLogger(__name__)
-teach_orbax()
 
 PARTIAL = ".partial"
 MANIFEST = "manifest.json"
@@ -190,7 +190,7 @@ class Checkpointer:
                 }
                 _write_json(partial / "about.json", about)
             distributed.wait_for_all()
-            with told(partial):
+            with told(partial), saving_options():
                 response = ocp.save_async(os.fspath(partial / "state"), nested(state))
         except Exception as error:
             raise self._explain(error) from error
