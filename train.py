@@ -6,29 +6,39 @@ The same command goes on where a run stopped: after its end, a kill, or SIGTERM 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from unibiomed_jax import runtime
+from unibiomed_jax import distributed, runtime
 from unibiomed_jax.commands.run import run
 from unibiomed_jax.config.fields import to_dict
 from unibiomed_jax.data.pipeline import Batch
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.files import locate
 from unibiomed_jax.training.experiment import load_command, main_arguments
 from unibiomed_jax.training.export import export_checkpoint, export_model
 from unibiomed_jax.training.footprint import footprint
 from unibiomed_jax.training.log import RunLog
 from unibiomed_jax.training.meter import Meter
-from unibiomed_jax.training.signals import stop_at_once, stop_on_signals
+from unibiomed_jax.training.signals import Stop, stop_at_once
 from unibiomed_jax.training.snapshot import Checkpointer
-from unibiomed_jax.training.start import belongs_to, going_on, open_data, prepare, starting_state, summary
+from unibiomed_jax.training.start import (
+    belongs_to,
+    going_on,
+    open_data,
+    prepare,
+    settings,
+    share_of_rows,
+    starting_state,
+    summary,
+    together,
+)
 from unibiomed_jax.training.step import TrainStep
 from unibiomed_jax.training.validation import Validation, build_validation, is_best
 
-console = Console()
+console = Console()  # of several processes the first one speaks
 
 # First and last update after a start that --profile traces.
 PROFILED = (10, 14)
@@ -39,9 +49,13 @@ def main() -> int:
     config, acts = load_command(*main_arguments())
     if not acts.export:
         stop_at_once()
+    distributed.join(acts)
+    distributed.require_equal("program", distributed.code_version())
+    distributed.require_equal("configuration", settings(config))
+    console.quiet = not distributed.is_first()
     runtime.prepare()
     start = prepare(config)
-    config, layout, folder = start.config, start.layout, Path(config.folder)
+    config, layout, folder = start.config, start.layout, locate(config.folder)
     if acts.export:
         update = export_checkpoint(start, acts.export)
         console.print(f"The model of update {update} is in {folder / 'model'}.")
@@ -53,8 +67,13 @@ def main() -> int:
         )
 
     # Data
-    data = open_data(config, start.tokenizer, training=True)
-    held_out = open_data(config, start.tokenizer, training=False) if config.validation else None
+    share = share_of_rows(layout, config.data.batch_size)
+    data = open_data(config, start.tokenizer, training=True, share=share)
+    held_out = None
+    if config.validation:
+        held_out = open_data(config, start.tokenizer, training=False, share=share)
+    fingerprints = {"training data": data.fingerprint, "validation data": held_out and held_out.fingerprint}
+    distributed.require_equal("data set", fingerprints)
 
     # State: the newest checkpoint of this run, or the start
     step = TrainStep(start.graphdef, config, start.ids, layout)
@@ -64,7 +83,7 @@ def main() -> int:
             console.print(sentence)
         console.print(table, f"Compiled in {seconds:.0f} s.")
         return 0
-    stop = stop_on_signals()
+    stop = Stop()
     checkpointer = Checkpointer(start.checkpoint_folder, config.checkpoint)
     checkpointer.claim()
     belongs = belongs_to(config)  # read once: what lies in `initial` may change while this run goes on
@@ -76,39 +95,40 @@ def main() -> int:
     for sentence in summary(start, data):
         console.print(sentence)
     first = int(state.step)
-    profile = acts.profile and config.optim.steps - first >= PROFILED[-1]
-    if acts.profile and not profile:
+    tracing = acts.profile and config.optim.steps - first >= PROFILED[-1]
+    if acts.profile and not tracing:
         console.print("Too few updates are left to profile them.")
 
     # Loop
     log = RunLog(folder, tensorboard=config.log.tensorboard, first_step=first)
     measure = build_validation(start.graphdef, config, start.ids, layout)
     validation = None if held_out is None else Validation(config, held_out, measure, layout, log)
-    meter = Meter(config, start.trainable, layout.mesh.size)
+    meter = Meter(config, start.trainable, layout.mesh.size, readers=jax.process_count() // share[1])
     previous: tuple[dict, list[Batch]] | None = None
 
     def save(measures: dict | None = None) -> None:
         tree = {"train": state, "frozen": frozen} if config.checkpoint.save_frozen else {"train": state}
+        log.flush()
         checkpointer.save(
             int(state.step),
             tree,
-            position=iterator.get_state(),
+            position=together(distributed.gather(iterator.get_state())),
             config=to_dict(config),
             tokenizer=start.tokenizer_folder,
             measures=measures,
             belongs_to=belongs,
         )
 
-    with checkpointer, progress_bar() as bar:
+    with log, checkpointer, progress_bar() as bar:
         task = bar.add_task("training", total=config.optim.steps, completed=first)
         for update in range(first + 1, config.optim.steps + 1):
             batches = [next(iterator) for _ in range(config.optim.accumulate)]
-            if profile and update == first + PROFILED[0]:
-                jax.profiler.start_trace(str(folder / "profile"))
+            if tracing and update == first + PROFILED[0]:
+                log.start_trace()
             state, metrics = step(state, frozen, [layout.place_batch(batch.arrays) for batch in batches])
-            if profile and update == first + PROFILED[-1]:
+            if tracing and update == first + PROFILED[-1]:
                 jax.block_until_ready(state)
-                jax.profiler.stop_trace()
+                log.stop_trace()
             # Looking at the update before keeps the device busy with this one meanwhile.
             if previous is not None:
                 require_finite(config.max_bad_steps, log, update - 1, *previous)
@@ -126,11 +146,11 @@ def main() -> int:
             due = config.log.validate_every and (update % config.log.validate_every == 0 or last)
             measures = None
             if validation is not None and due:
-                measures = validation(update, state, frozen, stop.is_set)
+                measures = validation(update, state, frozen, stop.agreed)
                 show(update, measures or {})
                 meter.restart()
             best = is_best(checkpointer, config, measures)
-            stopping = stop.is_set()
+            stopping = stop.agreed()
             if update % config.checkpoint.every == 0 or last or best or stopping:
                 require_finite(config.max_bad_steps, log, update, *previous)
                 previous = None
@@ -141,7 +161,6 @@ def main() -> int:
                 console.print(f"Stopped by a signal; update {update} is saved, the same command goes on.")
                 return 0
     iterator.close()
-    log.close()
     export_model(folder, config, state, frozen, start.tokenizer_folder)
     console.print(f"The trained model is in {folder / 'model'}.")
     return 0
@@ -152,7 +171,8 @@ def require_finite(limit: int, log: RunLog, update: int, metrics: dict, batches:
     bad = int(metrics["bad_steps"])
     if not bad:
         return
-    names = [name for batch in batches for name in batch.names if name]
+    own = [name for batch in batches for name in batch.names if name]
+    names = list(dict.fromkeys(name for names in distributed.gather(own) for name in names))
     log.write(update, "skipped", {"bad_steps": bad, "samples": names})
     console.print(
         f"Update {update} was skipped: its loss or gradient is not finite. Samples: {', '.join(names)}"

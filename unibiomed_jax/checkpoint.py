@@ -11,10 +11,10 @@ The parts are separate Orbax checkpoints so that saving and loading need little 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,10 +27,12 @@ import numpy as np
 from flax import nnx
 from orbax.checkpoint.experimental import v1 as ocp
 
+from unibiomed_jax import distributed
+from unibiomed_jax.bucket import teach_orbax, told
 from unibiomed_jax.config.fields import from_dict, to_dict
 from unibiomed_jax.config.model import ModelConfig
-from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import new_folder, read_json, require_space
+from unibiomed_jax.errors import BucketError, InputError
+from unibiomed_jax.files import copy_folder, locate, new_folder, read_json, require_space
 from unibiomed_jax.inputs.tokenizer import copy_tokenizer
 from unibiomed_jax.parameters import LoraInfo, abstract_params, flatten, merge_adapters, unflatten
 
@@ -43,6 +45,8 @@ Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 # Threads that hash what was read; hashlib lets go of the interpreter meanwhile.
 HASHERS = 4
+
+teach_orbax()
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,8 @@ def write(
 ) -> str:
     """Write config, parameters and manifest into `folder`, holding two parts at a time.
 
+    Of arrays that span processes every process writes its shares; the first one hashes and does all else.
+
     Args:
         folder: an existing, empty folder (see `new_folder`).
         parts: (name, nested parameters) of each part; one is asked for while the one before is being saved.
@@ -94,30 +100,45 @@ def write(
         The sha256 that identifies the weights.
     """
     leaves: dict[str, Future[dict]] = {}
-    with ThreadPoolExecutor(1) as hasher, _context():
+
+    def finish(saving) -> None:
+        with told(folder):
+            saving.result()
+
+    with ThreadPoolExecutor(1) as hasher, _weights():
         saving = None
         try:
             for name, tree in parts:
                 if saving:
-                    saving.result()
-                host = {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
-                for path, leaf in host.items():
-                    leaves[f"{name}.{path}"] = hasher.submit(leaf_record, leaf)
-                saving = ocp.save_async(folder / "params" / name, _string_keys(unflatten(host)))
-                del tree, host, leaf
+                    finish(saving)
+                shares = {}
+                for path, leaf in flatten(tree).items():
+                    host = distributed.whole(leaf)
+                    if distributed.is_first():
+                        leaves[f"{name}.{path}"] = hasher.submit(leaf_record, host)
+                    spans = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+                    shares[path] = leaf if spans else host
+                place = os.fspath(folder / "params" / name)
+                with told(folder):
+                    saving = ocp.save_async(place, _string_keys(unflatten(shares)))
+                del tree, shares, leaf, host
             records = {path: future.result() for path, future in leaves.items()}
         finally:
             if saving:
-                saving.result()
-    manifest = {
-        "format": FORMAT,
-        "hash": identity(records),
-        "lora": {"rank": lora.rank, "alpha": lora.alpha} if lora else None,
-        "leaves": records,
-    }
-    (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    return manifest["hash"]
+                finish(saving)
+
+    def end() -> str:
+        manifest = {
+            "format": FORMAT,
+            "hash": identity(records),
+            "lora": {"rank": lora.rank, "alpha": lora.alpha} if lora else None,
+            "leaves": records,
+        }
+        (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        return manifest["hash"]
+
+    return distributed.first_says(end)
 
 
 def save(
@@ -130,7 +151,7 @@ def save(
     release: str | os.PathLike | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Save a model as a checkpoint folder that `load` and `conversion.to_torch` read, from a single process.
+    """Save a model as a checkpoint folder that `load` and `conversion.to_torch` read; every process calls it.
 
     Args:
         path: the folder to create; it appears complete or not at all.
@@ -148,19 +169,43 @@ def save(
     """
     if isinstance(params, nnx.State):
         params = nnx.to_pure_dict(params)
-    require_space(path, sum(leaf.nbytes for leaf in flatten(params).values()))
-    with new_folder(path, overwrite=overwrite) as folder:
-        copy_tokenizer(Path(tokenizer), folder / "tokenizer")
-        if release is not None and Path(release).is_dir():
-            shutil.copytree(release, folder / "release")
+    size = sum(leaf.nbytes for leaf in flatten(params).values())
+    with contextlib.ExitStack() as filling:
+
+        def begin() -> str:
+            require_space(path, size)
+            folder = filling.enter_context(new_folder(path, overwrite=overwrite))
+            copy_tokenizer(locate(tokenizer), folder / "tokenizer")
+            if release is not None and locate(release).is_dir():
+                copy_folder(locate(release), folder / "release")
+            return str(folder)
+
+        folder = locate(distributed.first_says(begin))
         return write(folder, config, params.items(), lora=lora)
 
 
-def _context() -> ocp.Context:
+def saving_options() -> ocp.Context:
+    """A context manager in which all processes together write arrays."""
+    context = _alone() if distributed.is_alone() else ocp.Context()
+    # Devices that have the same array write a part of it each; of a small one that is not worth the program.
+    context.array.saving.min_slice_bytes_for_replica_parallel = 1 << 20
+    return context
+
+
+def _weights() -> ocp.Context:
+    context = saving_options()
     # Weights do not compress; and the arrays are not changed while they are written, so they need no copy.
-    context = ocp.Context()
     context.array.saving.use_compression = False
     context.memory.deepcopy_host_arrays = False
+    return context
+
+
+def _alone() -> ocp.Context:
+    """One in which a process reads or writes by itself, and waits for no other."""
+    context, process = ocp.Context(), jax.process_index()
+    context.multiprocessing.primary_host = process
+    context.multiprocessing.active_processes = {process}
+    context.multiprocessing.barrier_sync_key_prefix = f"process-{process}"
     return context
 
 
@@ -189,7 +234,8 @@ def hash_of(params: Mapping | nnx.State) -> str:
 
 def is_checkpoint(path: str | os.PathLike) -> bool:
     """Whether `path` is meant to be a converted checkpoint (as opposed to a released one)."""
-    return (Path(path) / "manifest.json").exists() or (Path(path) / "params").is_dir()
+    path = locate(path)
+    return (path / "manifest.json").exists() or (path / "params").is_dir()
 
 
 def read_config(path: str | os.PathLike) -> ModelConfig:
@@ -198,10 +244,11 @@ def read_config(path: str | os.PathLike) -> ModelConfig:
     Raises:
         InputError: the file is missing or damaged, or holds an unknown or ill-typed field.
     """
-    values = _read_json(Path(path), "config.json")
+    path = locate(path)
+    values = _read_json(path, "config.json")
     if isinstance(values, dict):
         values.pop("precision", None)  # version 0.1 wrote one, which no reader obeyed
-    return from_dict(ModelConfig, values, str(Path(path) / "config.json"))
+    return from_dict(ModelConfig, values, str(path / "config.json"))
 
 
 def read_manifest(path: str | os.PathLike) -> Manifest:
@@ -210,7 +257,7 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
     Raises:
         InputError: the file is missing or damaged, or was written by a later version.
     """
-    path = Path(path)
+    path = locate(path)
     values = _read_json(path, "manifest.json")
     try:
         if values["format"] != FORMAT:
@@ -241,7 +288,7 @@ def read_part(path: str | os.PathLike, name: str, manifest: Manifest) -> dict[st
     abstract = {
         p: np.broadcast_to(np.zeros((), dtype_of(leaf["dtype"])), leaf["shape"]) for p, leaf in leaves.items()
     }
-    found = _restore(Path(path), name, abstract)
+    found = _restore(locate(path), name, abstract)
     with ThreadPoolExecutor(HASHERS) as hashers:
         for p, measured in zip(found, hashers.map(leaf_record, found.values()), strict=True):
             if measured != leaves[p]:
@@ -272,7 +319,7 @@ def load(
         InputError: a file is missing, a file or a parameter is damaged, or config.json describes another
             model than the parameters.
     """
-    path = Path(path)
+    path = locate(path)
     if not path.is_dir():
         raise InputError(f"{path} is not a folder; give a converted checkpoint or {REMEDY}.")
     config, manifest = read_config(path), read_manifest(path)
@@ -281,7 +328,7 @@ def load(
     except (ArithmeticError, TypeError, ValueError) as error:
         raise InputError(f"{path}: no model can be built from config.json ({error}); {REMEDY}.") from None
     check_shapes({p: s for p, s in manifest.shapes.items() if ".lora." not in p}, expected, str(path))
-    place = sharding or (lambda path, shape: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    place = sharding or (lambda path, shape: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     params: dict = {}
     for name in dict.fromkeys(p.partition(".")[0] for p in manifest.leaves):
         wanted = dtype if isinstance(dtype, str) or dtype is None else dtype.get(name)
@@ -319,8 +366,9 @@ def dtype_of(name: str) -> np.dtype:
 def _restore(path: Path, name: str, abstract: Mapping[str, Any]) -> dict[str, Any]:
     folder = path.absolute() / "params" / name  # Orbax refuses relative paths
     try:
-        return flatten(ocp.load(folder, _string_keys(unflatten(abstract))))
-    except MemoryError:
+        with told(path), _alone():
+            return flatten(ocp.load(os.fspath(folder), _string_keys(unflatten(abstract))))
+    except (MemoryError, BucketError):
         raise
     except Exception as error:  # Orbax and tensorstore raise many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

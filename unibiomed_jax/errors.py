@@ -1,4 +1,4 @@
-"""The one exception that means: what was given cannot be used."""
+"""Errors that a user can put right: what was given cannot be used."""
 
 
 class InputError(ValueError):
@@ -11,3 +11,11 @@ class InputError(ValueError):
 
 class DiskFullError(InputError):
     """Nothing more can be written there."""
+
+
+class BucketError(Exception):
+    """A bucket refuses, or does not answer; no file in it is to blame.
+
+    The message is a sentence as that of InputError, and has no words of the bucket's in it: they may hold
+    credentials. Who passes over files that cannot be read does not pass over this.
+    """

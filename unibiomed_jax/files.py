@@ -1,8 +1,9 @@
-"""Names of files, JSON files, and folders that appear whole or not at all."""
+"""Where files lie and what they are called, JSON files, and folders that appear whole or not at all."""
 
 import contextlib
 import errno
 import functools
+import io
 import json
 import os
 import re
@@ -14,13 +15,33 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from unibiomed_jax.errors import DiskFullError, InputError
+from unibiomed_jax.errors import BucketError, DiskFullError, InputError
 
 # What a full disk is called.
 NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
+BUCKETS = ("gs://", "s3://")
+
 # What would break a message into lines, or steer the terminal that shows it.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def locate(path: str | os.PathLike) -> Path:
+    """A path on a disk, or in a bucket (gs://..., s3://...), which has the methods of one that are used here.
+
+    Raises:
+        InputError: the package that reads such a bucket is not installed.
+    """
+    if not in_bucket(path):
+        return Path(path)
+    from unibiomed_jax.bucket import open_bucket  # most runs need none
+
+    return open_bucket(path)
+
+
+def in_bucket(path: str | os.PathLike) -> bool:
+    """Whether a path lies in a bucket and not on a disk."""
+    return os.fsdecode(path).startswith(BUCKETS)
 
 
 def shown(name: str | os.PathLike) -> str:
@@ -54,7 +75,7 @@ def spelled(name: str) -> str:
 def find_file(path: str | os.PathLike) -> str:
     """The path as it is spelled on disk (see `spelled`); unchanged where there is no such file."""
     path = os.fspath(path)
-    if path.isascii() or os.path.exists(path):
+    if path.isascii() or in_bucket(path) or os.path.exists(path):
         return path
     folder, name = os.path.split(path)
     if not name or folder == path:
@@ -88,7 +109,7 @@ def read_text(path: str | os.PathLike, *, remedy: str = "write it again", encodi
         InputError: the file is missing, cannot be read, or is no such text.
     """
     try:
-        data = Path(path).read_bytes()
+        data = locate(path).read_bytes()
         return data.decode(encoding or json.detect_encoding(data))
     except FileNotFoundError:
         raise InputError(f"{shown(path)} is missing; {remedy}.") from None
@@ -145,6 +166,8 @@ def read_range(path: str | os.PathLike, start: int, length: int) -> bytes:
         InputError: the file is missing or cannot be read.
     """
     try:
+        if in_bucket(path):
+            return locate(path).read_range(start, length)
         with open(path, "rb", buffering=0) as file:
             return os.pread(file.fileno(), length, start)
     except FileNotFoundError:
@@ -155,8 +178,29 @@ def read_range(path: str | os.PathLike, start: int, length: int) -> bytes:
         ) from None
 
 
+def open_file(path: str | os.PathLike) -> BinaryIO:
+    """A file to read; one in a bucket is fetched as a whole."""
+    return io.BytesIO(locate(path).read_bytes()) if in_bucket(path) else open(path, "rb")
+
+
+def sizes(folder: str | os.PathLike) -> dict[str, int]:
+    """Bytes of every file that lies in a folder, by its name; of a bucket asked in one go."""
+    if in_bucket(folder):
+        return {name: entry["size"] for name, entry in locate(folder).walk_files().items() if "/" not in name}
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+
+
 def write_beside(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
-    """Write a file beside its place and move it there, so that no reader ever sees half of it."""
+    """Write a file beside its place and move it there, so that no reader ever sees half of it.
+
+    In a bucket a file appears whole anyway.
+    """
+    if in_bucket(path):
+        with io.BytesIO() as file:
+            content(file) if callable(content) else file.write(content)
+            path.write_bytes(file.getvalue())
+        return
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with open(beside, "wb") as file:
@@ -171,13 +215,25 @@ def write_beside(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Non
 def new_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill that becomes `path` when the block ends, and vanishes when it fails.
 
+    A bucket can rename nothing: there the folder is `path` itself, and whole as soon as the file is there
+    that its writer writes last.
+
     Raises:
         InputError: `path` exists and `overwrite` is false, or its parent cannot be written.
         DiskFullError: the disk is full.
     """
-    path = Path(path).absolute()
+    path = locate(path).absolute()
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists; choose another folder or pass --overwrite.")
+    if in_bucket(path):
+        path.rmtree()
+        try:
+            yield path
+        except BaseException:
+            with contextlib.suppress(BucketError):  # what went wrong first is what counts
+                path.rmtree()
+            raise
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
@@ -205,8 +261,28 @@ def new_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[
         raise
 
 
+def delete_folder(path: Path) -> None:
+    """Delete a folder and all in it, if it is there."""
+    if in_bucket(path):
+        path.rmtree()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy the files of a folder, and of those below it, into a new one."""
+    target.mkdir()
+    for path in source.iterdir():
+        if path.is_dir():
+            copy_folder(path, target / path.name)
+        else:
+            (target / path.name).write_bytes(path.read_bytes())
+
+
 def require_space(path: str | os.PathLike, needed: int) -> None:
-    """Raise InputError unless `needed` bytes are free where `path` will be."""
+    """Raise InputError unless `needed` bytes are free where `path` will be; a bucket has room for all."""
+    if in_bucket(path):
+        return
     parent = next(parent for parent in Path(path).absolute().parents if parent.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:

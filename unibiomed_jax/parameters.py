@@ -198,8 +198,8 @@ def merge_adapters(flat: Mapping[str, Any], scale: float) -> dict[str, Any]:
             continue
         # Layer by layer: float32 copies of a whole stack could be as large as the rest of the model.
         stack = np.stack if isinstance(a, np.ndarray) else jnp.stack
-        layers = zip(kernel, a, b, strict=True)
-        merged[f"{linear}.kernel"] = stack([updated(*layer, scale) for layer in layers])
+        layers = range(len(kernel))  # an array that spans processes cannot be iterated
+        merged[f"{linear}.kernel"] = stack([updated(kernel[i], a[i], b[i], scale) for i in layers])
     return merged
 
 

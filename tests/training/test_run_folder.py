@@ -41,7 +41,7 @@ def test_a_file_system_without_locks_goes_without(checkpointer, monkeypatch, cod
     checkpointer.claim()
 
 
-def test_only_the_first_host_locks(checkpointer, monkeypatch, tmp_path):
-    checkpointer.claim()
-    monkeypatch.setattr("jax.process_index", lambda: 1)
-    Checkpointer(tmp_path / "checkpoints", CheckpointConfig()).claim()
+def test_a_folder_that_another_machine_does_not_see_is_refused(checkpointer, monkeypatch):
+    monkeypatch.setattr("unibiomed_jax.distributed.gather", lambda value: [value, False])
+    with pytest.raises(InputError, match="Process 1 does not see what process 0 writes into "):
+        checkpointer.claim()

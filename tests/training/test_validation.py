@@ -1,5 +1,6 @@
 """What a validation reports, worked out by hand."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,9 +18,9 @@ def measured(sums, counts, right, dice, dice_valid):
     return Measured(
         LossSums(*map(np.float32, sums)),
         LossCounts(*map(np.int32, counts)),
-        np.array(right),
-        np.array(dice, np.float32).reshape(-1, 2, 2),
-        np.array(dice_valid, bool).reshape(-1, 2, 2),
+        jnp.array(right),
+        jnp.array(dice, np.float32).reshape(-1, 2, 2),
+        jnp.array(dice_valid, bool).reshape(-1, 2, 2),
         masks=None,
     )
 

@@ -9,7 +9,8 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from unibiomed_jax.errors import InputError
+from unibiomed_jax import distributed
+from unibiomed_jax.errors import BucketError, InputError
 from unibiomed_jax.files import NO_SPACE, shown
 
 # Exit codes. (The command-line parser ends with IMPOSSIBLE, too.)
@@ -25,21 +26,29 @@ def run(program: Callable[[], int | None]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what the terminal cannot show is written as an escape
             stream.reconfigure(errors="backslashreplace")
+    code = IMPOSSIBLE
     try:
-        return program() or DONE
-    except InputError as error:
-        _say(str(error))
-    except OSError as error:
-        if error.errno in NO_SPACE:
-            _say("The disk is full; free some space and run the same command again.")
-        elif error.filename is not None:
-            _say(f"{error.filename} cannot be used ({error.strerror}); mend that, or choose another place.")
-        else:
-            raise
+        done = program() or DONE
+        distributed.finish()
+        return done
+    except (BucketError, InputError) as error:
+        sentence = str(error)
     except KeyboardInterrupt as error:
-        _say(str(error) or "Interrupted.")
-        return INTERRUPTED
-    return IMPOSSIBLE
+        sentence, code = str(error) or "Interrupted.", INTERRUPTED
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            sentence = "The disk is full; free some space and run the same command again."
+        elif isinstance(error, OSError) and error.filename is not None:
+            why = f"{error.filename} cannot be used ({error.strerror})"
+            sentence = f"{why}; mend that, or choose another place."
+        else:
+            stopped = isinstance(error, SystemExit)
+            reason = "it was stopped." if stopped else f"{type(error).__name__}: {error}"
+            with distributed.ending(reason, error.code if stopped else 1):  # 1: as Python does
+                raise
+    with distributed.ending(sentence, code):
+        _say(sentence)
+    return code
 
 
 def main(options: type, command: Callable[[Any], int | None], arguments: Sequence[str] | None = None) -> None:

@@ -12,10 +12,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from unibiomed_jax import checkpoint, runtime
+from unibiomed_jax import checkpoint, distributed, runtime
 from unibiomed_jax.conversion import from_torch, hub, sources
 from unibiomed_jax.errors import DiskFullError, InputError
-from unibiomed_jax.files import NO_SPACE
+from unibiomed_jax.files import NO_SPACE, locate
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +30,14 @@ def load(source: str | Path, sharding: checkpoint.Sharding | None = None) -> che
     Raises:
         InputError: it is incomplete, damaged or of an unsupported kind, or cannot be downloaded.
     """
-    folder = fetch(source)
+    folder, repository = fetch(source), hub.repository(source)
+    if repository is None:
+        return _read(folder, sharding)
     made = _made(folder)
     try:
         return _read(folder, sharding)
     except InputError as error:
-        repository = hub.repository(source)
-        if repository is None or not folder.is_relative_to(_cache()):
+        if not folder.is_relative_to(_cache()):
             raise
         logger.warning(
             "What was converted from %s is made anew, for it cannot be read: %s", repository, error
@@ -52,7 +53,7 @@ def fetch(source: str | Path) -> Path:
         DiskFullError: the disk is full.
     """
     repository = hub.repository(source)
-    return _converted(repository) if repository else Path(source)
+    return _converted(repository) if repository else locate(source)
 
 
 def _read(folder: Path, sharding: checkpoint.Sharding | None) -> checkpoint.Checkpoint:
@@ -85,7 +86,8 @@ def _converted(repository: hub.Repository, *, instead_of: int | None = None) -> 
     folder = parent / downloaded.name  # a branch may have moved on meanwhile
     with _alone(folder):
         if _made(folder) in (None, instead_of):
-            from_torch.convert(sources.released(downloaded), folder, overwrite=True)
+            with distributed.apart():  # machines have caches of their own
+                from_torch.convert(sources.released(downloaded), folder, overwrite=True)
     return folder
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
-from unibiomed_jax.files import write_beside
+from unibiomed_jax.files import locate, write_beside
 from unibiomed_jax.parameters import Parameters
 
 DECODER = "language_model.layers."
@@ -44,8 +43,7 @@ def save_peft_adapter(
         "target_modules": sorted(modules),
         "inference_mode": True,
     }
-    directory = Path(directory)
+    directory = locate(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / "adapter_model.safetensors.part", metadata={"format": "pt"})
-    os.replace(directory / "adapter_model.safetensors.part", directory / "adapter_model.safetensors")
+    write_beside(directory / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     write_beside(directory / "adapter_config.json", (json.dumps(settings, indent=2) + "\n").encode())

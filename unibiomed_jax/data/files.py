@@ -1,5 +1,7 @@
 """What file names and headers tell of a record before any pixel is decoded."""
 
+import contextlib
+import io
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,8 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from PIL import ExifTags, Image
 
 from unibiomed_jax.data.records import Record
-from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import shown
+from unibiomed_jax.errors import BucketError, InputError
+from unibiomed_jax.files import in_bucket, locate, open_file, read_range, shown
+
+# Bytes that the header of an image takes, and what describes it before.
+_HEADER = 1 << 16
 
 
 def check_files(records: Sequence[Record]) -> dict[str, tuple[int, int] | None]:
@@ -80,7 +85,8 @@ def _check_names(records: Iterable[Record]) -> None:
         for path in _files(record):
             folder, name = os.path.split(path)
             if folder not in listings:
-                listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+                opened = locate(folder)
+                listings[folder] = {path.name for path in opened.iterdir()} if opened.is_dir() else set()
             if name not in listings[folder]:
                 raise InputError(
                     f"{record.name} needs the file {shown(path)}, which does not exist; add it or remove the "
@@ -95,10 +101,21 @@ def _file_sizes(paths: Sequence[str]) -> list[tuple[str, tuple[int, int] | None]
 
 def _file_size(path: str) -> tuple[int, int] | None:
     try:
-        with Image.open(path) as image:
-            return upright_size(image)
+        return _read_size(path)
+    except BucketError:
+        raise
     except Exception:  # Pillow's plugins raise whatever their parser met
         return None
+
+
+def _read_size(path: str) -> tuple[int, int]:
+    if in_bucket(path):  # the beginning is enough for most formats
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(read_range(path, 0, _HEADER))) as image:
+            return upright_size(image)
+        with Image.open(open_file(path)) as image:
+            return upright_size(image)
+    with Image.open(path) as image:
+        return upright_size(image)
 
 
 def image_size(record: Record) -> tuple[int, int]:
@@ -106,8 +123,9 @@ def image_size(record: Record) -> tuple[int, int]:
     if min(record.size) > 0:
         return record.size
     try:
-        with Image.open(record.images[0]) as image:
-            return upright_size(image)
+        return _read_size(record.images[0])
+    except BucketError:
+        raise
     except Exception as error:  # Pillow's plugins raise whatever their parser met
         raise InputError(
             f"{shown(record.images[0])} of {record.name} cannot be read ({error}); replace the file or "

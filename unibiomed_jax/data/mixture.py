@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from unibiomed_jax.data.packed import PackedRecords, is_packed, read_index, reco
 from unibiomed_jax.data.records import DatasetConfig, Kind, Record
 from unibiomed_jax.data.tables import read_dataset
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import shown
+from unibiomed_jax.files import in_bucket, locate, shown
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def find_datasets(root: str | os.PathLike, split: str = "train", **choices) -> t
     Raises:
         InputError: no such folder, or no table in it.
     """
-    root = Path(root)
+    root = locate(root)
     if not root.is_dir():
         wrong = (
             "is a file; give the folder it lies in" if root.is_file() else "does not exist; check the path"
@@ -145,7 +145,14 @@ def find_validation(root: str | os.PathLike, split: str = "val", **choices) -> t
 
 
 def _folders(root: Path) -> Iterator[Path]:
-    """A folder and all below it, each once even where links meet or form a loop."""
+    """A folder and all below it, each once even where links meet or form a loop.
+
+    Of a bucket those that hold a table: each one looked into would take several requests.
+    """
+    if in_bucket(root):
+        names = (PurePosixPath(name) for name in root.walk_files() if name.endswith(".json"))
+        yield from {root / name.parent for name in names}
+        return
     starts, seen = [root], set()
     for start in starts:  # grows by the links, whose turn comes after that of all folders without one
         for path, inner, _ in os.walk(start):  # does not follow links

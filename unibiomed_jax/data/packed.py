@@ -11,16 +11,16 @@ import logging
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Int32, UInt32
 
 from unibiomed_jax.data.records import DatasetConfig, Kind, Record, without_place
-from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import read_json, read_range, shown, write_beside
+from unibiomed_jax.errors import BucketError, InputError
+from unibiomed_jax.files import locate, open_file, read_json, read_range, shown, sizes, write_beside
 from unibiomed_jax.inputs.shards import REPAIR, StoredFile
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ _READ = 1 << 22
 
 def is_packed(folder: str | os.PathLike) -> bool:
     """Whether `unibiomed data pack` wrote this folder."""
-    return (Path(folder) / INDEX).is_file()
+    return (locate(folder) / INDEX).is_file()
 
 
 def read_index(folder: str | os.PathLike) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def read_index(folder: str | os.PathLike) -> dict[str, Any]:
     Raises:
         InputError: the index is damaged or of another version.
     """
-    path = Path(folder) / INDEX
+    path = locate(folder) / INDEX
     index = read_json(path, remedy=REPAIR)
     version = index.get("version") if isinstance(index, dict) else None
     if isinstance(version, int) and version != VERSION:
@@ -157,7 +157,7 @@ class PackedRecords(Sequence[Record]):
         """
         self.config, self.kind = config, config.kind
         self.slices = config.slices if config.kind is Kind.SEQUENCE else 0
-        folder, name = Path(config.root), config.annotation_path.name
+        folder, name = locate(config.root), config.annotation_path.name
         index = read_index(folder)
         table = index["tables"].get(name)
         if table is None or config.kind not in table["digests"]:
@@ -178,11 +178,12 @@ class PackedRecords(Sequence[Record]):
             [os.path.join(folder, shard) for shard in sorted(index["shards"])],
         )
         rows, columns = _beside(self._table, ".rows"), _beside(self._table, ".columns.npy")
-        _require_size(rows, table["rows"])
+        held = sizes(folder)
+        _require_size(rows, table["rows"], held)
         for name, entry in index["shards"].items():
-            _require_size(folder / name, entry)
-        _require_checksum(columns, table["columns"])
-        found = np.load(columns)
+            _require_size(folder / name, entry, held)
+        with _open_checked(columns, table["columns"], held) as file:
+            found = np.load(file)
         self._starts, self._checksums = found["start"].copy(), found["crc32"].copy()
         self.sizes = np.stack([found["width"][:-1], found["height"][:-1]], 1)
         self.objects = found["objects"][:-1].copy()
@@ -222,7 +223,7 @@ class PackedRecords(Sequence[Record]):
         key = hashlib.sha256(f"{self.digest} {self.kind} {self.slices} {key}".encode()).hexdigest()[:16]
         kept = _beside(self._table, f".lengths-{key}.npz")
         try:
-            with np.load(kept) as archive:  # which has a checksum
+            with open_file(kept) as file, np.load(file) as archive:  # which has a checksum
                 lengths = archive["lengths"]
             if lengths.shape == (len(self),) and lengths.dtype == np.int32:
                 return lengths
@@ -231,11 +232,11 @@ class PackedRecords(Sequence[Record]):
         lengths = measure(self)
         try:
             write_beside(kept, lambda file: np.savez(file, lengths=lengths))
-        except OSError as error:
+        except (OSError, BucketError) as error:
             logger.warning(
                 "The lengths of the texts are measured at every start, since %s cannot be written (%s).",
                 shown(kept),
-                error.strerror,
+                getattr(error, "strerror", error),
             )
         return lengths
 
@@ -277,14 +278,15 @@ def check_packed(folder: str | os.PathLike) -> Iterator[str]:
     Raises:
         InputError: the index is damaged or of another version.
     """
-    folder, index = Path(folder), read_index(folder)
+    folder, index = locate(folder), read_index(folder)
     files = {folder / name: entry for name, entry in index["shards"].items()}
     for name, table in index["tables"].items():
         files[_beside(folder / name, ".rows")] = table["rows"]
         files[_beside(folder / name, ".columns.npy")] = table["columns"]
+    held = sizes(folder)
     for path, entry in files.items():
         try:
-            _require_checksum(path, entry)
+            _open_checked(path, entry, held).close()
         except InputError as error:
             yield str(error)
 
@@ -293,18 +295,22 @@ def _beside(table: Path, ending: str) -> Path:
     return table.with_name(table.name + ending)
 
 
-def _require_size(path: Path, entry: dict[str, Any]) -> None:
-    try:
-        found = path.stat().st_size
-    except FileNotFoundError:
-        raise InputError(f"{shown(path)} of a packed dataset is missing; {REPAIR}.") from None
+def _require_size(path: Path, entry: dict[str, Any], held: Mapping[str, int]) -> None:
+    found = held.get(path.name)
+    if found is None:
+        raise InputError(f"{shown(path)} of a packed dataset is missing; {REPAIR}.")
     if found != entry["bytes"]:
         raise InputError(
             f"{shown(path)} of a packed dataset has {found} bytes instead of {entry['bytes']}; {REPAIR}."
         )
 
 
-def _require_checksum(path: Path, entry: dict[str, Any]) -> None:
-    _require_size(path, entry)
-    if file_entry(path) != entry:
+def _open_checked(path: Path, entry: dict[str, Any], held: Mapping[str, int]) -> BinaryIO:
+    """A file whose size and checksum are those of the index."""
+    _require_size(path, entry, held)
+    file = open_file(path)
+    if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+        file.close()
         raise InputError(f"The checksum of {shown(path)} is wrong; {REPAIR}.")
+    file.seek(0)
+    return file

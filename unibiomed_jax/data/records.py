@@ -10,7 +10,7 @@ import tyro
 
 from unibiomed_jax.config.fields import ONE_OR_MORE, ZERO_OR_MORE, require_limits
 from unibiomed_jax.data.augment import AugmentConfig
-from unibiomed_jax.files import shown
+from unibiomed_jax.files import locate, shown
 from unibiomed_jax.inputs.shards import StoredFile
 
 
@@ -92,15 +92,15 @@ class DatasetConfig:
 
     @property
     def annotation_path(self) -> Path:
-        return Path(self.root) / self._part(self.annotations, _ANNOTATIONS.get(self.kind, "{split}.json"))
+        return locate(self.root) / self._part(self.annotations, _ANNOTATIONS.get(self.kind, "{split}.json"))
 
     @property
     def image_folder(self) -> Path:
-        return Path(self.root) / self._part(self.images, "" if self.kind in _FROM_ROOT else "{split}")
+        return locate(self.root) / self._part(self.images, "" if self.kind in _FROM_ROOT else "{split}")
 
     @property
     def mask_folder(self) -> Path:
-        return Path(self.root) / self._part(self.masks, "" if self.kind in _FROM_ROOT else "{split}_mask")
+        return locate(self.root) / self._part(self.masks, "" if self.kind in _FROM_ROOT else "{split}_mask")
 
     def repetitions(self, records: int) -> int:
         """How many times the list of `records` records stands in the mixture."""
@@ -152,7 +152,7 @@ class Record:
 
 def without_place(record: Record, config: DatasetConfig) -> Record:
     """The record with its files' paths from its dataset's folder on, and named within its dataset."""
-    prefix = os.path.join(Path(config.root), "")
+    prefix = os.path.join(locate(config.root), "")
     images, *masks = (
         tuple(os.fspath(file).removeprefix(prefix) for file in files)
         for files in (record.images, *record.masks)

@@ -10,7 +10,7 @@ from typing import Any
 from unibiomed_jax.data.packed import PackedRecords, is_packed
 from unibiomed_jax.data.records import DatasetConfig, Kind, Record
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import find_file, read_json, shown, spelled
+from unibiomed_jax.files import find_file, locate, read_json, shown, spelled
 from unibiomed_jax.inputs.images import by_number
 
 # A finding with these words has nothing to outline: its mask is all zero, whatever its file holds.
@@ -31,7 +31,7 @@ def read_dataset(
         InputError: table missing, not JSON, or of another schema; names file, field and remedy. Or no record
             in it.
     """
-    root = Path(config.root)
+    root = locate(config.root)
     if not root.is_dir():
         raise InputError(
             f"The dataset folder {shown(root)} does not exist; check the path of {config.title}."

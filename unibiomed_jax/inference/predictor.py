@@ -91,7 +91,7 @@ class UniBiomed:
         self.config = config
         self.tokenizer = tokenizer
         self.checkpoint_hash = checkpoint_hash
-        layout = layout or Layout.over(jax.devices()[:1])
+        layout = layout or Layout.over(jax.local_devices()[:1])
         self.layout = layout = dataclasses.replace(layout, units=axis_units(config))
         with layout.inside():
             self.precision = precision or find_precision("auto", target().platform)

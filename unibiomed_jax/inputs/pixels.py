@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import shown
+from unibiomed_jax.files import in_bucket, locate, shown
 from unibiomed_jax.inputs.formats import (
     DEEP_MODES,
     Losses,
@@ -92,9 +92,9 @@ def decode(source: ImageSource) -> Pixels:
         name = "Pillow image"
         with _shared_image:
             pixels = _decode_image(source, name)
-    elif isinstance(source, StoredFile):
+    elif isinstance(source, StoredFile) or (isinstance(source, str | os.PathLike) and in_bucket(source)):
         name = shown(source)
-        pixels = _decode_file(_require_content(source.read_bytes(), name), name)
+        pixels = _decode_file(_require_content(_read(source), name), name)
     elif isinstance(source, str | os.PathLike):
         name = shown(source)
         pixels = _decode_file(_require_file(source), name)
@@ -168,6 +168,15 @@ def _require_file(source: str | os.PathLike) -> Path:
     except OSError as error:  # a name that is too long, a folder that may not be searched
         raise InputError(f"{name} cannot be read ({error.strerror}); check the path.") from error
     return path
+
+
+def _read(source: StoredFile | str | os.PathLike) -> bytes:
+    if isinstance(source, StoredFile):
+        return source.read_bytes()
+    try:
+        return locate(source).read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{shown(source)} does not exist; check the path.") from None
 
 
 def _require_content(data: bytes, name: str) -> BinaryIO:

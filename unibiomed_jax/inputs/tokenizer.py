@@ -7,7 +7,6 @@ no network.
 import copy
 import json
 import os
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import is_text, read_json, read_text, shown, write_beside
+from unibiomed_jax.files import is_text, locate, read_json, read_text, shown, write_beside
 
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 SEG = "[SEG]"
@@ -82,7 +81,7 @@ class Tokenizer:
         Raises:
             InputError: files missing, unreadable or damaged, or special tokens missing.
         """
-        folder = Path(folder)
+        folder = locate(folder)
         config = _read_json(folder / "tokenizer_config.json")
         backend = _read_backend(folder, config)
         if add_missing:
@@ -131,7 +130,7 @@ class Tokenizer:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write tokenizer.json and a tokenizer_config.json that this class and transformers read."""
-        folder = Path(folder)
+        folder = locate(folder)
         added = {
             str(token_id): {
                 "content": token.content,
@@ -179,7 +178,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     target.mkdir(exist_ok=True)
     for name in FILES:
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            (target / name).write_bytes((source / name).read_bytes())
     if not (target / "tokenizer_config.json").exists():
         raise InputError(f"{source / 'tokenizer_config.json'} is missing; copy it from the release.")
     if not (target / "tokenizer.json").exists() and not (

@@ -10,6 +10,7 @@ from unibiomed_jax.config.model import ModelConfig, RematConfig
 from unibiomed_jax.config.precision import Dtype, Precision
 from unibiomed_jax.data.pipeline import PipelineConfig
 from unibiomed_jax.data.records import DatasetConfig
+from unibiomed_jax.distributed import Processes
 from unibiomed_jax.training.lora import DECODER_LAYERS
 
 
@@ -141,7 +142,7 @@ class LogConfig:
     # Batches a validation reads at most, the same ones every time: first one of every shape, then shapes in
     # proportion, each with its datasets mixed.
     validate_batches: Annotated[int, ONE_OR_MORE] = 50
-    # Pictures of predicted masks a validation keeps.
+    # Pictures of predicted masks a validation keeps; of several processes the first draws its own samples.
     overlays: Annotated[int, ZERO_OR_MORE] = 4
     # Write TensorBoard files beside the JSON lines (needs the `tensorboard` extra).
     tensorboard: bool = True
@@ -186,8 +187,8 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class Acts:
-    """What `train.py` does with an experiment beside, or instead of, training it."""
+class Acts(Processes):
+    """What `train.py` does with an experiment beside, or instead of, training it, and in which processes."""
 
     # Compile the step of the heaviest batch and print the memory it needs, without training.
     dry_run: bool = False

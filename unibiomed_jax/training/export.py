@@ -7,9 +7,10 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from unibiomed_jax import checkpoint
+from unibiomed_jax import checkpoint, distributed
 from unibiomed_jax.conversion.peft import DECODER, save_peft_adapter
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.files import locate
 from unibiomed_jax.parameters import Parameters, merge_adapters, unflatten
 from unibiomed_jax.training.config import TrainConfig
 from unibiomed_jax.training.snapshot import Checkpointer
@@ -23,6 +24,8 @@ def export_model(
     folder: Path, config: TrainConfig, state: TrainState, frozen: Parameters, tokenizer: Path
 ) -> None:
     """Write `folder/model`, adapters merged, and `folder/adapter` for peft if only the decoder is adapted.
+
+    Every process calls it with its shares of the parameters.
 
     Raises:
         InputError: the folder cannot be written.
@@ -38,13 +41,15 @@ def export_model(
             elsewhere[0].partition(".lora.")[0],
         )
     elif settings.rank:
-        save_peft_adapter(
-            folder / "adapter",
-            parameters,
-            rank=settings.rank,
-            alpha=settings.alpha,
-            dropout=settings.dropout,
-        )
+        adapters = {path: distributed.whole(value) for path, value in parameters.items() if ".lora." in path}
+        if distributed.is_first():
+            save_peft_adapter(
+                folder / "adapter",
+                adapters,
+                rank=settings.rank,
+                alpha=settings.alpha,
+                dropout=settings.dropout,
+            )
     # Before the adapters are merged, so that the sum is not rounded to the format of what was frozen.
     parameters = {
         path: value if ".lora." in path else jnp.asarray(value, config.export_dtype)
@@ -57,7 +62,7 @@ def export_model(
         config.model,
         unflatten(parameters),
         tokenizer,
-        release=Path(config.initial) / "release" if config.initial else None,
+        release=locate(config.initial) / "release" if config.initial else None,
         overwrite=True,
     )
 
@@ -76,9 +81,9 @@ def export_checkpoint(start: Start, named: str) -> int:
     """
     config = start.config
     checkpointer = Checkpointer(start.checkpoint_folder, config.checkpoint)
-    step = _step_of(checkpointer, named)
+    step = distributed.first_says(lambda: _step_of(checkpointer, named))
     restored, state, frozen = starting_state(start, checkpointer, belongs_to(config), step)
-    export_model(Path(config.folder), config, state, frozen, start.tokenizer_folder)
+    export_model(locate(config.folder), config, state, frozen, start.tokenizer_folder)
     return restored.step
 
 

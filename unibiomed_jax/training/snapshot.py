@@ -6,22 +6,28 @@
         position.json    where the data pipeline stood
         tokenizer/       the tokenizer's files
         about.json       step, measures, shapes of the state, and what it belongs to
-        manifest.json    size and sha256 of every file above; written last
+        manifest.json    size and checksum of every file above; written last
 
 A checkpoint is written beside its place and moved there when it is complete, so that a folder with that name
-is either whole or was damaged later, which the manifest shows. Older ones go only after that.
+is either whole or was damaged later, which the manifest shows. Older ones go only after that. In a bucket,
+where nothing can be moved, it is written in its place and complete as soon as its manifest is there.
+
+Of several processes every one writes its shares of the state; all else is done by the first, in a folder
+that all of them must see.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
-import shutil
 import threading
+import time
+import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,8 +37,11 @@ from typing import Any
 import jax
 from orbax.checkpoint.experimental import v1 as ocp
 
-from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import NO_SPACE
+from unibiomed_jax import distributed
+from unibiomed_jax.bucket import told
+from unibiomed_jax.checkpoint import saving_options
+from unibiomed_jax.errors import BucketError, InputError
+from unibiomed_jax.files import NO_SPACE, delete_folder, in_bucket, locate
 from unibiomed_jax.inputs.tokenizer import copy_tokenizer
 from unibiomed_jax.training.config import CheckpointConfig
 
@@ -41,6 +50,7 @@ logger = logging.getLogger(__name__)
 logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in record.getMessage())
 
 PARTIAL = ".partial"
+MANIFEST = "manifest.json"
 # What file systems without locks answer to one.
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -73,15 +83,15 @@ class Checkpointer:
         Raises:
             InputError: it cannot be created.
         """
-        self.folder = Path(folder).absolute()
+        self.folder = locate(folder).absolute()
         self.config = config
+        self._primary = distributed.is_first()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
                 f"{self.folder} cannot be created ({error}); choose another --folder."
             ) from error
-        self._primary = jax.process_index() == 0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         # Steps of the checkpoints that were found damaged and passed over.
@@ -97,15 +107,37 @@ class Checkpointer:
             self.wait()
 
     def claim(self) -> None:
-        """Make the run's folder this process's own to train in, and clear what a killed run left unfinished.
+        """Make the run's folder this job's own to train in, and clear what a killed run left unfinished.
 
-        The lock ends with the process, whatever ends it. A file system without locks goes without.
+        The lock ends with the process, whatever ends it. A file system without locks, and a bucket, goes
+        without.
 
         Raises:
-            InputError: another process trains in the folder.
+            InputError: another job trains in the folder, or the processes of this one do not all see it.
         """
-        if not self._primary:
-            return
+        name = distributed.first_says(self._lock_and_clear)
+        seen = distributed.gather(_appears(self.folder / name))
+        if not all(seen):
+            raise InputError(
+                f"Process {seen.index(False)} does not see what process 0 writes into {self.folder}; choose "
+                "a --folder on storage that all machines share."
+            )
+        if self._primary:
+            (self.folder / name).unlink()
+
+    def _lock_and_clear(self) -> str:
+        """What `claim` does on the first process; names a file that only shows that the folder is seen."""
+        if not in_bucket(self.folder):
+            self._lock_folder()
+        name = f"{uuid.uuid4().hex}{PARTIAL}"
+        (self.folder / name).touch()
+        for path in self.folder.iterdir():
+            unfinished = path.name.isdigit() and not _is_complete(path)
+            if (unfinished or path.suffix == PARTIAL) and path.name != name:
+                delete_folder(path) if path.is_dir() else path.unlink()
+        return name
+
+    def _lock_folder(self) -> None:
         run = self.folder.parent
         self._lock = (run / "lock").open("a")
         try:
@@ -117,8 +149,6 @@ class Checkpointer:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-        for leftover in self.folder.glob(f"*{PARTIAL}"):
-            shutil.rmtree(leftover)
 
     def save(
         self,
@@ -145,15 +175,15 @@ class Checkpointer:
             InputError: this save or the one before could not be written.
         """
         self.wait()
-        partial = self.folder / f"{step:08d}{PARTIAL}"
+        partial = self.path(step) if in_bucket(self.folder) else self.path(step).with_suffix(PARTIAL)
         try:
             if self._primary:
-                shutil.rmtree(partial, ignore_errors=True)
+                _delete(partial)
                 partial.mkdir()
                 _write_json(partial / "config.json", config)
                 _write_json(partial / "position.json", position)
                 if tokenizer is not None:
-                    copy_tokenizer(Path(tokenizer), partial / "tokenizer")
+                    copy_tokenizer(locate(tokenizer), partial / "tokenizer")
                 about = {
                     "step": step,
                     "measures": dict(measures or {}),
@@ -161,7 +191,9 @@ class Checkpointer:
                     "belongs_to": dict(belongs_to or {}),
                 }
                 _write_json(partial / "about.json", about)
-            response = ocp.save_async(partial / "state", nested(state))
+            distributed.wait_for_all()
+            with told(partial), saving_options():
+                response = ocp.save_async(os.fspath(partial / "state"), nested(state))
         except Exception as error:
             raise self._explain(error) from error
         self._thread = threading.Thread(target=self._finish, args=(step, partial, response))
@@ -186,7 +218,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+        return sorted(int(path.name) for path in self.folder.iterdir() if _is_complete(path))
 
     def measures(self, step: int) -> dict[str, float]:
         """Validation results of a checkpoint; none if it is damaged."""
@@ -217,11 +249,16 @@ class Checkpointer:
             InputError: the checkpoint is of another model or optimiser, or damaged (all of them, if no step
                 is asked for).
         """
+        undamaged = distributed.first_says(lambda: self._undamaged(step))
+        return None if undamaged is None else self._load(undamaged, abstract, dict(belongs_to or {}))
+
+    def _undamaged(self, step: int | None) -> int | None:
+        """The step, or that of the newest undamaged checkpoint; None if there is no checkpoint."""
         steps = self.steps() if step is None else [step]
         for candidate in reversed(steps):
             damage = find_damage(self.path(candidate))
             if not damage:
-                return self._load(candidate, abstract, dict(belongs_to or {}))
+                return candidate
             if step is not None:
                 others = ", ".join(str(other) for other in self.steps() if other != step) or "none"
                 raise InputError(
@@ -249,22 +286,27 @@ class Checkpointer:
                         f"and {here} here; resume with the configuration in its config.json and the weights "
                         "it started from, or choose another run folder."
                     )
-        loaded = leaves_by_name(ocp.load(path / "state", nested(abstract)))
+        with told(path):
+            loaded = leaves_by_name(ocp.load(os.fspath(path / "state"), nested(abstract)))
         state = jax.tree.unflatten(jax.tree.structure(abstract), [loaded[name] for name in leaves])
         return Restored(state, _read_json(path / "position.json"), step, _read_json(path / "config.json"))
 
     def _finish(self, step: int, partial: Path, response) -> None:
         try:
-            response.result()
+            with told(partial):
+                response.result()
             if self._primary:
-                _write_json(partial / "manifest.json", {"files": digests(partial)})
-                shutil.rmtree(self.path(step), ignore_errors=True)
-                os.replace(partial, self.path(step))
+                _write_json(partial / MANIFEST, {"files": digests(partial)})
+                if partial != self.path(step):
+                    delete_folder(self.path(step))
+                    os.replace(partial, self.path(step))
                 self._damaged.discard(step)
                 self._prune(step)
         except BaseException as error:
             self._error = error
-            shutil.rmtree(partial, ignore_errors=True)
+            if self._primary:
+                with contextlib.suppress(OSError, BucketError):  # what went wrong first is what counts
+                    delete_folder(partial)
 
     def _ranked(self, steps: Iterable[int]) -> list[int]:
         """The undamaged among these steps that were measured by `config.best`, best first."""
@@ -281,10 +323,7 @@ class Checkpointer:
         newest = [step for step in steps if step not in self._damaged][-self.config.keep_last :]
         keep = {*newest, *self._ranked(steps)[: self.config.keep_best]}
         for step in set(steps) - keep:
-            # Out of sight first: a half-deleted checkpoint must not look like a damaged one.
-            doomed = self.path(step).with_suffix(PARTIAL)
-            os.replace(self.path(step), doomed)
-            shutil.rmtree(doomed)
+            _delete(self.path(step))
 
     def _explain(self, error: BaseException) -> BaseException:
         text = str(error)
@@ -293,6 +332,29 @@ class Checkpointer:
             kept = f"checkpoint {steps[-1]} is intact" if steps else "there is no checkpoint yet"
             return InputError(f"The disk of {self.folder} is full ({kept}); free some space and run again.")
         return error
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether something in the folder of checkpoints is one, damaged or not."""
+    return path.name.isdigit() and (not in_bucket(path) or (path / MANIFEST).exists())
+
+
+def _delete(path: Path) -> None:
+    """Delete a checkpoint; out of sight first: a half-deleted one must not look like a damaged one."""
+    if in_bucket(path):
+        (path / MANIFEST).unlink(missing_ok=True)
+    elif path.exists() and path.suffix != PARTIAL:
+        path = path.rename(path.with_suffix(PARTIAL))
+    delete_folder(path)
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file is there, after the time that networks take to show it."""
+    for _ in range(60):
+        if path.exists():
+            return True
+        time.sleep(0.5)
+    return False
 
 
 def leaves_by_name(tree: Any) -> dict[str, Any]:
@@ -319,7 +381,9 @@ def shapes(tree: Any) -> dict[str, list]:
 
 
 def digests(folder: Path) -> dict[str, list]:
-    """Size and sha256 of every file below a folder."""
+    """Size and checksum of every file below a folder: its sha256, or what a bucket knows without reading."""
+    if in_bucket(folder):
+        return {name: [entry["size"], _checksum(entry)] for name, entry in folder.walk_files().items()}
     files = sorted(path for path in folder.rglob("*") if path.is_file())
 
     def digest(path: Path) -> list:
@@ -333,15 +397,32 @@ def digests(folder: Path) -> dict[str, list]:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+    """What is wrong with a checkpoint's files, or None.
+
+    Of a checkpoint that was copied from a bucket to a disk, or the other way, the sizes are compared: each
+    names other checksums.
+    """
     try:
-        expected = dict(_read_json(checkpoint / "manifest.json")["files"])
+        expected = dict(_read_json(checkpoint / MANIFEST)["files"])
         found = digests(checkpoint)
     except (OSError, ValueError, LookupError, TypeError) as error:
         return f"manifest.json cannot be used ({error!r})"
     if "about.json" not in expected:
         return "manifest.json does not list about.json"
-    return next((f"{name} has changed" for name in expected if found.get(name) != expected[name]), None)
+    changed = (name for name in expected if not _same(found.get(name), expected[name]))
+    return next((f"{name} has changed" for name in changed), None)
+
+
+def _checksum(entry: Mapping[str, Any]) -> str:
+    """Of a file in a bucket: Google's checksum, or Amazon's ETag, which changes with the content."""
+    return f"crc32c {entry['crc32c']}" if "crc32c" in entry else f"etag {entry['ETag']}"
+
+
+def _same(found: list | None, expected: list) -> bool:
+    if found is None or found[0] != expected[0]:
+        return False
+    kinds = {checksum.rpartition(" ")[0] for checksum in (found[1], expected[1])}  # none for a sha256
+    return found[1] == expected[1] or len(kinds) > 1
 
 
 def _read_json(path: Path) -> dict:

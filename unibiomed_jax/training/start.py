@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from unibiomed_jax import checkpoint
+from unibiomed_jax import checkpoint, distributed
 from unibiomed_jax.config.fields import to_dict
 from unibiomed_jax.config.model import ModelConfig, require_fitting
 from unibiomed_jax.data.pipeline import Pipeline
 from unibiomed_jax.data.transforms import SampleSizes
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.files import locate
 from unibiomed_jax.inputs.tokenizer import Tokenizer
 from unibiomed_jax.parameters import Parameters, count, flatten, partition, split
 from unibiomed_jax.sharding.layout import Layout, parse_mesh
@@ -55,7 +57,7 @@ class Start:
 
     @property
     def checkpoint_folder(self) -> Path:
-        return Path(self.config.folder) / "checkpoints"
+        return locate(self.config.folder) / "checkpoints"
 
 
 def prepare(config: TrainConfig) -> Start:
@@ -118,14 +120,16 @@ def resolve_model(config: TrainConfig) -> TrainConfig:
 def find_tokenizer(config: TrainConfig) -> Path:
     """The tokenizer's folder: its own field, or the one of the checkpoint the run starts from."""
     if config.tokenizer:
-        return Path(config.tokenizer)
+        return locate(config.tokenizer)
     if config.initial:
-        return Path(config.initial) / "tokenizer"
+        return locate(config.initial) / "tokenizer"
     raise InputError("A run from random parameters needs --tokenizer, the folder of a tokenizer's files.")
 
 
-def open_data(config: TrainConfig, tokenizer: Tokenizer, *, training: bool) -> Pipeline:
-    """The pipeline of the training or of the validation data.
+def open_data(
+    config: TrainConfig, tokenizer: Tokenizer, *, training: bool, share: tuple[int, int] = (0, 1)
+) -> Pipeline:
+    """The pipeline of the training or of the validation data; `share` is what `share_of_rows` gives.
 
     Raises:
         InputError: a dataset cannot be read, or there is none.
@@ -135,14 +139,33 @@ def open_data(config: TrainConfig, tokenizer: Tokenizer, *, training: bool) -> P
         settings = dataclasses.replace(settings, datasets=config.validation, workers=0)
     if not settings.datasets:
         raise InputError("There is no training data: list datasets in the configuration's data.datasets.")
+    host, hosts = share
     return Pipeline(
         settings,
         SampleSizes.of(config.model),
         tokenizer,
         training=training,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
+        host=host,
+        hosts=hosts,
     )
+
+
+def share_of_rows(layout: Layout, batch_size: int) -> tuple[int, int]:
+    """(which share of a batch's rows this process reads, into how many equal shares they are divided).
+
+    Processes whose devices hold the same rows read the same.
+
+    Raises:
+        InputError: its rows do not lie side by side.
+    """
+    places = layout.batch.addressable_devices_indices_map((batch_size,)).values()
+    rows = sorted({row for (place,) in places for row in range(batch_size)[place]})
+    if rows != list(range(rows[0], rows[-1] + 1)):
+        raise InputError(
+            f"The mesh gives the rows {rows} of a batch to process {jax.process_index()}, with those of "
+            "others between them; put the devices of a process side by side along the axes that divide it."
+        )
+    return rows[0] // len(rows), batch_size // len(rows)
 
 
 def summary(start: Start, data: Pipeline) -> list[str]:
@@ -196,6 +219,12 @@ def abstract_state(config: TrainConfig, shapes: Parameters, layout: Layout) -> d
     }
 
 
+def together(positions: Sequence[dict]) -> dict:
+    """Where the data stands, from what every process says of its own share."""
+    unreadable = {name: reason for position in positions for name, reason in position["unreadable"].items()}
+    return positions[0] | {"unreadable": unreadable}
+
+
 def belongs_to(config: TrainConfig) -> dict:
     """What must be the same where a checkpoint is restored, by name: model, adapters, what stays frozen."""
     model = {f"model.{name}": value for name, value in flatten(to_dict(config.model)).items()}
@@ -243,14 +272,20 @@ def going_on(restored: Restored, config: TrainConfig) -> str:
             f"{accumulate} would change what its learning rate and its place in the data mean; leave it at "
             f"{then}, or choose another --folder."
         )
-    was, now = flatten(restored.config), flatten(json.loads(json.dumps(to_dict(config))))
+    was = flatten(restored.config)
     changed = [
         f"{name} {was[name]} -> {value}"
-        for name, value in now.items()
-        if name in was and was[name] != value and name not in ("folder", "data.datasets", "validation")
+        for name, value in settings(config).items()
+        if name in was and was[name] != value and name != "folder"
     ]
     told = f" Changed since then: {', '.join(changed)}." if changed else ""
     return f"Going on after update {restored.step} of {steps}.{told}"
+
+
+def settings(config: TrainConfig) -> dict:
+    """All that a configuration says, by dotted name, as JSON values, but for where data lies."""
+    values = flatten(json.loads(json.dumps(to_dict(config))))
+    return {name: value for name, value in values.items() if name not in ("data.datasets", "validation")}
 
 
 def starting_parameters(config: TrainConfig, layout: Layout) -> tuple[Parameters, Parameters]:
@@ -269,17 +304,16 @@ def starting_parameters(config: TrainConfig, layout: Layout) -> tuple[Parameters
     trainable, frozen = partition(parameters, config.freeze.trainable, config.freeze.frozen)
     del parameters
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def cast(value, dtype):
-        return value.astype(dtype)
-
     def place(table: Parameters, dtype: str) -> Parameters:
-        return {
-            path: cast(jax.device_put(value, layout.parameter(path, value.shape)), dtype)
-            for path, value in table.items()
-        }
+        places = layout.tree(table)
+        table = {path: distributed.spread(value, places[path]) for path, value in table.items()}
+        return jax.jit(functools.partial(cast, dtype=dtype), out_shardings=places)(table)
 
     return place(trainable, "float32"), place(frozen, config.freeze.frozen_dtype)
+
+
+def cast(table: Parameters, dtype: str) -> Parameters:
+    return {path: value.astype(dtype) for path, value in table.items()}
 
 
 def only_adapters(parameters: Parameters) -> Parameters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from unibiomed_jax import distributed
 from unibiomed_jax.data.pipeline import Pipeline
 from unibiomed_jax.data.records import TEXT_ONLY, Kind
 from unibiomed_jax.masks.measures import dice_score
@@ -69,14 +71,16 @@ def build_validation(graphdef: nnx.GraphDef, config: TrainConfig, ids: TokenIds,
         truth = batch["masks"] > 0
         masks = prediction.masks > 0
         learned = (next_token_labels(batch["labels"]) != IGNORE).sum(1)
-        return Measured(
-            sums=loss_sums(prediction, batch, config.loss, jax.random.key(0)),
-            counts=count_targets(batch, ids, config.loss),
-            right=(prediction.answers.correct == learned) & (learned > 0),
-            dice=dice_score(masks, truth),
-            dice_valid=prediction.masks_valid & truth.any((-2, -1)),
-            masks=masks,
-        )
+        # Every process sees the sums, and of the rows those that it read.
+        sums = loss_sums(prediction, batch, config.loss, jax.random.key(0))
+        sums, counts = layout.pin((sums, count_targets(batch, ids, config.loss)))
+        rows = {
+            "right": (prediction.answers.correct == learned) & (learned > 0),
+            "dice": dice_score(masks, truth),
+            "dice_valid": prediction.masks_valid & truth.any((-2, -1)),
+            "masks": masks,
+        }
+        return Measured(sums, counts, **jax.lax.with_sharding_constraint(rows, layout.batch))
 
     return measure
 
@@ -87,29 +91,39 @@ def summarise(
     """Means over a validation.
 
     Args:
-        measured: every batch with the names of its samples; a row without a name is padding.
+        measured: every batch with the names of the samples that this process read; a row without a name is
+            padding.
         kinds: task of every sample by name.
 
     Returns:
         The losses; `dice` over all masks with a truth, and by task; `answers`, the share of samples answered
-        right to the last token, by task. Measures of which there is no sample are left out.
+        right to the last token, by task. Measures of which there is no sample are left out. The same on
+        every process.
     """
-    sums, counts, values = None, None, defaultdict(list)
-    for batch, names in measured:
-        batch = jax.device_get(batch)
-        sums = batch.sums if sums is None else jax.tree.map(np.add, sums, batch.sums)
-        counts = batch.counts if counts is None else jax.tree.map(np.add, counts, batch.counts)
-        for row, name in enumerate(names):
-            if not name:
-                continue
-            dice = batch.dice[row][batch.dice_valid[row]].tolist()
-            values["dice"] += dice
-            values[f"dice/{kinds[name]}"] += dice
-            values[f"answers/{kinds[name]}"].append(float(batch.right[row]))
+    sums, counts = None, None
+    # Task, whether the answer is right, and the Dice of its masks, by number of the batch and of the row.
+    seen: dict[str, tuple[str, bool, list[float]]] = {}
+    for number, (batch, names) in enumerate(measured):
+        batch_sums, batch_counts = jax.device_get((batch.sums, batch.counts))
+        sums = batch_sums if sums is None else jax.tree.map(np.add, sums, batch_sums)
+        counts = batch_counts if counts is None else jax.tree.map(np.add, counts, batch_counts)
+        parts = (distributed.local_rows(part) for part in (batch.right, batch.dice, batch.dice_valid))
+        (rows, right), (_, dice), (_, valid) = parts
+        for local, (row, name) in enumerate(zip(rows, names, strict=True)):
+            if name:
+                scores = dice[local][valid[local]].tolist()
+                seen[f"{number}/{row}"] = kinds[name], bool(right[local]), scores
     if sums is None:
         return {}
+    values = defaultdict(list)
+    everywhere = {place: answer for part in distributed.gather(seen) for place, answer in part.items()}
+    for kind, right, dice in everywhere.values():
+        values["dice"] += dice
+        values[f"dice/{kind}"] += dice
+        values[f"answers/{kind}"].append(right)
     losses = {name: float(value) for name, value in mean_losses(sums, counts, config.loss).items()}
-    return losses | {name: float(np.mean(found)) for name, found in sorted(values.items()) if found}
+    # An exact sum does not depend on the order, which is another with another number of processes.
+    return losses | {name: math.fsum(found) / len(found) for name, found in sorted(values.items()) if found}
 
 
 class Validation:
@@ -131,13 +145,15 @@ class Validation:
                 return None
             arrays = self.layout.place_batch(batch.arrays)
             result = self.measure(trained_parameters(state), frozen, arrays)
-            if pictures < settings.overlays and batch.arrays["masks"].size:
-                shown = np.flatnonzero(np.asarray(result.dice_valid)[:, 0, 0])[: settings.overlays - pictures]
+            if distributed.is_first() and pictures < settings.overlays and batch.arrays["masks"].size:
+                _, valid = distributed.local_rows(result.dice_valid)
+                _, masks = distributed.local_rows(result.masks)
+                shown = np.flatnonzero(valid[:, 0, 0])[: settings.overlays - pictures]
                 for row in shown:
                     picture = mask_picture(
                         batch.arrays["sam_pixels"][row, 0],
                         batch.arrays["masks"][row, 0, 0] > 0,
-                        np.asarray(result.masks[row, 0, 0]),
+                        masks[row, 0, 0],
                     )
                     self.log.picture(update, f"{number}-{row}", picture)
                 pictures += len(shown)
@@ -153,5 +169,9 @@ def is_best(checkpointer: Checkpointer, config: TrainConfig, measures: dict[str,
     if measures is None or name not in measures or not config.checkpoint.keep_best:
         return False
     checkpointer.wait()
-    best = checkpointer.best()
-    return best is None or measures[name] > checkpointer.measures(best)[name]
+
+    def better() -> bool:
+        best = checkpointer.best()
+        return best is None or measures[name] > checkpointer.measures(best)[name]
+
+    return distributed.first_says(better)
