@@ -374,7 +374,8 @@ class UniBiomed:
             batch, length = arrays.ids.shape  # a prompt shows every visual row, so that it is as long
             visual = self.stages.blank_rows(self.params, batch=batch, length=length)
             for row, request in enumerate(opened):
-                for number, (rows, tile) in enumerate(request.image.visual if request.image else ()):
+                encoded = None if request.image is None else request.image.visual
+                for number, (rows, tile) in enumerate(encoded or ()):
                     visual = self.stages.lay_tile(visual, rows, tile, row, number)
             prompt_inputs = (arrays.ids, arrays.source, arrays.lengths, visual, arrays.forced)
             state = self.stages.prefill(self.params, *prompt_inputs, arrays.limits, drawn(sampling))
