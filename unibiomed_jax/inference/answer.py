@@ -81,9 +81,9 @@ class OpenedImage:
         self.conditioning = None if conditioning is None else tuple(conditioning)
         # What the vision model reads.
         self.tiles = tiles
-        # Rows for the language model of every tile: an array (tiles, tokens, embed) on the devices, and the
-        # place in it; made at the first question.
-        self.visual: Sequence[tuple[Float[jax.Array, "tiles tokens embed"], int]] | None = None
+        # Rows for the language model of every tile: an array on the devices, and the place in it; made at the
+        # first question.
+        self.visual: Sequence[tuple[Float[jax.Array, "tiles grid grid embed"], int]] | None = None
         # SAM2's features of a single image; made at the first `[SEG]`.
         self.features: ImageFeatures | None = None
 

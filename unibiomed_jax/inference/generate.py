@@ -99,14 +99,14 @@ def blank_rows(model: UniBiomedModel, batch: int, length: int) -> Float[Array, "
 
 def lay_tile(
     visual: Float[Array, "batch length embed"],
-    rows: Float[Array, "tiles tokens embed"],
+    rows: Float[Array, "tiles grid grid embed"],
     tile: Int[Array, ""],
     row: Int[Array, ""],
     number: Int[Array, ""],
 ) -> Float[Array, "batch length embed"]:
     """Lay the rows of one of the `tiles` where those of tile `number` of a row of the batch belong."""
-    part = jax.lax.dynamic_index_in_dim(rows, tile).astype(visual.dtype)
-    visual = jax.lax.dynamic_update_slice(visual, part, (row, number * rows.shape[1], 0))
+    part = jax.lax.dynamic_index_in_dim(rows, tile).reshape(1, -1, rows.shape[-1]).astype(visual.dtype)
+    visual = jax.lax.dynamic_update_slice(visual, part, (row, number * part.shape[1], 0))
     return constrain(visual, "batch", None, None)
 
 
