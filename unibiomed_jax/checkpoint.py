@@ -98,7 +98,7 @@ def write(
         The sha256 that identifies the weights.
     """
     leaves: dict[str, Future[dict]] = {}
-    with ThreadPoolExecutor(1) as hasher, _context():
+    with ThreadPoolExecutor(1) as hasher, _weights():
         saving = None
         try:
             for name, tree in parts:
@@ -175,16 +175,24 @@ def save(
         return write(folder, config, params.items(), lora=lora)
 
 
-def _context() -> ocp.Context:
+def saving_options() -> ocp.Context:
+    """A context manager in which all processes together write arrays."""
+    context = _alone() if distributed.is_alone() else ocp.Context()
+    # Devices that have the same array write a part of it each; of a small one that is not worth the program.
+    context.array.saving.min_slice_bytes_for_replica_parallel = 1 << 20
+    return context
+
+
+def _weights() -> ocp.Context:
+    context = saving_options()
     # Weights do not compress; and the arrays are not changed while they are written, so they need no copy.
-    context = ocp.Context()
     context.array.saving.use_compression = False
     context.memory.deepcopy_host_arrays = False
     return context
 
 
 def _alone() -> ocp.Context:
-    """Each process reads by itself, and none waits for others."""
+    """One in which a process reads or writes by itself, and waits for no other."""
     context, process = ocp.Context(), jax.process_index()
     context.multiprocessing.primary_host = process
     context.multiprocessing.active_processes = {process}

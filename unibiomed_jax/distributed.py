@@ -245,6 +245,22 @@ def is_first() -> bool:
     return _joined is None or _joined.job.process == 0
 
 
+def is_alone() -> bool:
+    """Whether there is no other process, or what this one does is its own affair (`apart`)."""
+    return _joined is None
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Inside, this process acts as if it were alone: others need not do the same."""
+    global _joined
+    joined, _joined = _joined, None
+    try:
+        yield
+    finally:
+        _joined = joined
+
+
 def share(things: Sequence) -> Sequence:
     """Those of the things that are this process's to do, when all processes do them together."""
     return things if _joined is None else things[_joined.job.process :: _joined.job.processes]
@@ -300,6 +316,18 @@ def code_version() -> dict[str, str]:
         content = path.read_bytes()
         digest.update(f"{path.relative_to(package)} {len(content)}\n".encode() + content)
     return {"unibiomed_jax": digest.hexdigest()[:12], "jax": version("jax")}
+
+
+def spread(array: jax.Array, place: jax.sharding.Sharding) -> jax.Array:
+    """Lay out an array that every process has whole, or that lies there already.
+
+    JAX would first compare what the processes have, for which it gathers all of it from each.
+    """
+    import jax
+
+    if array.sharding == place or place.is_fully_addressable:
+        return jax.device_put(array, place)
+    return jax.make_array_from_callback(array.shape, place, np.asarray(array).__getitem__)
 
 
 def local_rows(array: jax.Array) -> tuple[list[int], np.ndarray]:

@@ -1,17 +1,19 @@
 """One process of a job that the tests start: `python process.py train.py ...`.
 
-It waits seconds instead of minutes for the others, and keeps its compiled programs: JAX keeps those of the first
-process alone, though on a CPU they are no use to the others.
+It waits seconds instead of minutes for the others (ARRIVAL, if set), and keeps its compiled programs: JAX
+keeps those of the first process alone, though on a CPU they are no use to the others.
 """
 
+import os
 import runpy
 import sys
 
-from jax._src import compiler, distributed as jax_distributed
+from jax._src import compiler
+from jax._src import distributed as jax_distributed
 
 from unibiomed_jax import distributed
 
-distributed.ARRIVAL, distributed.HEARTBEAT = 20, 10
+distributed.ARRIVAL, distributed.HEARTBEAT = int(os.environ.get("ARRIVAL", "60")), 10
 write = compiler._cache_write
 
 

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from unibiomed_jax import checkpoint, runtime
+from unibiomed_jax import checkpoint, distributed, runtime
 from unibiomed_jax.conversion import from_torch, hub, sources
 from unibiomed_jax.errors import DiskFullError, InputError
 from unibiomed_jax.files import NO_SPACE
@@ -85,7 +85,8 @@ def _converted(repository: hub.Repository, *, instead_of: int | None = None) -> 
     folder = parent / downloaded.name  # a branch may have moved on meanwhile
     with _alone(folder):
         if _made(folder) in (None, instead_of):
-            from_torch.convert(sources.released(downloaded), folder, overwrite=True)
+            with distributed.apart():  # machines have caches of their own
+                from_torch.convert(sources.released(downloaded), folder, overwrite=True)
     return folder
 
 

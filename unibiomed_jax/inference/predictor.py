@@ -90,7 +90,7 @@ class UniBiomed:
         self.precision = precision or find_precision("auto")
         self.tokenizer = tokenizer
         self.checkpoint_hash = checkpoint_hash
-        layout = layout or Layout.over(jax.devices()[:1])
+        layout = layout or Layout.over(jax.local_devices()[:1])
         self.layout = layout = dataclasses.replace(layout, units=axis_units(config))
         self.graphdef, self.params = build_network(config, params, self.precision, layout)
         self.stages = Stages(self.graphdef, tokenizer, config.language.vocab_size, layout)

@@ -113,7 +113,9 @@ class Layout:
         Raises:
             InputError: the mesh has another number of devices, or the strategy does not fit it.
         """
-        devices = np.asarray(jax.devices() if devices is None else devices)
+        if devices is None:  # those of a process side by side, and those of a slice
+            devices = sorted(jax.devices(), key=lambda device: device.process_index)
+        devices = np.asarray(devices)
         sizes = mesh_sizes(mesh, strategy, devices.size)
         mesh = Mesh(devices.reshape([*sizes.values()]), tuple(sizes))
         return cls(mesh, strategy, {} if model is None else axis_units(model))

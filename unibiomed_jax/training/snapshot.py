@@ -37,6 +37,7 @@ import jax
 from orbax.checkpoint.experimental import v1 as ocp
 
 from unibiomed_jax import distributed
+from unibiomed_jax.checkpoint import saving_options
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.files import NO_SPACE
 from unibiomed_jax.inputs.tokenizer import copy_tokenizer
@@ -179,7 +180,8 @@ class Checkpointer:
                 }
                 _write_json(partial / "about.json", about)
             distributed.wait_for_all()
-            response = ocp.save_async(partial / "state", nested(state))
+            with saving_options():
+                response = ocp.save_async(partial / "state", nested(state))
         except Exception as error:
             raise self._explain(error) from error
         self._thread = threading.Thread(target=self._finish, args=(step, partial, response))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from unibiomed_jax import checkpoint
+from unibiomed_jax import checkpoint, distributed
 from unibiomed_jax.config.fields import to_dict
 from unibiomed_jax.config.model import ModelConfig, require_fitting
 from unibiomed_jax.data.pipeline import Pipeline
@@ -303,17 +303,16 @@ def starting_parameters(config: TrainConfig, layout: Layout) -> tuple[Parameters
     trainable, frozen = partition(parameters, config.freeze.trainable, config.freeze.frozen)
     del parameters
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def cast(value, dtype):
-        return value.astype(dtype)
-
     def place(table: Parameters, dtype: str) -> Parameters:
-        return {
-            path: cast(jax.device_put(value, layout.parameter(path, value.shape)), dtype)
-            for path, value in table.items()
-        }
+        places = layout.tree(table)
+        table = {path: distributed.spread(value, places[path]) for path, value in table.items()}
+        return jax.jit(functools.partial(cast, dtype=dtype), out_shardings=places)(table)
 
     return place(trainable, "float32"), place(frozen, config.freeze.frozen_dtype)
+
+
+def cast(table: Parameters, dtype: str) -> Parameters:
+    return {path: value.astype(dtype) for path, value in table.items()}
 
 
 def only_adapters(parameters: Parameters) -> Parameters:
