@@ -38,6 +38,8 @@ _FAREWELL = 2
 # Milliseconds that one question to the coordination service takes at most; signals are heard in between.
 _PATIENCE = 2_000
 _ENDING = "unibiomed/ending"
+# With it the first process begins its answer to one that arrives; what else may listen there does not.
+_ANSWER = b"unibiomed: "
 _rounds = itertools.count()
 # None: alone.
 _joined: _Joined | None = None
@@ -165,7 +167,8 @@ def _meet(job: _Job) -> None:
 
 
 def _receive(job: _Job) -> None:
-    arrived: dict[int, socket.socket] = {}
+    arrived: set[int] = set()
+    connections: list[socket.socket] = []
     end = time.monotonic() + ARRIVAL
     try:
         both = socket.has_dualstack_ipv6()
@@ -173,8 +176,8 @@ def _receive(job: _Job) -> None:
         server = socket.create_server(("", job.port), family=family, dualstack_ipv6=both, backlog=4096)
     except OSError as error:
         raise InputError(
-            f"Port {job.port} of this machine cannot be used ({error.strerror}); give another one in "
-            "--coordinator."
+            f"Port {job.port} of this machine cannot be used ({os.strerror(error.errno)}); give another "
+            "one in --coordinator."
         ) from None
     with contextlib.ExitStack() as opened:
         sentence = ""
@@ -204,11 +207,12 @@ def _receive(job: _Job) -> None:
                         )
                     elif process in arrived or process == 0:
                         sentence = f"Two processes are number {process}; give every one its own --process."
-                    arrived[process] = connection
+                    arrived.add(process)
+                    connections.append(connection)
         # Now that the port is free: all may begin, or end with the sentence.
-        for connection in arrived.values():
+        for connection in connections:
             with contextlib.suppress(OSError):
-                connection.sendall(f"{sentence}\n".encode())
+                connection.sendall(_ANSWER + f"{sentence}\n".encode())
         if sentence:
             raise InputError(sentence)
 
@@ -226,14 +230,15 @@ def _report(job: _Job) -> None:
             with socket.create_connection((job.host, job.port), timeout=left) as connection:
                 connection.sendall(f"{job.process} {job.processes}\n".encode())
                 connection.settimeout(left + 5)  # it waits for the last one as long, and then says so
-                answer = connection.makefile().readline()
+                answer = connection.makefile("rb").readline(1000)
         except OSError:
-            answer = ""
-        if answer:  # nothing: it is not there yet, or was not the one
+            answer = b""
+        if answer.startswith(_ANSWER):  # otherwise it is not there yet, or something else is
             break
         time.sleep(0.2)
-    if answer.strip():
-        raise InputError(answer.strip())
+    sentence = answer.removeprefix(_ANSWER).decode().strip()
+    if sentence:
+        raise InputError(sentence)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -16,8 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from unibiomed_jax import distributed
 from unibiomed_jax.commands.run import DONE, FAILED_IN_PART
 from unibiomed_jax.config.precision import PrecisionName, find_precision
+from unibiomed_jax.distributed import Processes
 from unibiomed_jax.errors import DiskFullError, InputError
 from unibiomed_jax.files import shown
 from unibiomed_jax.inputs.images import by_number
@@ -34,7 +36,7 @@ NAMED = 20
 
 
 @dataclasses.dataclass(frozen=True)
-class PredictOptions:
+class PredictOptions(Processes):
     """Ask every image the same question; write text, masks and overlays."""
 
     # An image, or a folder of images (its subfolders included, but for a volume).
@@ -69,7 +71,7 @@ class PredictOptions:
     batch_size: int = 1
     # "auto": bfloat16, as the reference; float32 on a CPU. "fast": coarser, where a CPU multiplies bfloat16.
     precision: PrecisionName = "auto"
-    # Divide the model over all devices: a strategy of unibiomed_jax/sharding/strategies.py.
+    # Divide the model over all devices of a process: a strategy of unibiomed_jax/sharding/strategies.py.
     strategy: str | None = None
     # With a strategy: devices along the axes of the mesh, such as fsdp=4,tensor=2.
     mesh: str | None = None
@@ -78,30 +80,46 @@ class PredictOptions:
 
 
 def predict(options: PredictOptions) -> int:
-    """Run `unibiomed predict`; FAILED_IN_PART if an image failed."""
-    from unibiomed_jax.conversion import loading  # JAX starts only when it is needed
+    """Run `unibiomed predict`; FAILED_IN_PART if an image failed.
+
+    Every process of a job has the model on devices of its own and answers its share of the images.
+    """
+    import jax  # which starts only when it is needed
+
+    from unibiomed_jax.conversion import loading
     from unibiomed_jax.inference.answer import INTENDED_USE
     from unibiomed_jax.inference.predictor import UniBiomed
     from unibiomed_jax.sharding.layout import Layout, parse_mesh
     from unibiomed_jax.sharding.strategies import find_strategy
 
+    distributed.join(options)
+    console.quiet = errors.quiet = not distributed.is_first()
     sources, left_out = _sources(options)
     _check(options, sources)
+    _require_same(options, sources)
     layout = None
     if options.strategy is not None:
         mesh = None if options.mesh is None else parse_mesh(options.mesh)
-        layout = Layout.over(strategy=find_strategy(options.strategy), mesh=mesh)
+        layout = Layout.over(jax.local_devices(), find_strategy(options.strategy), mesh=mesh)
     loading.fetch(options.checkpoint)  # with a progress bar of its own, which the spinner would garble
     with console.status(f"Loading {escape(shown(options.checkpoint))}"):
         model = UniBiomed.from_pretrained(
             options.checkpoint, precision=find_precision(options.precision), layout=layout
         )
 
-    todo = [name for name in sources if options.overwrite or not _is_done(model, options, name, sources)]
-    if len(todo) < len(sources):
-        _say(f"{len(sources) - len(todo)} of {len(sources)} already answered in {shown(options.out)}.")
+    own = distributed.share(list(sources))
+    todo = [name for name in own if options.overwrite or not _is_done(model, options, name, sources)]
+    done = sum(distributed.gather(len(own) - len(todo)))
+    if done:
+        _say(f"{done} of {len(sources)} already answered in {shown(options.out)}.")
     reasons: dict[str, str | None] = {}  # why it failed, or None for what is done
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
     with contextlib.nullcontext() if options.stream else bar:
         task = bar.add_task("Answering", total=len(todo))
         try:
@@ -118,8 +136,9 @@ def predict(options: PredictOptions) -> int:
                 f"Stopped; {done} of {len(todo)} answered, the same command goes on."
             ) from None
 
-    failures = {name: reason for name, reason in reasons.items() if reason is not None}
-    _say(f"{len(todo) - len(failures)} answered, {len(failures)} failed; results in {shown(options.out)}")
+    reasons = {name: reason for part in distributed.gather(reasons) for name, reason in part.items()}
+    failures = {name: reasons[name] for name in sources if reasons.get(name) is not None}
+    _say(f"{len(reasons) - len(failures)} answered, {len(failures)} failed; results in {shown(options.out)}")
     for name, reason in failures.items():
         errors.print(f"[red]{escape(shown(name))}[/red]: {escape(reason)}", highlight=False, soft_wrap=True)
     if left_out:
@@ -128,6 +147,16 @@ def predict(options: PredictOptions) -> int:
         _say(f"Left out, {len(left_out)} that this command does not read as images: {names}{more}.")
     console.print(INTENDED_USE, style="italic")
     return FAILED_IN_PART if failures else DONE
+
+
+def _require_same(options: PredictOptions, sources: dict[str, list[Path]]) -> None:
+    """Refuse processes that ask something else, or see other images: their shares would not fit."""
+    asked = dataclasses.asdict(options)
+    del asked["process"]
+    names = hashlib.sha256(os.fsencode("\n".join(sources))).hexdigest()[:12]
+    distributed.require_equal("program", distributed.code_version())
+    distributed.require_equal("question", asked)
+    distributed.require_equal("folder of images", {"number": len(sources), "hash of names": names})
 
 
 def _answer(model, options: PredictOptions, group: dict[str, list[Path]]) -> Iterator[tuple[str, str | None]]:
