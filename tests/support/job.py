@@ -22,7 +22,7 @@ from unibiomed_jax.checkpoint import dtype_of
 from unibiomed_jax.training.snapshot import leaves_by_name
 
 # Seconds after which a process counts as one that hangs.
-PATIENCE = 200
+PATIENCE = 400
 
 
 def write_data(folder: Path, sentence: str = "Liver in abdomen CT.") -> Path:
@@ -32,6 +32,16 @@ def write_data(folder: Path, sentence: str = "Liver in abdomen CT.") -> Path:
             save_picture(folder / split / f"{number}.png", seed=number)
             save_square(folder / f"{split}_mask" / f"{number}_liver.png", corner=(number, number))
         write_table(folder / f"{split}.json", coco_table(count, sentence))
+    return folder
+
+
+def write_texts(folder: Path) -> Path:
+    """Twelve pictures with a text: of such batches SAM2 sees nothing, and they are soon compiled."""
+    for number in range(12):
+        save_picture(folder / f"{number}.png", seed=number)
+    rows = [{"file_name": f"{number}.png", "caption": f"Picture {number}."} for number in range(12)]
+    for split in ("train", "val"):
+        write_table(folder / f"{split}_captions.json", {"annotations": rows})
     return folder
 
 

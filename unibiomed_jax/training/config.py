@@ -142,7 +142,7 @@ class LogConfig:
     # Batches a validation reads at most, the same ones every time: first one of every shape, then shapes in
     # proportion, each with its datasets mixed.
     validate_batches: Annotated[int, ONE_OR_MORE] = 50
-    # Pictures of predicted masks a validation keeps.
+    # Pictures of predicted masks a validation keeps; of several processes the first draws its own samples.
     overlays: Annotated[int, ZERO_OR_MORE] = 4
     # Write TensorBoard files beside the JSON lines (needs the `tensorboard` extra).
     tensorboard: bool = True
