@@ -39,3 +39,9 @@ def test_a_file_system_without_locks_goes_without(checkpointer, monkeypatch, cod
 
     monkeypatch.setattr("fcntl.flock", refuse)
     checkpointer.claim()
+
+
+def test_a_folder_that_another_machine_does_not_see_is_refused(checkpointer, monkeypatch):
+    monkeypatch.setattr("unibiomed_jax.distributed.gather", lambda value: [value, False])
+    with pytest.raises(InputError, match="Process 1 does not see what process 0 writes into "):
+        checkpointer.claim()
