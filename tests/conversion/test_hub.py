@@ -215,7 +215,7 @@ def test_what_another_process_has_mended_is_not_made_again(server, repository, e
     read, convert, made = checkpoint.load, from_torch.convert, []
     monkeypatch.setattr(from_torch, "convert", lambda *args, **kw: (made.append(args), convert(*args, **kw)))
 
-    def read_while_another_mends(folder):
+    def read_while_another_mends(folder, **named):
         (folder / "manifest.json").unlink()
         monkeypatch.setattr(checkpoint, "load", read)
         loading.load(NAME)
