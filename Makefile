@@ -8,22 +8,22 @@ PARITY ?= $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info[:2] == (3
 WORKERS ?= 2
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test processes fast lint build clean
+.PHONY: demo test scale fast lint build clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py --out demo_output
 
 # The time it prints last is that of the tests; `user` is the CPU's.
 test: $(VENV)/.installed-test-$(PARITY) lint
-	time $(PYTEST) -m "not processes"
+	time $(PYTEST) -m "not scale"
 
-# Jobs of two and of four processes: minutes of all cores, one job after the other.
-processes: $(VENV)/.installed-test-$(PARITY)
-	time $(PYTEST) -n 0 -m processes
+# Programs of eight devices, jobs of two and of four processes, runs in a bucket: one test after the other.
+scale: $(VENV)/.installed-test-$(PARITY)
+	time $(PYTEST) -n 0 -m scale
 
 # What can be known in two minutes: no run of train.py, no comparison with PyTorch, no large program compiled.
 fast: $(VENV)/.installed-test-$(PARITY)
-	$(PYTEST) -m "not slow and not processes" --ignore tests/parity
+	$(PYTEST) -m "not slow and not scale" --ignore tests/parity
 
 lint: $(VENV)/.installed-test-$(PARITY)
 	$(BIN)/ruff check .

@@ -52,7 +52,7 @@ def contents(batch) -> tuple:
     return batch.names, arrays
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_a_plain_and_a_packed_dataset_give_the_batches_of_a_disk(server, mixture, byte_tokenizer, tmp_path):
     """Of what is packed each host asks for the ranges of its own records, and a worker process does, too."""
     roots = {config.root: Path(config.root) for config in mixture}
@@ -126,7 +126,7 @@ def test_a_file_and_a_folder_in_a_bucket():
     assert not folder.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_a_bucket_that_cannot_be_used_is_not_a_file_that_is_damaged(server, targets, byte_tokenizer):
     """Of samples that cannot be read others take the place; not so here."""
     there = open_pipeline([DatasetConfig(Kind.SEGMENTATION, upload(targets, "gone"))], byte_tokenizer)

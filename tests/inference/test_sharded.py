@@ -11,7 +11,7 @@ from unibiomed_jax import UniBiomed
 from unibiomed_jax.sharding.layout import Layout
 from unibiomed_jax.sharding.strategies import FSDP, STRATEGIES
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.scale
 
 
 @pytest.fixture(scope="module")

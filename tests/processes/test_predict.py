@@ -7,7 +7,7 @@ import pytest
 from job import Job, environment, run
 from places import GOLDEN, MICRO, ROOT
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.scale
 
 NAMES = ["a.png", "b.png", "c.png", "damaged.png"]
 

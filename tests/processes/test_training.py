@@ -27,7 +27,7 @@ from places import MICRO_RUN, ROOT, TESTS
 from unibiomed_jax import checkpoint
 from unibiomed_jax.training.snapshot import find_damage
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.scale
 
 STEPS, KILLS = 44, 10
 FSDP = ("--strategy=fsdp", "--data.batch-size=4")

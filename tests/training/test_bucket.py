@@ -21,7 +21,7 @@ from unibiomed_jax.files import copy_folder, locate
 from unibiomed_jax.training.config import CheckpointConfig
 from unibiomed_jax.training.snapshot import Checkpointer, find_damage, leaves_by_name
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.scale
 pytest.importorskip("s3fs")
 pytest.importorskip("moto")
 
