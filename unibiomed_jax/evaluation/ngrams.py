@@ -1,4 +1,4 @@
-"""BLEU, ROUGE-L and CIDEr of texts with one reference each, as pycocoevalcap computes them, to the last digit.
+"""BLEU, ROUGE-L and CIDEr of texts with one reference each, to the last digit as pycocoevalcap has them.
 
 Tokens are separated by blanks. Every function takes the truths and the predictions in the same order and
 returns the score of the whole and the scores of every pair.

@@ -4,7 +4,7 @@
 |---|---|---|
 | seg2d | `SPLIT.json`, `SPLIT_mask/MASK_FILE` | `SPLIT/MASK_FILE` |
 | seg3d | `meta_SPLIT.json`, its mask files | `VOLUME/EXPRESSION/SLICE` |
-| disease, gvqa, report, caption | `SPLIT.json`, `SPLIT_mask/MASK_FILE` | `IMAGE.json`: caption, phrases, masks |
+| disease, gvqa, report, caption | as seg2d | `IMAGE.json`: caption, phrases, masks |
 | region | in the predictions | `region_cap_pred_accuracy-*.json` |
 """
 
