@@ -193,8 +193,9 @@ def _squares_by_tree(
 
 @functools.lru_cache(maxsize=256)
 def _rows_around(spacing: tuple[float, ...]) -> tuple[list[tuple[tuple[int, ...], float]], tuple[int, ...]]:
-    """The nearest rows around one: steps along every axis but the last and the squared distance, nearest first;
-    and the largest step along each of these axes.
+    """The nearest rows around one: steps along every axis but the last, and the squared distance.
+
+    And the largest step along each of these axes.
     """
     side = _ROWS if len(spacing) == 1 else 2 * int(_ROWS**0.5)
     steps = itertools.product(range(-side, side + 1), repeat=len(spacing))
