@@ -2,8 +2,8 @@
 
 A score is averaged over the cases of a target, then over the targets of a dataset, then over the datasets, so
 that a frequent target does not hide a rare one; the mean over all cases (micro) stands beside it. Intervals
-are percentile bootstrap: the patients of a dataset, not its images, are drawn with replacement, and every mean
-is computed anew for each draw.
+are percentile bootstrap: the patients of a dataset, not its images, are drawn with replacement, and every
+mean is computed anew for each draw.
 """
 
 from __future__ import annotations

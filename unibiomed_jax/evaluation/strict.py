@@ -100,7 +100,7 @@ def score_pair(
         scores[f"hd95_penalised_{unit}"] = 0.0 if agree else diagonal
         return scores
     if truth.ndim == 3 and truth_box[0] == predicted_box[0] and truth_box[0].stop - truth_box[0].start == 1:
-        # Within a single slice the distance is that of contours: in 3D the two flat faces would outweigh them.
+        # Within a single slice contours count: in 3D the two flat faces would outweigh them.
         truth, predicted, spacing = truth[truth_box[0].start], predicted[truth_box[0].start], spacing[1:]
     found = measure(truth, predicted, spacing)
     hd95 = found.hausdorff()
