@@ -105,7 +105,8 @@ def test_estimates_lie_among_the_scores(cases):
 def test_a_constant_difference_is_certain(cases, shift):
     """Apart, the systems would seem to overlap: what they share is drawn alike."""
     moved = [Case(c.dataset, c.target, c.patient, {"dice": c.scores["dice"] + shift}) for c in cases]
-    for found in estimate_difference(cases, moved):
+    for first, second, found in estimate_difference(cases, moved):
+        assert second.value - first.value == pytest.approx(found.value)
         assert found.value == pytest.approx(shift, abs=1e-12)
         if found.interval:
             assert found.interval == pytest.approx((shift, shift), abs=1e-12)
@@ -114,5 +115,5 @@ def test_a_constant_difference_is_certain(cases, shift):
 def test_scores_that_one_system_lacks_are_not_compared():
     first = [case("a", "x", 1, dice=0.5, hd95_mm=3.0), case("a", "x", 2, dice=0.5)]
     second = [case("a", "x", 1, dice=0.7), case("a", "x", 2, dice=0.5, hd95_mm=1.0)]
-    found = estimate_difference(first, second)
+    found = [difference for _, _, difference in estimate_difference(first, second)]
     assert {e.score for e in found} == {"dice"} and find(found).value == pytest.approx(0.1)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from unibiomed_jax.evaluation.records import Sample
+from unibiomed_jax.evaluation.records import Sample, encode_masks
 from unibiomed_jax.evaluation.strict import NotComparable, assigned_dice, score_masks, score_pair
 
 SPACING = (5.0, 0.5, 0.5)
@@ -77,7 +77,7 @@ def test_a_single_slice_is_scored_in_its_plane():
 
 
 def sample(truths, masks, **more):
-    return Sample("seg2d", "0", "?", truth_masks=tuple(truths), masks=tuple(masks), **more)
+    return Sample("seg2d", "0", "?", truth_masks=encode_masks(truths), masks=encode_masks(masks), **more)
 
 
 def test_no_mask_is_an_empty_one():

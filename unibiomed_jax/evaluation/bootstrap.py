@@ -56,8 +56,10 @@ def estimate(cases: Sequence[Case]) -> list[Estimate]:
     return _estimates(cases, None)
 
 
-def estimate_difference(first: Sequence[Case], second: Sequence[Case]) -> list[Estimate]:
-    """All means of `second` minus those of `first`, with the same patients drawn for both.
+def estimate_difference(
+    first: Sequence[Case], second: Sequence[Case]
+) -> list[tuple[Estimate, Estimate, Estimate]]:
+    """All means of `first`, of `second`, and their difference, with the same patients drawn for both.
 
     Args:
         first: cases of one system.
@@ -69,7 +71,14 @@ def estimate_difference(first: Sequence[Case], second: Sequence[Case]) -> list[E
         for case, kept in ((one, kept_first), (other, kept_second)):
             scores = {name: case.scores[name] for name in names}
             kept.append(Case(one.dataset, one.target, one.patient, scores))
-    return _estimates(kept_second, kept_first)
+    return list(
+        zip(
+            _estimates(kept_first, None),
+            _estimates(kept_second, None),
+            _estimates(kept_second, kept_first),
+            strict=True,
+        )
+    )
 
 
 def _estimates(cases: Sequence[Case], minus: Sequence[Case] | None) -> list[Estimate]:

@@ -80,7 +80,7 @@ class Java:
                     process.kill()
         except OSError as error:
             raise InputError(
-                f"METEOR could not be asked ({error}); install the extra 'eval' again, and free 2 GB of memory."
+                f"METEOR could not be asked ({error}); install the extra 'eval' again, free 2 GB of memory."
             ) from None
 
     def _run(self, program: Sequence[str], text: str) -> str:

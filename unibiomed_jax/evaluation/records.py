@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.files import shown, write_beside
 from unibiomed_jax.masks import run_length
 
-Masks = tuple[np.ndarray, ...]
+# Run-length encodings, as they stand in JSON: ten thousand masks as arrays would not fit into memory.
+EncodedMasks = tuple[dict | list[dict], ...]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A record. Masks are (height, width), or (slices, height, width) of a volume."""
+    """A record. Its masks are of an image, or of all slices of a volume."""
 
     task: str
     # Unique among the records of the task.
@@ -45,8 +47,8 @@ class Sample:
     image: str = ""
     # Of a pixel (y, x) or voxel (z, y, x), mm; None where nobody says.
     spacing: tuple[float, ...] | None = None
-    truth_masks: Masks = ()
-    masks: Masks = ()
+    truth_masks: EncodedMasks = ()
+    masks: EncodedMasks = ()
     # By protocol, scores by name.
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     # Why it was not answered, or cannot be scored.
@@ -56,10 +58,8 @@ class Sample:
     def doc_hash(self) -> str:
         """Tells apart records of one doc_id: of what is asked and what is true."""
         asked = [self.task, self.doc_id, self.question, self.answer, self.category, self.dataset, self.image]
-        digest = hashlib.sha256(json.dumps(asked).encode())
-        for mask in self.truth_masks:
-            digest.update(repr(mask.shape).encode() + np.packbits(mask).tobytes())
-        return digest.hexdigest()[:16]
+        text = json.dumps([*asked, self.truth_masks], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -71,17 +71,27 @@ class Sample:
         return f"patient {self.patient}" if self.patient is not None else f"image {self.image or self.doc_id}"
 
 
+def encode_masks(masks: Iterable[np.ndarray]) -> EncodedMasks:
+    """Masks as a record holds them, from (height, width) or (slices, height, width)."""
+    return tuple(run_length.encode(mask) for mask in masks)
+
+
+def decode_masks(masks: EncodedMasks, where: str) -> list[Bool[np.ndarray, "*slices height width"]]:
+    """The masks of a record.
+
+    Raises:
+        InputError: `where` they stand is one that is damaged.
+    """
+    return [run_length.decode(mask, where) for mask in masks]
+
+
 def samples_file(run: Path, task: str) -> Path:
     return run / f"samples_{task}.jsonl"
 
 
 def to_json(sample: Sample, index: int) -> dict[str, Any]:
     """A record as a line of the file; `index` is its number in it."""
-    own = {
-        name: value
-        for name, value in vars(sample).items()
-        if name not in ("truth_masks", "masks", "response")
-    }
+    own = {name: value for name, value in vars(sample).items() if name != "response"}
     responses = [] if sample.response is None else [sample.response]
     return own | {
         "index": index,
@@ -90,8 +100,6 @@ def to_json(sample: Sample, index: int) -> dict[str, Any]:
         "target": sample.answer,
         "resps": [responses],
         "filtered_resps": [] if sample.prediction is None else [sample.prediction],
-        "truth_masks": [run_length.encode(mask) for mask in sample.truth_masks],
-        "masks": [run_length.encode(mask) for mask in sample.masks],
     }
 
 
@@ -113,7 +121,8 @@ def from_json(line: Any, where: str) -> Sample:
     if missing := [name for name in ("task", "doc_id", "question") if name not in values]:
         raise InputError(f"{where} has no {missing[0]}; correct it.")
     for name in ("truth_masks", "masks"):
-        values[name] = tuple(run_length.decode(mask, where) for mask in line.get(name) or ())
+        values[name] = tuple(line.get(name) or ())
+        decode_masks(values[name], where)  # to say it now, and where, if one is damaged
     spacing = values.get("spacing")
     try:
         values["spacing"] = None if spacing is None else tuple(float(size) for size in spacing)

@@ -47,8 +47,8 @@ def read_seg2d(data: Path, predictions: Path, split: str) -> Iterator[MaskItem]:
     Raises:
         InputError: the table or a mask cannot be used.
     """
-    for annotation in _rows(_read_table(data / f"{split}.json"), "annotations", data / f"{split}.json"):
-        name, target = _text(annotation, "mask_file"), _sentence(annotation, "sent")
+    for annotation in read_rows(read_table(data / f"{split}.json"), "annotations", data / f"{split}.json"):
+        name, target = read_field(annotation, "mask_file"), read_sentence(annotation, "sent")
         predicted = predictions / split / name
         yield MaskItem(
             name,
@@ -65,7 +65,7 @@ def read_seg3d(data: Path, predictions: Path, split: str) -> Iterator[MaskItem]:
         InputError: as `read_seg2d`.
     """
     table = data / f"meta_{split}.json"
-    volumes = _read_table(table).get("volumes")
+    volumes = read_table(table).get("volumes")
     if not isinstance(volumes, dict):
         raise InputError(f"{shown(table)} has no 'volumes'; it is no table of volumes.")
     for volume, content in volumes.items():
@@ -89,20 +89,20 @@ def read_grounded(task: str, data: Path, predictions: Path, split: str, repairs:
         InputError: as `read_seg2d`; or the reference could not read the table, and repairs are not allowed.
     """
     path = data / f"{split}.json"
-    table = _read_table(path)
-    images = _rows(table, "images", path)
+    table = read_table(path)
+    images = read_rows(table, "images", path)
     by_image: dict[Any, list[dict]] = {image["id"]: [] for image in images}
-    for annotation in _rows(table, "annotations", path):
+    for annotation in read_rows(table, "annotations", path):
         by_image.setdefault(annotation["image_id"], []).append(annotation)
     has_masks = task != "caption"
     _check_categories(table, path, has_masks, repairs)
     found, seen = GroundedItems(), set()
     for image in images:
-        name, annotations = _text(image, "file_name"), by_image[image["id"]]
-        caption, masks = read_answer(predictions / f"{_stem(name)}.json")
+        name, annotations = read_field(image, "file_name"), by_image[image["id"]]
+        caption, masks = read_answer(predictions / f"{stem_of(name)}.json")
         if has_masks:
             truths = [
-                read_values(data / f"{split}_mask" / _text(annotation, "mask_file"))
+                read_values(data / f"{split}_mask" / read_field(annotation, "mask_file"))
                 for annotation in annotations
             ]
             if task == "disease":
@@ -148,7 +148,7 @@ def _truth(
         return None, f"{len(annotations)} annotations instead of one"
     (annotation,) = annotations
     if task == "disease":
-        return f"{_sentence(annotation, 'raw')}.", ""
+        return f"{read_sentence(annotation, 'raw')}.", ""
     if "caption" not in annotation:
         repairs.repair(
             f"The annotation of {name} has no caption",
@@ -253,7 +253,7 @@ def write_answer(
     folder: Path, file_name: str, caption: str, phrases: Sequence[str], masks: Sequence[np.ndarray] | None
 ) -> None:
     """The answer about an image; without `masks` as captions have none, with an empty list as lost ones."""
-    stem = _stem(file_name)
+    stem = stem_of(file_name)
     answer: dict = {"image_id": stem, "caption": caption, "phrases": list(phrases)}
     if masks is not None:
         answer["pred_masks"] = [run_length.encode(mask) for mask in masks]
@@ -269,12 +269,17 @@ def write_regions(folder: Path, items: Sequence[TextItem], accuracy: float) -> N
     write_beside(path, json.dumps(content).encode("utf-8"))
 
 
-def _stem(file_name: str) -> str:
+def stem_of(file_name: str) -> str:
     """An image's name without its last four characters, which the reference takes for its ending."""
     return PurePosixPath(file_name).name[:-4]
 
 
-def _read_table(path: Path) -> dict:
+def read_table(path: Path) -> dict:
+    """A JSON object.
+
+    Raises:
+        InputError: the file holds none.
+    """
     table = read_json(path, remedy="correct --data or --split")
     if not isinstance(table, dict):
         raise InputError(
@@ -283,20 +288,35 @@ def _read_table(path: Path) -> dict:
     return table
 
 
-def _rows(table: dict, key: str, path: Path) -> list[dict]:
+def read_rows(table: dict, key: str, path: Path) -> list[dict]:
+    """The images or annotations of a table.
+
+    Raises:
+        InputError: it has no such list.
+    """
     rows = table.get(key)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{shown(path)} has no list of {key}; correct --data.")
     return rows
 
 
-def _text(row: dict, key: str) -> str:
+def read_field(row: dict, key: str) -> str:
+    """A text of a row.
+
+    Raises:
+        InputError: it is missing.
+    """
     if not isinstance(row.get(key), str):
         raise InputError(f"The entry {row.get('id')!r} of the table has no {key}; correct the table.")
     return row[key]
 
 
-def _sentence(annotation: dict, key: str) -> str:
+def read_sentence(annotation: dict, key: str) -> str:
+    """The first sentence about a mask, `raw` or as it is asked for (`sent`).
+
+    Raises:
+        InputError: there is none.
+    """
     try:
         return annotation["sentences"][0][key]
     except (LookupError, TypeError):

@@ -12,7 +12,7 @@ from jaxtyping import Bool
 from scipy.optimize import linear_sum_assignment
 
 from unibiomed_jax.evaluation.paper_masks import resize_nearest
-from unibiomed_jax.evaluation.records import Sample
+from unibiomed_jax.evaluation.records import Sample, decode_masks
 from unibiomed_jax.evaluation.surfaces import bounding_box, measure
 
 # Tolerances of the normalised surface Dice, in mm (in pixels where the spacing is not known).
@@ -49,8 +49,10 @@ def score_masks(sample: Sample, tolerances: Mapping[str, float] | None = None) -
     Raises:
         NotComparable: the masks are not of one image.
     """
-    truths = [mask.astype(bool, copy=False) for mask in sample.truth_masks]
-    masks = [_on_grid(mask, truths[0].shape) for mask in sample.masks]
+    truths = decode_masks(sample.truth_masks, sample.doc_id)
+    if len({mask.shape for mask in truths}) > 1:
+        raise NotComparable("truth masks of several sizes")
+    masks = [_on_grid(mask, truths[0].shape) for mask in decode_masks(sample.masks, sample.doc_id)]
     truth = np.logical_or.reduce(truths) if len(truths) > 1 else truths[0]
     predicted = np.zeros_like(truth) if not masks else np.logical_or.reduce(masks) if masks[1:] else masks[0]
     own = (tolerances or {}).get(sample.category)
@@ -128,7 +130,6 @@ def assigned_dice(truths: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> 
 
 def _on_grid(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """A prediction on the truth's grid, each pixel that of the nearest."""
-    mask = mask.astype(bool, copy=False)
     if mask.shape == shape:
         return mask
     height, width = shape[-2:]

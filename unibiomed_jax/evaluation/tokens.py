@@ -14,10 +14,11 @@ PUNCTUATION = frozenset("'' ' `` ` . ? ! , : - -- ... ;".split())
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 # Written with a full stop that belongs to them.
 _ABBREVIATIONS = (
-    "mr mrs ms dr prof st vs etc al ct ind va md mo ga wis wyo conn colo calif fla minn mich mont neb nev okla "
-    "penn tenn ala ariz kan ky dak vt jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu "
-    "thurs fri inc ltd co corp jr sr gen rep sen gov lt sgt col capt maj hon rev pres ave blvd rd sq ft mt dept "
-    "univ assn bros cos mfg cf est ext rt adm atty cmdr brig cpl ph tel adj"
+    "mr mrs ms dr prof st vs etc al ct ind va md mo ga wis wyo conn colo calif fla minn mich mont neb "
+    "nev okla penn tenn ala ariz kan ky dak vt jan feb mar apr jun jul aug sep sept oct nov dec mon "
+    "tue tues wed thu thurs fri inc ltd co corp jr sr gen rep sen gov lt sgt col capt maj hon rev "
+    "pres ave blvd rd sq ft mt dept univ assn bros cos mfg cf est ext rt adm atty cmdr brig cpl ph "
+    "tel adj"
 ).split()
 # The same if they begin with a capital: in lower case they are words ("a mass.").
 _CAPITALISED = "mass ill miss del la pa ark tex ore wash".split()
