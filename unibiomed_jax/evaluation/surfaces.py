@@ -18,9 +18,9 @@ from jaxtyping import Bool, Float, Int
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-# Rows of voxels around a piece of surface in which the other one is looked for, the nearest first; what is
-# not found in these is looked up in a tree.
-_ROWS = 128
+# Rows of pixels and of voxels around a piece of surface in which the other one is looked for, the nearest
+# first; what is not found in these is looked up in a tree.
+_ROWS = {2: 32, 3: 128}
 # Rounding may not decide whether a distance is within a tolerance, or a share of the area reached.
 _ROUNDING = 1e-12
 
@@ -97,7 +97,7 @@ def measure(
         slice(min(side.start for side in sides), max(side.stop for side in sides))
         for sides in zip(*boxes, strict=True)
     )
-    offsets, margins = _rows_around(tuple(map(float, spacing[:-1])))
+    offsets, margins = _rows_around(tuple(map(float, spacing[:-1])), _ROWS[truth.ndim])
     first, second = (_pieces(mask[box], margins, spacing) for mask in (truth, predicted))
     return Surfaces(
         _distances(first, second, offsets, spacing),
@@ -192,17 +192,19 @@ def _squares_by_tree(
 
 
 @functools.lru_cache(maxsize=256)
-def _rows_around(spacing: tuple[float, ...]) -> tuple[list[tuple[tuple[int, ...], float]], tuple[int, ...]]:
-    """The nearest rows around one: steps along every axis but the last, and the squared distance.
+def _rows_around(
+    spacing: tuple[float, ...], number: int
+) -> tuple[list[tuple[tuple[int, ...], float]], tuple[int, ...]]:
+    """About `number` rows around one, the nearest first: steps along all axes but the last, squared distance.
 
     And the largest step along each of these axes.
     """
-    side = _ROWS if len(spacing) == 1 else 2 * int(_ROWS**0.5)
+    side = number if len(spacing) == 1 else 2 * int(number**0.5)
     steps = itertools.product(range(-side, side + 1), repeat=len(spacing))
     rows = [(step, sum((n * size) ** 2 for n, size in zip(step, spacing, strict=True))) for step in steps]
     rows.sort(key=lambda row: row[1])
     # All rows at one distance or none: those left out are farther than those taken.
-    limit = rows[_ROWS][1]
+    limit = rows[number][1]
     taken = [row for row in rows if row[1] < limit]
     return taken, tuple(max(step[axis] for step, _ in taken) for axis in range(len(spacing)))
 
