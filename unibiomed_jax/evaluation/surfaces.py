@@ -18,9 +18,10 @@ from jaxtyping import Bool, Float, Int
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-# Rows of pixels and of voxels around a piece of surface in which the other one is looked for, the nearest
-# first; what is not found in these is looked up in a tree.
-_ROWS = {2: 32, 3: 128}
+# In 3D, columns of voxels (along the first axis) around a piece of surface in which the other one is looked
+# for, the nearest first. What is not found in these is looked up in a tree, and so is everything in 2D, where
+# there are few pieces.
+_COLUMNS = 128
 # Rounding may not decide whether a distance is within a tolerance, or a share of the area reached.
 _ROUNDING = 1e-12
 
@@ -97,13 +98,10 @@ def measure(
         slice(min(side.start for side in sides), max(side.stop for side in sides))
         for sides in zip(*boxes, strict=True)
     )
-    offsets, margins = _rows_around(tuple(map(float, spacing[:-1])), _ROWS[truth.ndim])
-    first, second = (_pieces(mask[box], margins, spacing) for mask in (truth, predicted))
+    spacing = tuple(map(float, spacing))
+    first, second = (_pieces(mask[box], spacing) for mask in (truth, predicted))
     return Surfaces(
-        _distances(first, second, offsets, spacing),
-        first.areas,
-        _distances(second, first, offsets, spacing),
-        second.areas,
+        _distances(first, second, spacing), first.areas, _distances(second, first, spacing), second.areas
     )
 
 
@@ -116,8 +114,9 @@ class _Pieces:
     is_piece: Bool[np.ndarray, "*axes"]
 
 
-def _pieces(mask: np.ndarray, margins: Sequence[int], spacing: Sequence[float]) -> _Pieces:
-    room = [margin + 1 for margin in (*margins, 0)]
+def _pieces(mask: np.ndarray, spacing: tuple[float, ...]) -> _Pieces:
+    reach = _columns_around(spacing[1:])[1] if mask.ndim == 3 else (0,)
+    room = [1, *(steps + 1 for steps in reach)]
     padded = np.zeros([n + 2 * more for n, more in zip(mask.shape, room, strict=True)], np.uint8)
     padded[tuple(slice(more, more + n) for n, more in zip(mask.shape, room, strict=True))] = mask
     codes = padded
@@ -128,57 +127,60 @@ def _pieces(mask: np.ndarray, margins: Sequence[int], spacing: Sequence[float]) 
         joined = codes[tuple(before)] << np.uint8(2**step)
         joined |= codes[tuple(after)]
         codes = joined
-    areas = _areas(tuple(map(float, spacing)))
+    areas = _areas(spacing)
     is_piece = (areas > 0)[codes]
     places = np.flatnonzero(is_piece)
     return _Pieces(places, areas[codes.reshape(-1)[places]], is_piece)
 
 
-def _distances(
-    pieces: _Pieces,
-    others: _Pieces,
-    offsets: Sequence[tuple[tuple[int, ...], float]],
-    spacing: Sequence[float],
-) -> Float[np.ndarray, "pieces"]:
+def _distances(pieces: _Pieces, others: _Pieces, spacing: tuple[float, ...]) -> Float[np.ndarray, "pieces"]:
     """The distance of each of `pieces` to the nearest of `others`."""
     best = np.full(len(pieces.places), np.inf)
     if not len(best) or not len(others.places):
         return best
-    shape = pieces.is_piece.shape
-    strides = [int(np.prod(shape[axis + 1 :])) for axis in range(len(shape) - 1)]
-    along_row = _along_rows(others.is_piece).reshape(-1)
-    squares = (np.arange(shape[-1]) * float(spacing[-1])) ** 2
-    squares = np.append(squares, np.inf)  # what `_along_rows` says of a row without any
-    open_, places, found = np.arange(len(best)), pieces.places, best
-    for number, (offset, square) in enumerate(offsets):
-        if number:  # those that no further row can better are done
-            left = found > square
-            if not left.all():
-                best[open_] = found
-                open_, places, found = open_[left], places[left], found[left]
-            if not len(open_):
-                break
-        shift = sum(step * stride for step, stride in zip(offset, strides, strict=True))
-        found = np.minimum(found, squares[along_row[places + shift]] + square)
-    else:
-        best[open_] = found
-        beyond = offsets[-1][1]
-        far = open_[found > beyond]
-        if len(far):
-            best[far] = _squares_by_tree(pieces.places[far], others.places, shape, spacing)
+    beyond = _search_columns(best, pieces, others, spacing) if len(spacing) == 3 else -1.0
+    far = np.flatnonzero(best > beyond)
+    if len(far):
+        best[far] = _squares_by_tree(pieces.places[far], others.places, pieces.is_piece.shape, spacing)
     return np.sqrt(best)
 
 
-def _along_rows(is_piece: Bool[np.ndarray, "*axes"]) -> Int[np.ndarray, "*axes"]:
-    """Steps along the last axis to the nearest piece; the length of the row where it has none."""
-    length = is_piece.shape[-1]
-    index = np.arange(length, dtype=np.int16 if 3 * length < 2**15 else np.int32)
-    nothing = index.dtype.type(length)
-    before = np.maximum.accumulate(np.where(is_piece, index, -nothing), -1)
-    after = np.minimum.accumulate(np.where(is_piece, index, 2 * nothing)[..., ::-1], -1)[..., ::-1]
-    np.subtract(index, before, out=before)
-    np.minimum(before, after - index, out=before)
-    return np.minimum(before, nothing, out=before)
+def _search_columns(best: np.ndarray, pieces: _Pieces, others: _Pieces, spacing: tuple[float, ...]) -> float:
+    """Put into `best` the squared distances to what the columns around hold.
+
+    Returns:
+        The square up to which they are right.
+    """
+    columns, _ = _columns_around(spacing[1:])
+    height, _, width = pieces.is_piece.shape
+    in_column = _along_columns(others.is_piece).reshape(-1)
+    squares = (np.arange(height) * spacing[0]) ** 2
+    squares = np.append(squares, np.inf)  # what `_along_columns` says of a column without any
+    open_, places, found = np.arange(len(best)), pieces.places, best
+    for (rows, steps), square in columns:
+        left = found > square
+        if not left.all():  # what no further column can better is done
+            best[open_] = found
+            open_, places, found = open_[left], places[left], found[left]
+            if not len(open_):
+                break
+        found = np.minimum(found, squares[in_column[places + (rows * width + steps)]] + square)
+    best[open_] = found
+    return columns[-1][1]
+
+
+def _along_columns(
+    is_piece: Bool[np.ndarray, "slices rows columns"],
+) -> Int[np.ndarray, "slices rows columns"]:
+    """Steps along the first axis to the nearest piece; the length of the column where it has none."""
+    length = len(is_piece)
+    steps = np.where(is_piece, np.int32(0), np.int32(length)).astype(np.int16 if length < 2**15 else np.int32)
+    one_more = np.empty_like(steps[0])
+    for order in (range(1, length), range(length - 2, -1, -1)):
+        for place in order:
+            np.add(steps[place - order.step], 1, out=one_more)
+            np.minimum(steps[place], one_more, out=steps[place])
+    return steps
 
 
 def _squares_by_tree(
@@ -192,21 +194,23 @@ def _squares_by_tree(
 
 
 @functools.lru_cache(maxsize=256)
-def _rows_around(
-    spacing: tuple[float, ...], number: int
-) -> tuple[list[tuple[tuple[int, ...], float]], tuple[int, ...]]:
-    """About `number` rows around one, the nearest first: steps along all axes but the last, squared distance.
+def _columns_around(
+    spacing: tuple[float, float],
+) -> tuple[list[tuple[tuple[int, int], float]], tuple[int, int]]:
+    """The nearest columns around one: steps to them in a slice, and the squared distance.
 
-    And the largest step along each of these axes.
+    And the largest step along both axes.
     """
-    side = number if len(spacing) == 1 else 2 * int(number**0.5)
-    steps = itertools.product(range(-side, side + 1), repeat=len(spacing))
-    rows = [(step, sum((n * size) ** 2 for n, size in zip(step, spacing, strict=True))) for step in steps]
-    rows.sort(key=lambda row: row[1])
-    # All rows at one distance or none: those left out are farther than those taken.
-    limit = rows[number][1]
-    taken = [row for row in rows if row[1] < limit]
-    return taken, tuple(max(step[axis] for step, _ in taken) for axis in range(len(spacing)))
+    side = 2 * int(_COLUMNS**0.5)
+    columns = [
+        (steps, sum((n * size) ** 2 for n, size in zip(steps, spacing, strict=True)))
+        for steps in itertools.product(range(-side, side + 1), repeat=2)
+    ]
+    columns.sort(key=lambda column: column[1])
+    # Those left out, here or outside of `side`, are at least as far as the limit.
+    limit = min(columns[_COLUMNS][1], ((side + 1) * min(spacing)) ** 2)
+    taken = [column for column in columns if column[1] < limit]
+    return taken, tuple(max(steps[axis] for steps, _ in taken) for axis in range(2))
 
 
 @functools.lru_cache(maxsize=256)

@@ -29,22 +29,33 @@ def decode(value: Any, where: str) -> Bool[np.ndarray, "*slices height width"]:
     Raises:
         InputError: it is no such encoding, or the slices of a volume are of several sizes.
     """
-    if isinstance(value, list) and value:
-        slices = [decode(piece, where) for piece in value]
-        if len({piece.shape for piece in slices}) > 1:
-            raise InputError(f"{where} has slices of several sizes; write its masks again.")
-        return np.stack(slices)
+    pieces = value if isinstance(value, list) else [value]
     try:
-        height, width = value["size"]
-        runs = _runs(value["counts"])
-        if not 0 < height * width == runs.sum():
-            raise ValueError
-        inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-        return inside.reshape(width, height).T  # the runs go down the columns
-    except (KeyError, TypeError, ValueError, AttributeError):
+        sizes = {tuple(piece["size"]) for piece in pieces}
+        height, width = max(sizes)
+        if len(sizes) > 1:
+            raise InputError(f"{where} has slices of several sizes; write its masks again.")
+        inside = np.zeros((len(pieces), width, height), bool)  # the runs go down the columns
+        empty: set[str] = set()  # most slices of most volumes
+        for piece, one in zip(pieces, inside, strict=True):
+            counts = piece["counts"]
+            if counts in empty:
+                continue
+            runs = _runs(counts)
+            if not 0 < height * width == runs.sum():
+                raise ValueError
+            if len(runs) == 1:
+                empty.add(counts)
+            else:
+                one.reshape(-1)[:] = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, MemoryError):
         raise InputError(
             f"{where} holds a mask that is no COCO run-length encoding; write it again."
         ) from None
+    masks = inside.transpose(0, 2, 1)
+    return masks if isinstance(value, list) else masks[0]
 
 
 def _runs(counts: str) -> np.ndarray:
