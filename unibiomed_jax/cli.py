@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import tyro
 
@@ -50,12 +51,17 @@ PLACES = {
 }
 
 
-def main() -> None:
-    """Entry point of `unibiomed`; exit codes are those of `commands.run`."""
-    arguments = sys.argv[1:]
+def parse(arguments: Sequence[str]) -> Any:
+    """The options of a command line."""
+    arguments = list(arguments)
     if arguments[:1] == ["eval"] and arguments[1:2] not in (["run"], ["compare"], ["--help"], ["-h"]):
         arguments.insert(1, "run")  # what `unibiomed eval` does, if nothing else is said
-    options = tyro.cli(Command, prog="unibiomed", description=__doc__, args=arguments)
+    return tyro.cli(Command, prog="unibiomed", description=__doc__, args=arguments)
+
+
+def main() -> None:
+    """Entry point of `unibiomed`; exit codes are those of `commands.run`."""
+    options = parse(sys.argv[1:])
     module, function = PLACES[type(options)]
     command = getattr(importlib.import_module(f"unibiomed_jax.commands.{module}"), function)
     sys.exit(run(lambda: command(options)))
