@@ -88,6 +88,42 @@ def test_strict_numbers_come_with_intervals_and_reasons(golden, tmp_path):
     )
 
 
+@pytest.mark.parametrize("task", ["seg3d", "disease", "gvqa", "caption"])
+def test_predictions_go_through_records_into_folders(golden, tmp_path, task):
+    given = options(golden, tmp_path / "run", task)
+    evaluate(given)
+    evaluate(EvalOptions(tmp_path / "run", folders=tmp_path / "folders"))
+    evaluate(replace(given, protocol="paper"))
+    _, expected = numbers(tmp_path / "run")
+    evaluate(replace(given, out=tmp_path / "again", predictions=tmp_path / "folders", protocol="paper"))
+    assert numbers(tmp_path / "again")[1][task, "paper"]["numbers"] == expected[task, "paper"]["numbers"]
+
+
+def test_folders_of_masks_and_regions(tmp_path):
+    write(tmp_path / "run", segmented(1))
+    regions = [
+        Sample("region", str(n), "?", "liver in abdomen CT", response=said, image=f"{n}.png")
+        for n, said in enumerate(["Liver in abdomen CT.<|end|>", "left kidney in abdomen CT"])
+    ]
+    write(tmp_path / "run", regions)
+    evaluate(EvalOptions(tmp_path / "run", protocol="paper", folders=tmp_path / "folders"))
+    assert len(list((tmp_path / "folders/test").glob("*.png"))) == 8
+    (written,) = (tmp_path / "folders").glob("region_cap_pred_accuracy-0.5.json")
+    assert json.loads(written.read_text())[1]["prediction"] == "kidney in CT"
+    rows = {(row["task"], row["score"]): row["value"] for row in table(tmp_path / "run")}
+    assert rows["region", "accuracy"] == "0.5"
+    evaluate(
+        EvalOptions(
+            tmp_path / "again",
+            task=("region",),
+            predictions=tmp_path / "folders",
+            data=tmp_path,
+            protocol="paper",
+        )
+    )
+    assert {row["value"] for row in table(tmp_path / "again")} == {"0.5"}
+
+
 def write(run, samples):
     with SampleWriter(samples_file(run, samples[0].task)) as file:
         for sample in samples:
@@ -195,6 +231,7 @@ def test_options_that_do_not_fit(golden, tmp_path):
         (EvalOptions(tmp_path), "holds no samples_TASK.jsonl"),
         (EvalOptions(tmp_path, task=("vqa",)), "samples_vqa.jsonl is missing"),
         (EvalOptions(tmp_path, data=tmp_path), "--data belongs to --predictions"),
+        (EvalOptions(tmp_path, predictions=tmp_path, folders=tmp_path), "--folders writes"),
         (EvalOptions(tmp_path, predictions=tmp_path, task=("seg2d",)), "name its folder with --data"),
         (EvalOptions(tmp_path, predictions=tmp_path, data=tmp_path), "name it with --task"),
         (options(golden, tmp_path, "seg2d"), "lists case000_liver.png twice"),

@@ -43,6 +43,8 @@ class EvalOptions:
     split: str = "test"
     # Under "paper": do sensibly, and note, what the reference fails at.
     repair: bool = False
+    # Write the run's predictions there too, in the folders of UniBiomed's scripts.
+    folders: Path | None = None
     # Under "strict": a JSON file of tolerances of the surface Dice by target, mm.
     tolerances: Path | None = None
 
@@ -67,6 +69,9 @@ def evaluate(options: EvalOptions) -> int:
     _check(options)
     repairs, results = Repairs(options.repair), []
     samples = scoring.read_run(options.out, options.task) if options.predictions is None else {}
+    if options.folders is not None:
+        for task, of_task in samples.items():
+            paper.to_folders(task, of_task, options.folders, options.split)
     if options.protocol != "strict":
         if options.predictions is None:
             skipped = paper.WITHOUT_SCRIPTS if options.protocol == "both" else ()
@@ -107,6 +112,8 @@ def _check(options: EvalOptions) -> None:
         if options.data is not None:
             raise InputError("--data belongs to --predictions; leave it out, or name the predictions too.")
         return
+    if options.folders is not None:
+        raise InputError("--folders writes the predictions of a run; leave out --predictions.")
     if len(options.task) != 1:
         raise InputError("--predictions holds those of one task; name it with --task.")
     if options.data is None:

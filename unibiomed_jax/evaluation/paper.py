@@ -68,7 +68,7 @@ def from_samples(task: str, samples: Sequence[Sample]) -> PaperInput:
                 decode_masks(masks, sample.doc_id) for masks in (sample.truth_masks, sample.masks)
             )
             found.images.append(ImageItem(sample.doc_id, truths, masks))
-        said = sample.prediction if sample.response is None else TASKS[task].clean(sample.response)
+        said, _ = _kept(sample)
         if said is None or sample.answer is None:
             found.unscored[sample.doc_id] = sample.reason or "nothing to say about it, or no answer"
             continue
@@ -79,6 +79,49 @@ def from_samples(task: str, samples: Sequence[Sample]) -> PaperInput:
             truth += "."
         found.texts.append(TextItem(sample.doc_id, truth, said))
     return found
+
+
+def _kept(sample: Sample) -> tuple[str | None, list[str]]:
+    """Words and phrases of an answer, as the reference's scripts keep them."""
+    if sample.response is None:
+        return sample.prediction, []
+    return TASKS[sample.task].clean(sample.response)
+
+
+def to_folders(task: str, samples: Sequence[Sample], folder: Path, split: str) -> None:
+    """Write predictions as the reference's scripts do, for its scorers. What was not answered has no file.
+
+    Records of seg2d are named (doc_id) as their mask files, those of seg3d name their slices.
+
+    Raises:
+        InputError: the reference has no such task, or a volume does not name its slices.
+    """
+    if task in WITHOUT_SCRIPTS:
+        raise InputError(f"The paper has no scripts for {task}; leave out --folders.")
+    answered = [sample for sample in samples if sample.reason is None]
+    if task == "region":
+        items = from_samples(task, answered).texts
+        accuracy = paper_text.region_accuracy(items, Repairs(allowed=True))
+        reference_folders.write_regions(folder, items, accuracy)
+        return
+    for sample in answered:
+        masks = decode_masks(sample.masks, sample.doc_id)
+        if task == "seg2d":
+            for mask in masks[:1]:
+                reference_folders.write_mask(folder / split / sample.doc_id, mask)
+        elif task == "seg3d":
+            for mask in masks[:1]:
+                if len(mask) != len(sample.slices):
+                    raise InputError(
+                        f"{sample.doc_id} names {len(sample.slices)} of its {len(mask)} slices; name them all."
+                    )
+                for name, piece in zip(sample.slices, mask, strict=True):
+                    reference_folders.write_mask(folder / sample.image / sample.category / name, piece)
+        else:
+            caption, phrases = _kept(sample)
+            reference_folders.write_answer(
+                folder, sample.image, caption or "", phrases, masks if TASKS[task].masks else None
+            )
 
 
 def _mask_item(sample: Sample) -> MaskItem:

@@ -45,6 +45,8 @@ class Sample:
     # Who was imaged; None where nobody says, and then every image is a patient.
     patient: str | None = None
     image: str = ""
+    # File names of a volume's slices.
+    slices: tuple[str, ...] = ()
     # Of a pixel (y, x) or voxel (z, y, x), mm; None where nobody says.
     spacing: tuple[float, ...] | None = None
     truth_masks: EncodedMasks = ()
@@ -125,6 +127,7 @@ def from_json(line: Any, where: str) -> Sample:
         decode_masks(values[name], where)  # to say it now, and where, if one is damaged
     spacing = values.get("spacing")
     try:
+        values["slices"] = tuple(map(str, values.get("slices", ())))
         values["spacing"] = None if spacing is None else tuple(float(size) for size in spacing)
         values["response"] = line["resps"][0][0] if line.get("resps", [[]])[0] else None
         values["scores"] = {
@@ -132,7 +135,9 @@ def from_json(line: Any, where: str) -> Sample:
             for protocol, scores in values.get("scores", {}).items()
         }
     except (TypeError, ValueError, LookupError, AttributeError):
-        raise InputError(f"{where} has a spacing, resps or scores of another form; correct it.") from None
+        raise InputError(
+            f"{where} has slices, a spacing, resps or scores of another form; correct it."
+        ) from None
     if values["spacing"] is not None and not all(0 < size < float("inf") for size in values["spacing"]):
         raise InputError(f"{where} has the spacing {spacing}; give millimetres above 0, or null.")
     return Sample(**values)

@@ -96,6 +96,7 @@ def _seg3d(task: str, data: Path, predictions: Path, split: str) -> Iterator[Sam
                 dataset=data.name,
                 patient=_patient(content) or volume,
                 image=volume,
+                slices=tuple(names),
                 spacing=_spacing(content, 3, path),
                 truth_masks=_stack([of_slice.get(name) for name in names], f"{volume}, {target}"),
                 masks=_stack(files, f"the prediction of {volume}, {target}") if there else (),

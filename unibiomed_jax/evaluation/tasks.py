@@ -8,10 +8,6 @@ from dataclasses import dataclass
 from unibiomed_jax.evaluation.paper_text import clean_disease, clean_grounded, clean_region
 
 
-def _whole_answer(answer: str) -> str:
-    return clean_grounded(answer)[0]
-
-
 @dataclass(frozen=True)
 class Task:
     name: str
@@ -22,8 +18,8 @@ class Task:
     right: bool = False
     # ... and by the n-grams that they share with it.
     ngrams: bool = False
-    # What the paper's scripts keep of a model's answer.
-    clean: Callable[[str], str] = _whole_answer
+    # What the paper's scripts keep of a model's answer: its words, and its phrases.
+    clean: Callable[[str], tuple[str, list[str]]] = clean_grounded
 
 
 TASKS = {
@@ -31,14 +27,8 @@ TASKS = {
     for task in (
         Task("seg2d", "segmentation of images", masks=True),
         Task("seg3d", "segmentation of volumes", masks=True),
-        Task(
-            "disease",
-            "grounded disease recognition",
-            masks=True,
-            right=True,
-            clean=lambda answer: clean_disease(answer)[0],
-        ),
-        Task("region", "what a region shows", right=True, clean=clean_region),
+        Task("disease", "grounded disease recognition", masks=True, right=True, clean=clean_disease),
+        Task("region", "what a region shows", right=True, clean=lambda answer: (clean_region(answer), [])),
         Task("gvqa", "grounded questions", masks=True, right=True, ngrams=True),
         Task("report", "grounded reports", masks=True, ngrams=True),
         Task("caption", "captions", ngrams=True),
