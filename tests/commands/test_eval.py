@@ -66,6 +66,21 @@ def test_the_papers_numbers_of_folders(golden, tmp_path, task):
         assert task == "disease" or "METEOR: not computed" in notes[-1]
 
 
+def test_slices_without_a_table(golden, tmp_path):
+    """As by the stand-alone script of volumes."""
+    place = golden / "cal3d"
+    evaluate(
+        EvalOptions(
+            tmp_path, task=("seg3d",), predictions=place / "pred", data=place / "gt", protocol="paper"
+        )
+    )
+    printed = (place / "stdout.txt").read_text().split()[-3:]
+    metrics = numbers(tmp_path)[1]["seg3d", "paper"]["numbers"]["metrics"]
+    assert [metrics[name] for name in ("dice", "nsd", "hd95")] == pytest.approx(
+        list(map(float, printed)), abs=1e-12
+    )
+
+
 def test_strict_numbers_come_with_intervals_and_reasons(golden, tmp_path):
     assert evaluate(options(golden, tmp_path, "disease", protocol="both")) == 1
     content, found = numbers(tmp_path)

@@ -11,7 +11,7 @@ import numpy as np
 
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.evaluation import paper_masks, paper_text, reference_folders
-from unibiomed_jax.evaluation.paper_masks import ImageItem, MaskItem
+from unibiomed_jax.evaluation.paper_masks import ImageItem, MaskItem, VolumePair
 from unibiomed_jax.evaluation.paper_text import TextItem
 from unibiomed_jax.evaluation.records import Sample, decode_masks
 from unibiomed_jax.evaluation.repairs import Repairs
@@ -27,6 +27,8 @@ class PaperInput:
     """What a task's scorers take."""
 
     masks: Iterable[MaskItem] = ()
+    # Slices without a table, for the stand-alone script of volumes.
+    volumes: Iterable[VolumePair] | None = None
     images: list[ImageItem] = field(default_factory=list)
     texts: list[TextItem] = field(default_factory=list)
     # What is not scored in words, and why.
@@ -46,7 +48,10 @@ def from_folders(task: str, data: Path, predictions: Path, split: str, repairs: 
     if task == "seg2d":
         return PaperInput(reference_folders.read_seg2d(data, predictions, split))
     if task == "seg3d":
-        return PaperInput(reference_folders.read_seg3d(data, predictions, split))
+        if (data / f"meta_{split}.json").exists() or not any(data.glob("*.png")):
+            return PaperInput(reference_folders.read_seg3d(data, predictions, split))
+        pairs, without_truth = reference_folders.read_volumes(data, predictions)
+        return PaperInput(volumes=pairs, unscored=dict.fromkeys(without_truth, "no truth of that name"))
     if task == "region":
         return PaperInput(texts=reference_folders.read_regions(predictions))
     if task in ("disease", "gvqa", "report", "caption"):
@@ -113,7 +118,7 @@ def to_folders(task: str, samples: Sequence[Sample], folder: Path, split: str) -
             for mask in masks[:1]:
                 if len(mask) != len(sample.slices):
                     raise InputError(
-                        f"{sample.doc_id} names {len(sample.slices)} of its {len(mask)} slices; name them all."
+                        f"{sample.doc_id} names {len(sample.slices)} of {len(mask)} slices; name all."
                     )
                 for name, piece in zip(sample.slices, mask, strict=True):
                     reference_folders.write_mask(folder / sample.image / sample.category / name, piece)
@@ -150,6 +155,10 @@ def score(task: str, given: PaperInput, texts: TextScores | None, repairs: Repai
         texts: the n-gram scores of `given.texts`, for the tasks that have them.
         repairs: of what the reference fails at.
     """
+    if given.volumes is not None:
+        found = paper_masks.volumes(given.volumes, repairs)
+        count = sum(len(of_target) for of_target in found["volumes"].values())
+        return {"metrics": found["mean"], "classes": found["targets"], "items": found["volumes"], "n": count}
     if task in ("seg2d", "seg3d"):
         scorer = paper_masks.seg2d if task == "seg2d" else paper_masks.seg3d
         found = scorer(given.masks, repairs)

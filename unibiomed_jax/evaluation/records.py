@@ -190,7 +190,7 @@ class SampleWriter:
     def __init__(self, path: Path):
         """Open `path` for more records; what a kill left of a last line is cut off."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+b")  # noqa: SIM115 - closed by `close`
+        self._file = open(path, "a+b")
         self._file.seek(0)
         content = self._file.read()
         whole = content.rfind(b"\n") + 1

@@ -4,6 +4,7 @@
 |---|---|---|
 | seg2d | `SPLIT.json`, `SPLIT_mask/MASK_FILE` | `SPLIT/MASK_FILE` |
 | seg3d | `meta_SPLIT.json`, its mask files | `VOLUME/EXPRESSION/SLICE` |
+| seg3d, stand-alone script | no table, `A-B-SLICE_LABEL.png` of the volume A-B | equal names |
 | disease, gvqa, report, caption | as seg2d | `IMAGE.json`: caption, phrases, masks |
 | region | in the predictions | `region_cap_pred_accuracy-*.json` |
 """
