@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 
 from unibiomed_jax.evaluation.paper_masks import resize_nearest
 from unibiomed_jax.evaluation.records import Sample, decode_masks
-from unibiomed_jax.evaluation.surfaces import bounding_box, measure
+from unibiomed_jax.evaluation.surfaces import bounding_box, join_boxes, measure
 
 # Tolerances of the normalised surface Dice, in mm (in pixels where the spacing is not known).
 TOLERANCES = (1.0, 2.0, 3.0)
@@ -104,6 +104,9 @@ def score_pair(
     if truth.ndim == 3 and truth_box[0] == predicted_box[0] and truth_box[0].stop - truth_box[0].start == 1:
         # Within a single slice contours count: in 3D the two flat faces would outweigh them.
         truth, predicted, spacing = truth[truth_box[0].start], predicted[truth_box[0].start], spacing[1:]
+    else:
+        box = join_boxes(truth_box, predicted_box)
+        truth, predicted = truth[box], predicted[box]
     found = measure(truth, predicted, spacing)
     hd95 = found.hausdorff()
     scores |= {name: found.dice(tolerance) for name, tolerance in names.items()}

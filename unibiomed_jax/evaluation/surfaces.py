@@ -81,6 +81,14 @@ def bounding_box(mask: Bool[np.ndarray, "*axes"]) -> tuple[slice, ...] | None:
     return tuple(box)
 
 
+def join_boxes(*boxes: tuple[slice, ...]) -> tuple[slice, ...]:
+    """The smallest box around several."""
+    return tuple(
+        slice(min(side.start for side in sides), max(side.stop for side in sides))
+        for sides in zip(*boxes, strict=True)
+    )
+
+
 def measure(
     truth: Bool[np.ndarray, "*axes"], predicted: Bool[np.ndarray, "*axes"], spacing: Sequence[float]
 ) -> Surfaces:
@@ -94,10 +102,7 @@ def measure(
     boxes = [box for box in map(bounding_box, (truth, predicted)) if box is not None]
     if not boxes:
         return Surfaces(*[np.zeros(0)] * 4)
-    box = tuple(
-        slice(min(side.start for side in sides), max(side.stop for side in sides))
-        for sides in zip(*boxes, strict=True)
-    )
+    box = join_boxes(*boxes)
     spacing = tuple(map(float, spacing))
     first, second = (_pieces(mask[box], spacing) for mask in (truth, predicted))
     return Surfaces(
@@ -128,7 +133,7 @@ def _pieces(mask: np.ndarray, spacing: tuple[float, ...]) -> _Pieces:
         joined |= codes[tuple(after)]
         codes = joined
     areas = _areas(spacing)
-    is_piece = (areas > 0)[codes]
+    is_piece = (codes != 0) & (codes != len(areas) - 1)
     places = np.flatnonzero(is_piece)
     return _Pieces(places, areas[codes.reshape(-1)[places]], is_piece)
 
@@ -174,7 +179,8 @@ def _along_columns(
 ) -> Int[np.ndarray, "slices rows columns"]:
     """Steps along the first axis to the nearest piece; the length of the column where it has none."""
     length = len(is_piece)
-    steps = np.where(is_piece, np.int32(0), np.int32(length)).astype(np.int16 if length < 2**15 else np.int32)
+    number = np.int16 if length < 2**15 else np.int32
+    steps = np.where(is_piece, number(0), number(length))
     one_more = np.empty_like(steps[0])
     for order in (range(1, length), range(length - 2, -1, -1)):
         for place in order:
