@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import tyro
 
+from unibiomed_jax.commands.eval import CompareOptions, EvalOptions
 from unibiomed_jax.commands.explain_sharding import ExplainShardingOptions
 from unibiomed_jax.commands.predict import PredictOptions
 from unibiomed_jax.commands.run import run
@@ -26,11 +28,16 @@ _Convert = (
     | Annotated[ToTorchOptions, tyro.conf.subcommand("to-torch")]
     | Annotated[VerifyOptions, tyro.conf.subcommand("verify")]
 )
+_Eval = (
+    Annotated[EvalOptions, tyro.conf.subcommand("run")]
+    | Annotated[CompareOptions, tyro.conf.subcommand("compare")]
+)
 Command = (
     Annotated[PredictOptions, tyro.conf.subcommand("predict")]
     | Annotated[ExplainShardingOptions, tyro.conf.subcommand("explain-sharding")]
     | Annotated[_Convert, tyro.conf.subcommand("convert", description="PyTorch checkpoints in and out.")]
     | Annotated[_Data, tyro.conf.subcommand("data", description="Make, check and pack datasets to train on.")]
+    | Annotated[_Eval, tyro.conf.subcommand("eval", description="Score answers, and compare two runs.")]
 )
 # Where each command is: its module below `commands`, which is loaded when it is asked for, and its function.
 PLACES = {
@@ -42,12 +49,22 @@ PLACES = {
     BuildOptions: ("data", "build"),
     ValidateOptions: ("data", "validate"),
     PackOptions: ("data", "pack"),
+    EvalOptions: ("eval", "evaluate"),
+    CompareOptions: ("eval", "compare"),
 }
+
+
+def parse(arguments: Sequence[str]) -> Any:
+    """The options of a command line."""
+    arguments = list(arguments)
+    if arguments[:1] == ["eval"] and arguments[1:2] not in (["run"], ["compare"], ["--help"], ["-h"]):
+        arguments.insert(1, "run")  # what `unibiomed eval` does, if nothing else is said
+    return tyro.cli(Command, prog="unibiomed", description=__doc__, args=arguments)
 
 
 def main() -> None:
     """Entry point of `unibiomed`; exit codes are those of `commands.run`."""
-    options = tyro.cli(Command, prog="unibiomed", description=__doc__)
+    options = parse(sys.argv[1:])
     module, function = PLACES[type(options)]
     command = getattr(importlib.import_module(f"unibiomed_jax.commands.{module}"), function)
     sys.exit(run(lambda: command(options)))

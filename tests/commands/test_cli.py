@@ -21,7 +21,7 @@ def options_of(command) -> set[type]:
 
 
 def test_help_lists_the_commands_without_starting_jax(unibiomed):
-    assert {"predict", "convert", "data"} <= set(unibiomed("--help").stdout.split())
+    assert {"predict", "convert", "data", "eval"} <= set(unibiomed("--help").stdout.split())
     assert {"build", "validate"} <= set(unibiomed("data", "--help").stdout.split())
     assert {"from-torch", "to-torch", "verify"} <= set(unibiomed("convert", "--help").stdout.split())
     look = "import sys, unibiomed_jax.cli; print('jax' in sys.modules)"
@@ -41,3 +41,9 @@ def test_every_command_has_a_function():
 def test_what_the_parser_refuses_ends_as_what_cannot_be_done(unibiomed, arguments):
     run = unibiomed(*arguments)
     assert run.returncode == 2 and "Traceback" not in run.stderr
+
+
+def test_eval_scores_unless_something_else_is_said():
+    assert type(cli.parse(["eval", "--out", "run"])) is cli.EvalOptions
+    assert type(cli.parse(["eval", "run", "--out", "run"])) is cli.EvalOptions
+    assert type(cli.parse(["eval", "compare", "a", "b"])) is cli.CompareOptions

@@ -11,7 +11,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco
 
 from unibiomed_jax.config.fields import to_dict
 from unibiomed_jax.config.precision import Precision
@@ -19,15 +18,10 @@ from unibiomed_jax.errors import InputError
 from unibiomed_jax.files import new_folder, shown
 from unibiomed_jax.inference.answer import Answer, OpenedImage, Segment
 from unibiomed_jax.inference.phrases import clean_answer
+from unibiomed_jax.masks import run_length
 from unibiomed_jax.masks.overlay import overlay
 
 ANSWER_FILE = "answer.json"
-
-
-def run_length(mask: np.ndarray) -> dict:
-    """A (height, width) mask as COCO compressed run-length encoding, ready for JSON."""
-    encoded = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
 
 
 def record(
@@ -49,9 +43,7 @@ def record(
                 "predicted_iou": segment.iou,
                 "object_score": segment.object_score,
                 "pixels": int(segment.mask.sum()),
-                "mask": run_length(segment.mask)
-                if segment.mask.ndim == 2
-                else [run_length(frame) for frame in segment.mask],
+                "mask": run_length.encode(segment.mask),
             }
             for segment in answer.segments
         ],

@@ -1,0 +1,37 @@
+"""The tasks that can be evaluated, and what is judged of each: the one table that all else looks up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from unibiomed_jax.evaluation.paper_text import clean_disease, clean_grounded, clean_region
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    title: str
+    # Masks are judged, and so is a target that is not there.
+    masks: bool = False
+    # Words are judged: whether they say what is true, ...
+    right: bool = False
+    # ... and by the n-grams that they share with it.
+    ngrams: bool = False
+    # What the paper's scripts keep of a model's answer: its words, and its phrases.
+    clean: Callable[[str], tuple[str, list[str]]] = clean_grounded
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("seg2d", "segmentation of images", masks=True),
+        Task("seg3d", "segmentation of volumes", masks=True),
+        Task("disease", "grounded disease recognition", masks=True, right=True, clean=clean_disease),
+        Task("region", "what a region shows", right=True, clean=lambda answer: (clean_region(answer), [])),
+        Task("gvqa", "grounded questions", masks=True, right=True, ngrams=True),
+        Task("report", "grounded reports", masks=True, ngrams=True),
+        Task("caption", "captions", ngrams=True),
+        Task("vqa", "questions", right=True, ngrams=True),
+    )
+}
