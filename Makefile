@@ -42,11 +42,11 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.installed-test-$(PARITY): $(VENV)/.installed
 ifeq ($(PARITY),1)
-	$(BIN)/python -m pip install --quiet --editable '.[test,parity,bucket]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,parity,bucket,eval]'
 	# sam2 declares torchvision, which its modelling code does not need.
 	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install --quiet --no-deps sam2==1.1.0
 else
-	$(BIN)/python -m pip install --quiet --editable '.[test,bucket]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,bucket,eval]'
 endif
 	touch $@
 
