@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.studies.study import Place
+from unibiomed_jax.studies.place import Place
 
 if TYPE_CHECKING:
     from pydicom import Dataset

@@ -14,8 +14,9 @@ from unibiomed_jax.errors import InputError
 from unibiomed_jax.inputs.images import by_number, open_image
 from unibiomed_jax.studies.dicom_files import DicomFile, is_dicom, quietly, read_header, require_pydicom
 from unibiomed_jax.studies.dicom_series import find_dicom_series
+from unibiomed_jax.studies.place import Place
 from unibiomed_jax.studies.series import Series
-from unibiomed_jax.studies.study import Place, Study, alias
+from unibiomed_jax.studies.study import Study, alias
 from unibiomed_jax.studies.volume_files import (
     ITK_SUFFIXES,
     NIFTI_SUFFIXES,

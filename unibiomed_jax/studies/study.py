@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from unibiomed_jax.studies.dicom_series import Frame
+    from unibiomed_jax.studies.dicom_files import Frame
     from unibiomed_jax.studies.windows import Window
 
 # Positions closer than this, mm, are one.
@@ -162,15 +161,3 @@ class Study:
     @property
     def is_colour(self) -> bool:
         return self.values.ndim == 4
-
-
-@dataclass(frozen=True)
-class Place:
-    """A file by the folder that was asked for: messages say which it is without its name."""
-
-    path: Path
-    # Number in the folder, from 1 in the order of the names; None if the file itself was asked for.
-    number: int | None = None
-
-    def __str__(self) -> str:
-        return "The file" if self.number is None else f"File {self.number} of the folder (by name)"

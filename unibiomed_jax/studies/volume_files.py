@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.studies.place import Place
 from unibiomed_jax.studies.series import Series
-from unibiomed_jax.studies.study import Geometry, GridSource, Place, Study, alias
+from unibiomed_jax.studies.study import Geometry, GridSource, Study, alias
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
