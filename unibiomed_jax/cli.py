@@ -10,6 +10,7 @@ import tyro
 
 from unibiomed_jax.commands.predict import PredictOptions
 from unibiomed_jax.commands.run import run
+from unibiomed_jax.commands.study import StudyOptions
 from unibiomed_jax.conversion.options import FromTorchOptions, ToTorchOptions, VerifyOptions
 from unibiomed_jax.datasets.build import BuildOptions
 from unibiomed_jax.datasets.pack import PackOptions
@@ -27,12 +28,14 @@ _Convert = (
 )
 Command = (
     Annotated[PredictOptions, tyro.conf.subcommand("predict")]
+    | Annotated[StudyOptions, tyro.conf.subcommand("study")]
     | Annotated[_Convert, tyro.conf.subcommand("convert", description="PyTorch checkpoints in and out.")]
     | Annotated[_Data, tyro.conf.subcommand("data", description="Make, check and pack datasets to train on.")]
 )
 # Where each command is: its module below `commands`, which is loaded when it is asked for, and its function.
 PLACES = {
     PredictOptions: ("predict", "predict"),
+    StudyOptions: ("study", "study"),
     FromTorchOptions: ("convert", "from_torch"),
     ToTorchOptions: ("convert", "to_torch"),
     VerifyOptions: ("convert", "verify"),

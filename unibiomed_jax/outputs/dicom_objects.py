@@ -13,13 +13,19 @@ from unibiomed_jax.studies.dicom_files import EXTRA, Frame, quietly
 from unibiomed_jax.studies.study import DicomSource, Study
 
 if TYPE_CHECKING:
-    from pydicom import Dataset
+    from pydicom import DataElement, Dataset
 
 MAKER = "unibiomed-jax"
 # A series number beyond those of scanners.
 SERIES_NUMBER = 9001
 # Longest text of the value representations LO and SH.
 LONG, SHORT = 64, 16
+# What highdicom copies beyond the identity by which an archive files an object: places, people, free text.
+_LEFT_OUT = {
+    "InstitutionName", "InstitutionAddress", "InstitutionalDepartmentName", "StationName",
+    "StudyDescription", "PatientComments", "ImageComments", "AdditionalPatientHistory", "Occupation",
+    "EthnicGroup", "AdmittingDiagnosesDescription", "PhysiciansOfRecord", "NameOfPhysiciansReadingStudy",
+}  # fmt: skip
 
 
 def maker() -> dict[str, str]:
@@ -75,5 +81,11 @@ def written(study: Study, what: str) -> Iterator[None]:
 
 
 def save(dataset: Dataset, path: Path) -> None:
-    """Write an object with a preamble and its meta group."""
+    """Write an object with a preamble and its meta group, without the texts that no archive needs."""
+    dataset.walk(_leave_out)
     dataset.save_as(path, enforce_file_format=True)
+
+
+def _leave_out(dataset: Dataset, element: DataElement) -> None:
+    if element.keyword in _LEFT_OUT:
+        del dataset[element.tag]

@@ -46,14 +46,7 @@ def choose_window(
             )
         return _preset(asked, preprocessing)
     if study.modality == "CT":
-        name = preprocessing.ct_default or next(
-            (
-                name
-                for name, preset in preprocessing.ct_windows.items()
-                if study.body_part.upper() in preset.body_parts
-            ),
-            None,
-        )
+        name = ct_preset(study.body_part, preprocessing)
         if name is None:
             raise InputError(
                 f"Nothing says which window the CT {study.series_alias} was meant for; give one of {choices}."
@@ -71,6 +64,14 @@ def choose_window(
     if study.modality not in ("MR", "PT", "NM") and study.own_windows:
         return study.own_windows[0]  # radiographs and ultrasound were shown as their makers meant
     return _percentiles(study, preprocessing)
+
+
+def ct_preset(body_part: str, preprocessing: Preprocessing) -> str | None:
+    """The window of a CT of this body part; None if nothing says which."""
+    fitting = (
+        name for name, preset in preprocessing.ct_windows.items() if body_part.upper() in preset.body_parts
+    )
+    return preprocessing.ct_default or next(fitting, None)
 
 
 def to_grey(study: Study, window: Window, *, truncate: bool, index: int) -> np.ndarray:
