@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,6 +170,23 @@ def test_the_objects_satisfy_dciodvfy(written):
         assert run.returncode == 0 and not found, found
 
 
+_DCMQI = shutil.which("segimage2itkimage", path=str(Path(sys.executable).parent))
+
+
+@pytest.mark.skipif(_DCMQI is None, reason="dcmqi is not installed")
+def test_slicers_reader_finds_the_mask_at_its_place(written, tmp_path):
+    kind, series, _, mask, out = written
+    if kind == "tilted":
+        pytest.skip("dcmqi makes a straight volume of every segmentation")
+    run = [_DCMQI, "--inputDICOM", str(out / "seg.dcm"), "--outputDirectory", str(tmp_path), "-t", "nrrd"]
+    subprocess.run(run, check=True, capture_output=True)
+    image = SimpleITK.ReadImage(str(tmp_path / "1.nrrd"))
+    voxels = np.argwhere(SimpleITK.GetArrayFromImage(image))[:, ::-1]
+    assert len(voxels) == mask.sum()
+    place = image.TransformContinuousIndexToPhysicalPoint(voxels.mean(0).tolist())
+    np.testing.assert_allclose(place, centre_of(series), atol=0.01)
+
+
 def test_missing_slices_are_named_and_refused_by_nifti_alone(tmp_path):
     series = MadeSeries()
     study = open_study(series.write(tmp_path / "in", skip=(3,)))
@@ -296,3 +315,13 @@ def test_masks_of_another_grid_and_nifti_as_segmentation_are_refused(tmp_path):
         write_study(study, {"liver": mask}, tmp_path / "out", ["seg"])
     with pytest.raises(InputError, match="shape"):
         write_study(study, {"liver": mask[:2]}, tmp_path / "out")
+
+
+def test_a_film_without_places_is_refused_by_what_states_places(tmp_path):
+    from pydicom.data import get_testdata_file
+
+    film = open_study(get_testdata_file("examples_ybr_color.dcm"))
+    mask = np.ones(film.values.shape[:3], bool)
+    for name, words in (("seg", "film"), ("nifti", "no known place"), ("rtstruct", "RTSTRUCT describes")):
+        with pytest.raises(InputError, match=words):
+            write_study(film, {"heart": mask}, tmp_path / "out", [name])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from unibiomed_jax import InputError, open_study
+from unibiomed_jax import InputError, open_study, write_study
 from unibiomed_jax.studies.opening import list_series
 
 pydicom = pytest.importorskip("pydicom")
@@ -94,6 +95,7 @@ def test_doubled_places_are_dropped_if_equal_and_refused_with_both_if_not(tmp_pa
     study = open_study(folder)
     np.testing.assert_array_equal(study.values, series.values)
     assert study.geometry.spacing[0] == pytest.approx(2.5)
+    assert study.notes == ("1 places occur twice", "the second of each has the same pixels and was left out")
     double.PixelData = (series.stored[2] + 1).tobytes()
     save(double, folder / "double")
     with pytest.raises(InputError, match="two different images at one place .instance 4 and instance 77"):
@@ -304,3 +306,20 @@ def test_nothing_of_the_patient_is_in_a_message(tmp_path, capfd):
     out, err = capfd.readouterr()
     for word in (*PLANTED, series.uid, series.study):
         assert word not in " ".join(messages) + out + err, word
+
+
+def test_without_the_extra_one_sentence_names_it(tmp_path, monkeypatch):
+    path = save(MadeSeries().slice(0), tmp_path / "x")
+    study = open_study(path)
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    with pytest.raises(
+        InputError, match=r"needs highdicom; install it with `pip install 'unibiomed-jax\[dicom"
+    ):
+        write_study(study, {"liver": np.ones(study.values.shape, bool)}, tmp_path / "out", ["seg"])
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(
+        InputError, match=r"needs pydicom; install it with `pip install 'unibiomed-jax\[dicom"
+    ):
+        open_study(path)
+    Image.new("L", (4, 5)).save(tmp_path / "a.png")
+    assert open_study(tmp_path / "a.png").values.shape == (1, 5, 4, 3)

@@ -76,7 +76,7 @@ def written(study: Study, what: str) -> Iterator[None]:
             raise
         raise InputError(
             f"{what} cannot be made from {study.series_alias}: its DICOM attributes are incomplete "
-            f"({type(error).__name__}); write NIfTI instead, or export the series again."
+            f"({type(error).__name__}); write another format, or export the series again."
         ) from None
 
 

@@ -46,6 +46,11 @@ def write_dicom_seg(
         import highdicom
 
         if frames[0].file.frames > 1:
+            if study.geometry is None:
+                raise InputError(
+                    f"{study.series_alias} is a film of no known place, which DICOM-SEG cannot hold; write "
+                    "'sc' or 'png'."
+                )
             objects = len({id(frame.file) for frame in frames})
             if objects > 1:
                 raise InputError(

@@ -49,7 +49,7 @@ def write_rtstruct(path: Path, study: Study, masks: Mapping[str, np.ndarray]) ->
     if study.geometry is None or study.modality not in _MODALITIES or not header.get("FrameOfReferenceUID"):
         raise InputError(
             f"RTSTRUCT describes CT, MR and PET with a frame of reference, which {study.series_alias} "
-            f"({study.modality}) is not; write 'seg' or 'nifti'."
+            f"({study.modality}) is not; write 'seg' or 'sc'."
         )
     with dicom_objects.written(study, "RTSTRUCT"):
         from pydicom.dataset import Dataset, FileMetaDataset

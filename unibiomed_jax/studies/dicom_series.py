@@ -27,6 +27,8 @@ _CONTENTS = (
     ("time point", "", "TemporalPositionIdentifier"),
     ("trigger time", "", "TriggerTime"),
     ("b-value", "MRDiffusionSequence", "DiffusionBValue"),
+    ("b-value", "", "DiffusionBValue"),
+    ("gradient direction", "", "DiffusionGradientOrientation"),
     ("image type", "", "ImageType"),
     ("acquisition", "", "AcquisitionNumber"),
 )
@@ -129,7 +131,7 @@ def _open(
     if geometry is not None:
         values, padding, kept = _without_doubles(frames, name)
         if len(kept) < len(frames):
-            notes = (*notes, f"{len(frames) - len(kept)} images of the same place and pixels left out")
+            notes = (*notes, "the second of each has the same pixels and was left out")
             frames = [frames[index] for index in kept]
             geometry = Geometry(
                 np.stack([frame.origin for frame in frames]),
@@ -140,6 +142,8 @@ def _open(
     else:
         values, padding = read_values(frames, name)
     unit = "HU" if modality == "CT" else ""
+    if modality == "CT" and values.min() >= 0:
+        notes = (*notes, "no value lies below 0, as that of air would: its scale may not be HU")
     if modality == "PT" and values.ndim == 3:
         factor, reason = suv_factor(frames)
         if factor is None:
@@ -202,7 +206,6 @@ def _stack(name: str, frames: list[Frame]) -> tuple[list[Frame], Geometry, list[
         notes.append(f"tilted: each slice is shifted by {geometry.tilt:.2f} mm in its plane")
     if not distinct.all():
         notes.append(f"{(~distinct).sum()} places occur twice")
-        geometry = Geometry(origins, geometry.across, geometry.down, geometry.thickness)
     return frames, geometry, notes
 
 
