@@ -52,10 +52,10 @@ def box_in(study, series: MadeSeries) -> np.ndarray:
     return mask
 
 
-@pytest.fixture(params=[*ORIENTATIONS, "enhanced", "tilted"])
-def written(request, tmp_path):
+@pytest.fixture(scope="module", params=[*ORIENTATIONS, "enhanced", "tilted"])
+def written(request, tmp_path_factory):
     """A series, the study read from it, and the folder of all forms of its box."""
-    kind = request.param
+    kind, tmp_path = request.param, tmp_path_factory.mktemp(request.param)
     series = MadeSeries(ORIENTATIONS.get(kind, ORIENTATIONS["axial"]), tilt=0.3 if kind == "tilted" else 0.0)
     folder = tmp_path / "in"
     if kind == "enhanced":

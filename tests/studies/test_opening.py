@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ pydicom = pytest.importorskip("pydicom")
 
 from dicom_series import ORIENTATIONS, PLANTED, MadeSeries, save  # noqa: E402
 from pydicom.data import get_testdata_file  # noqa: E402
+from pydicom.dataelem import RawDataElement  # noqa: E402
+from pydicom.tag import Tag  # noqa: E402
 
 SEG_CLASS = "1.2.840.10008.5.1.4.1.1.66.4"
 
@@ -323,3 +326,46 @@ def test_without_the_extra_one_sentence_names_it(tmp_path, monkeypatch):
         open_study(path)
     Image.new("L", (4, 5)).save(tmp_path / "a.png")
     assert open_study(tmp_path / "a.png").values.shape == (1, 5, 4, 3)
+
+
+def test_impossible_attributes_are_refused_and_leave_other_series_alone(tmp_path):
+    """Values as broken exports have them, written past pydicom's checks."""
+    good = MadeSeries().write(tmp_path / "in" / "good")
+    wrong = {
+        "ImagePositionPatient": ("DS", b"1\\2 "),
+        "ImageOrientationPatient": ("DS", b"a\\b\\c\\d\\e\\f "),
+        "PixelSpacing": ("DS", b"0\\0 "),
+        "RescaleSlope": ("DS", b"one "),
+        "WindowCenter": ("DS", b"left"),
+        "BitsStored": ("US", b"\x00\x00"),
+        "Rows": ("US", b"\x00\x00"),
+        "SamplesPerPixel": ("US", b"\x07\x00"),
+        "PhotometricInterpretation": ("CS", b"GREEN "),
+        "SeriesInstanceUID": ("UI", b"Planted\x00"),
+        "PixelPaddingValue": ("LO", b"none"),
+        "NumberOfFrames": ("IS", b"many"),
+        "SliceThickness": ("DS", b"thin"),
+        "BodyPartExamined": ("CS", b"\xff\xfe"),
+    }
+    opened = set()
+    for name, (vr, value) in wrong.items():
+        dataset = MadeSeries().slice(0)
+        dataset[name] = RawDataElement(Tag(name), vr, len(value), value, 0, False, True)
+        path = tmp_path / name
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            save(dataset, path)
+        try:
+            study = open_study(path)
+            opened.add(name)
+            assert study.geometry is None or name not in ("ImagePositionPatient", "ImageOrientationPatient")
+        except InputError as error:
+            assert str(error).endswith(".") and "Planted" not in str(error) and "\n" not in str(error), name
+        shutil.copy(path, tmp_path / "in" / name)
+    # What scale and shape do not hang on may be wrong; without a place a slice is a picture.
+    assert opened == {
+        "ImagePositionPatient", "ImageOrientationPatient", "SeriesInstanceUID", "WindowCenter",
+        "PixelPaddingValue", "SliceThickness", "BodyPartExamined",
+    }  # fmt: skip
+    found = [series for series in list_series(tmp_path / "in").series if series.shape[0] == 6]
+    np.testing.assert_array_equal(open_study(tmp_path / "in", found[0].alias).values, open_study(good).values)

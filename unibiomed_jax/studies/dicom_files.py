@@ -51,7 +51,7 @@ _REMEDIES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DicomFile:
     """A DICOM object with an image; its pixels are read when they are asked for."""
 
@@ -89,7 +89,7 @@ class DicomFile:
         return None if value is None or value == "" else value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Frame:
     """A single image of a DICOM object."""
 
@@ -164,11 +164,11 @@ def is_dicom(path: Path) -> bool:
     return start[4:6].isalpha() or start[6:8] == b"\0\0" or start[4:6] == b"\0\0"
 
 
-def read_header(place: Place) -> DicomFile:
-    """The attributes of an object with an image.
+def read_header(place: Place) -> Dataset:
+    """The attributes of an object, without its pixels.
 
     Raises:
-        InputError: it is damaged, or no image of a patient (see `why_no_image`).
+        InputError: it is damaged.
     """
     from pydicom import dcmread
 
@@ -180,23 +180,32 @@ def read_header(place: Place) -> DicomFile:
         raise InputError(
             f"{place} is no readable DICOM ({type(error).__name__}); copy it again from the archive."
         ) from None
-    reason = why_no_image(header, place)
+    return header
+
+
+def as_image(place: Place, header: Dataset) -> DicomFile:
+    """The object as one with an image.
+
+    Raises:
+        InputError: it is none of a patient.
+    """
+    reason = _why_no_image(header, place)
     if reason is not None:
         raise InputError(reason)
     return DicomFile(place, header)
 
 
-def kind_of(header: Dataset) -> str | None:
+def _kind_of(header: Dataset) -> str | None:
     """What an object without an image of a patient is, or None."""
     sop_class = str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
     matches = [name for name in _NO_IMAGE if sop_class.startswith(name)]
     return _NO_IMAGE[max(matches, key=len)] if matches else None
 
 
-def why_no_image(header: Dataset, place: Place) -> str | None:
+def _why_no_image(header: Dataset, place: Place) -> str | None:
     """The sentence for an object that is no image of a patient, or None."""
     with quietly():
-        kind = kind_of(header)
+        kind = _kind_of(header)
         if kind is None and header.get("Modality") == "SM":
             kind = "whole-slide image"
         if kind is not None:

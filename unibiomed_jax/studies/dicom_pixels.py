@@ -161,6 +161,8 @@ def _signed(value: int, header: Dataset) -> int:
 
 
 def _voi_table(item: Dataset) -> Window | None:
+    if "LUTDescriptor" not in item or "LUTData" not in item:
+        return None
     entries, first, bits = item.LUTDescriptor
     data = item.LUTData
     if isinstance(data, bytes):

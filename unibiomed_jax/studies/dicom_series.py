@@ -34,12 +34,26 @@ _CONTENTS = (
 )
 
 
-def find_dicom_series(files: Sequence[DicomFile]) -> list[Series]:
-    """The volumes, films and pictures that objects with images make, in the order of the files."""
+def find_dicom_series(files: Sequence[DicomFile], left_out: list[str]) -> list[Series]:
+    """The volumes, films and pictures that objects with images make, in the order of the files.
+
+    A series that cannot be understood is told in `left_out`, a sentence each.
+    """
     groups: dict[str, list[DicomFile]] = {}
     for number, file in enumerate(files):
         groups.setdefault(str(file.header.get("SeriesInstanceUID") or f"no UID {number}"), []).append(file)
-    return [series for uid, members in groups.items() for series in _series_of(uid, members)]
+    found: list[Series] = []
+    for uid, members in groups.items():
+        try:
+            found += _series_of(uid, members)
+        except Exception as error:  # an attribute of an impossible value raises wherever it is used
+            left_out.append(impossible(alias("series", uid), error))
+    return found
+
+
+def impossible(name: str, error: Exception) -> str:
+    """The sentence for a series whose attributes have impossible values; without the values."""
+    return f"{name} has attributes that cannot be understood ({type(error).__name__}); export it again."
 
 
 def _series_of(uid: str, files: list[DicomFile]) -> list[Series]:

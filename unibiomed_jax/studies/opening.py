@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inputs.images import by_number, open_image
-from unibiomed_jax.studies.dicom_files import DicomFile, is_dicom, quietly, read_header, require_pydicom
-from unibiomed_jax.studies.dicom_series import find_dicom_series
+from unibiomed_jax.studies.dicom_files import (
+    DicomFile,
+    as_image,
+    is_dicom,
+    quietly,
+    read_header,
+    require_pydicom,
+)
+from unibiomed_jax.studies.dicom_series import find_dicom_series, impossible
 from unibiomed_jax.studies.place import Place
 from unibiomed_jax.studies.series import Series
 from unibiomed_jax.studies.study import Study, alias
@@ -23,6 +31,9 @@ from unibiomed_jax.studies.volume_files import (
     find_itk_series,
     find_nifti_series,
 )
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
 
 
 @dataclass(frozen=True)
@@ -63,8 +74,15 @@ def open_study(path: str | os.PathLike, series: str | int | None = None) -> Stud
         chosen = _find(found, str(series))
     if chosen.refusal is not None:
         raise InputError(chosen.refusal)
-    with quietly():
-        return chosen.load()
+    try:
+        with quietly():
+            return chosen.load()
+    except (InputError, MemoryError):
+        raise
+    except OSError as error:  # whose own message names the path
+        raise InputError(f"{chosen.alias} cannot be read ({error.strerror}); check the disk.") from None
+    except Exception as error:  # an attribute of an impossible value raises wherever it is used
+        raise InputError(impossible(chosen.alias, error)) from None
 
 
 def list_series(path: str | os.PathLike) -> Listing:
@@ -83,11 +101,11 @@ def list_series(path: str | os.PathLike) -> Listing:
         try:
             if is_dicom(place.path):
                 require_pydicom()
-                if _is_directory_record(place):
-                    if place.number is None:
-                        dicom += _recorded(place, left_out)
-                else:
-                    dicom.append(read_header(place))
+                header = read_header(place)
+                if "DirectoryRecordSequence" not in header:
+                    dicom.append(as_image(place, header))
+                elif place.number is None:  # in a folder its files are found without it
+                    dicom += _recorded(place, header.DirectoryRecordSequence, left_out)
             else:
                 others += _others(place)
         except OSError as error:
@@ -95,7 +113,8 @@ def list_series(path: str | os.PathLike) -> Listing:
         except InputError as error:
             left_out.append(str(error))
     with quietly():
-        return Listing((*find_dicom_series(dicom), *others), tuple(left_out))
+        found = find_dicom_series(dicom, left_out)
+    return Listing((*found, *others), tuple(left_out))
 
 
 def _places(path: Path, left_out: list[str]) -> Iterator[Place]:
@@ -128,33 +147,11 @@ def _places(path: Path, left_out: list[str]) -> Iterator[Place]:
                 yield place
 
 
-def _is_directory_record(place: Place) -> bool:
-    from pydicom import dcmread
-
-    try:
-        with quietly():
-            header = dcmread(
-                place.path, stop_before_pixels=True, force=True, specific_tags=["DirectoryRecordSequence"]
-            )
-            return "DirectoryRecordSequence" in header or (
-                header.file_meta.get("MediaStorageSOPClassUID") == "1.2.840.10008.1.3.10"
-            )
-    except Exception:  # read_header says what is wrong with it
-        return False
-
-
-def _recorded(place: Place, left_out: list[str]) -> list[DicomFile]:
-    """The images that a DICOMDIR lists."""
-    from pydicom import dcmread
-
+def _recorded(place: Place, records: Sequence[Dataset], left_out: list[str]) -> list[DicomFile]:
+    """The images that the records of a DICOMDIR name."""
     root = place.path.parent.resolve()
     files, missing = [], 0
-    try:
-        with quietly():
-            records = dcmread(place.path).get("DirectoryRecordSequence") or ()
-            names = [record.get("ReferencedFileID") for record in records]
-    except Exception as error:  # as in read_header
-        raise InputError(f"The DICOMDIR cannot be read ({type(error).__name__}); name its folder.") from None
+    names = [record.get("ReferencedFileID") for record in records]
     for number, parts in enumerate(filter(None, names), 1):
         path = root.joinpath(*([parts] if isinstance(parts, str) else parts))
         if not path.resolve().is_relative_to(root):
@@ -163,7 +160,8 @@ def _recorded(place: Place, left_out: list[str]) -> list[DicomFile]:
             missing += 1
             continue
         try:
-            files.append(read_header(Place(path, number)))
+            listed = Place(path, number)
+            files.append(as_image(listed, read_header(listed)))
         except (InputError, OSError) as error:
             left_out.append(
                 str(error) if isinstance(error, InputError) else f"Record {number} cannot be read."

@@ -29,7 +29,7 @@ def alias(kind: str, identity: bytes | str) -> str:
     return f"{kind}-{hashlib.blake2b(data, digest_size=5, person=b'unibiomed-alias').hexdigest()}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Geometry:
     """Where pixels lie: in DICOM's patient coordinates, mm to the patient's left, back and head."""
 
@@ -102,7 +102,7 @@ class Geometry:
         return self.origins[slices] + rows * self.down + columns * self.across
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DicomSource:
     """The DICOM objects that a study was read from."""
 
@@ -110,7 +110,7 @@ class DicomSource:
     frames: tuple[Frame, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GridSource:
     """The grid of a volume file, and how its axes became slices, rows and columns."""
 
@@ -131,7 +131,7 @@ class GridSource:
         return values.transpose(np.argsort(self.axes)).reshape(self.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Study:
     """A series opened: a volume, a film, or a single picture."""
 

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Window:
     """Values that become black (`low`) and white (`high`), in the unit of the study."""
 
