@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -60,6 +62,9 @@ def test_every_output_is_free_of_planted_names_dates_and_paths(tmp_path, capfd):
         "overlay_0003.dcm",
         "overlay_0004.dcm",
     ]
+    if shutil.which("dciodvfy"):
+        run = subprocess.run(["dciodvfy", out / "overlay_0003.dcm"], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
     capture = pydicom.dcmread(out / "overlay_0003.dcm")
     assert capture.BurnedInAnnotation == "YES" and "research use" in capture.DerivationDescription
     assert list(capture.PatientOrientation) == ["L", "P"]

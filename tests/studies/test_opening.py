@@ -86,7 +86,7 @@ def test_localizers_copies_and_other_objects_do_not_reach_the_volume(tmp_path):
     assert sum("segmentation" in reason for reason in listing.left_out) == 1
     study = open_study(folder)
     np.testing.assert_array_equal(study.values, series.values)
-    assert study.notes == ("1 copies of the same images left out", "1 localizer images left out")
+    assert study.notes == ("copies of the same images left out: 1", "localizer images left out: 1")
 
 
 def test_doubled_places_are_dropped_if_equal_and_refused_with_both_if_not(tmp_path):
@@ -98,7 +98,10 @@ def test_doubled_places_are_dropped_if_equal_and_refused_with_both_if_not(tmp_pa
     study = open_study(folder)
     np.testing.assert_array_equal(study.values, series.values)
     assert study.geometry.spacing[0] == pytest.approx(2.5)
-    assert study.notes == ("1 places occur twice", "the second of each has the same pixels and was left out")
+    assert study.notes == (
+        "images at the place of another: 1",
+        "they have the same pixels and were left out",
+    )
     double.PixelData = (series.stored[2] + 1).tobytes()
     save(double, folder / "double")
     with pytest.raises(InputError, match="two different images at one place .instance 4 and instance 77"):
@@ -145,6 +148,8 @@ def test_suv_only_with_what_it_needs(tmp_path):
                 "CorrectedImage": ["ATTN", "DECY"],
                 "DecayCorrection": "START",
                 "PatientWeight": 70.0,
+                "WindowCenter": 5000.5,
+                "WindowWidth": 10001,
                 "RadiopharmaceuticalInformationSequence": [dose],
                 **attributes,
             },
@@ -156,6 +161,7 @@ def test_suv_only_with_what_it_needs(tmp_path):
     factor = 70_000 / (3.7e8 * 2 ** (-3600 / 6586.2))
     np.testing.assert_allclose(study.values, series.values * factor, rtol=1e-5)
     assert study.unit == "SUV"
+    assert study.own_windows[0].high == pytest.approx(10_000 * factor)
     study = open_study(pet(DecayCorrection="ADMIN").write(tmp_path / "admin"))
     np.testing.assert_allclose(study.values, series.values * 70_000 / 3.7e8, rtol=1e-5)
     study = open_study(pet(Units="GML").write(tmp_path / "gml"))

@@ -60,12 +60,13 @@ def write_secondary_captures(
                 sop_instance_uid=dicom_objects.new_uid(),
                 instance_number=index + 1,
                 manufacturer=dicom_objects.MAKER,
-                laterality=None,
                 patient_orientation=_orientation(study) or ("L", "P"),
                 series_description="UniBiomed overlays",
             )
             if study.geometry is None:
                 capture.PatientOrientation = ""
+            # Of a body part that may be one of a pair; empty where the source does not say.
+            capture.Laterality = frames[index].file.header.get("Laterality") or ""
             capture.BurnedInAnnotation = "YES"
             capture.DerivationDescription = NOTICE
             names.append(f"overlay_{index + 1:04d}.dcm")

@@ -169,7 +169,7 @@ def _voi_table(item: Dataset) -> Window | None:
         data = np.frombuffer(data, np.uint8 if bits <= 8 else np.dtype("<u2"))
     table = np.asarray(data, np.float32)
     entries = entries or 1 << 16
-    if len(table) < entries:
+    if entries < 2 or len(table) < entries:
         return None
     table = table[:entries] / np.float32((1 << bits) - 1)
     return Window(float(first), float(first + entries - 1), "the file's own", table=np.clip(table, 0, 1))

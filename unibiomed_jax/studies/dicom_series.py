@@ -64,12 +64,12 @@ def _series_of(uid: str, files: list[DicomFile]) -> list[Series]:
     for number, file in enumerate(files):
         single.setdefault(str(file.header.get("SOPInstanceUID") or f"no UID {number}"), file)
     if len(single) < len(files):
-        notes.append(f"{len(files) - len(single)} copies of the same images left out")
+        notes.append(f"copies of the same images left out: {len(files) - len(single)}")
     frames = [Frame(file, number) for file in single.values() for number in range(file.frames)]
     scouts = [frame for frame in frames if _is_scout(frame)]
     if scouts and len(scouts) < len(frames):
         frames = [frame for frame in frames if not _is_scout(frame)]
-        notes.append(f"{len(scouts)} localizer images left out")
+        notes.append(f"localizer images left out: {len(scouts)}")
 
     parts: list[tuple[str, list[Frame]]] = []
     stacks = _alike(frames)
@@ -145,7 +145,7 @@ def _open(
     if geometry is not None:
         values, padding, kept = _without_doubles(frames, name)
         if len(kept) < len(frames):
-            notes = (*notes, "the second of each has the same pixels and was left out")
+            notes = (*notes, "they have the same pixels and were left out")
             frames = [frames[index] for index in kept]
             geometry = Geometry(
                 np.stack([frame.origin for frame in frames]),
@@ -155,6 +155,7 @@ def _open(
             )
     else:
         values, padding = read_values(frames, name)
+    windows = () if values.ndim == 4 else own_windows(frames[0])
     unit = "HU" if modality == "CT" else ""
     if modality == "CT" and values.min() >= 0:
         notes = (*notes, "no value lies below 0, as that of air would: its scale may not be HU")
@@ -166,7 +167,7 @@ def _open(
         else:
             unit = "SUV"
             values *= np.float32(factor)
-    first = frames[0]
+            windows = tuple(window.scaled(factor) for window in windows)
     return Study(
         values=values,
         modality=modality,
@@ -176,8 +177,8 @@ def _open(
         series_alias=name,
         notes=notes,
         padding=padding,
-        own_windows=() if values.ndim == 4 else own_windows(first),
-        white_is_low=first.file.header.get("PhotometricInterpretation") == "MONOCHROME1",
+        own_windows=windows,
+        white_is_low=frames[0].file.header.get("PhotometricInterpretation") == "MONOCHROME1",
         body_part=body_part,
         source=DicomSource(tuple(frames)),
     )
@@ -200,8 +201,9 @@ def _stack(name: str, frames: list[Frame]) -> tuple[list[Frame], Geometry, list[
         raise InputError(
             f"{name} has an impossible orientation or spacing; export it again from the archive."
         )
+    thickness = _thickness(first)
     geometry = Geometry(
-        np.zeros((1, 3)), rows * first.spacing[1], columns * first.spacing[0], _thickness(first)
+        np.zeros((1, 3)), rows * first.spacing[1], columns * first.spacing[0], thickness or 1.0
     )
     frames = sorted(frames, key=lambda frame: (frame.origin @ geometry.normal, frame.number))
     origins = np.stack([frame.origin for frame in frames])
@@ -213,13 +215,15 @@ def _stack(name: str, frames: list[Frame]) -> tuple[list[Frame], Geometry, list[
             "slices."
         )
     notes = []
+    if thickness is None and len(frames) == 1:
+        notes.append("the thickness of the only slice is not stated: taken as 1 mm")
     geometry = Geometry(origins[distinct], geometry.across, geometry.down, geometry.thickness)
     if len(geometry.uneven):
         notes.append(uneven_places(geometry))
     if geometry.is_tilted:
         notes.append(f"tilted: each slice is shifted by {geometry.tilt:.2f} mm in its plane")
     if not distinct.all():
-        notes.append(f"{(~distinct).sum()} places occur twice")
+        notes.append(f"images at the place of another: {(~distinct).sum()}")
     return frames, geometry, notes
 
 
@@ -318,13 +322,13 @@ def _is_scout(frame: Frame) -> bool:
     return bool({"LOCALIZER", "SCOUT"} & set(frame.image_type))
 
 
-def _thickness(frame: Frame) -> float:
-    """What a lone slice stands for, mm; of several the positions tell."""
+def _thickness(frame: Frame) -> float | None:
+    """What a lone slice stands for, mm, if it is stated; of several the positions tell."""
     try:
         value = float(frame.file.attribute("PixelMeasuresSequence", "SliceThickness", frame.number) or 0)
     except (TypeError, ValueError):
         value = 0.0
-    return value if 0 < value < np.inf else 1.0
+    return value if 0 < value < np.inf else None
 
 
 def _join(*words: str) -> str:

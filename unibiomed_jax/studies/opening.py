@@ -233,12 +233,17 @@ def _find(found: tuple[Series, ...], wanted: str) -> Series:
     if not named:
         raise InputError(f"There is no series {wanted!r}; choose one of {_choices(found)}.")
     if len(named) > 1:
-        raise InputError(f"That series has {len(named)} parts; choose one of {_choices(tuple(named))}.")
+        raise InputError(f"That series has {len(named)} parts; choose one of {_choices(found, named)}.")
     return named[0]
 
 
-def _choices(found: tuple[Series, ...]) -> str:
-    return "; ".join(f"{number}: {describe(series)}" for number, series in enumerate(found, 1))
+def _choices(found: Sequence[Series], among: Sequence[Series] | None = None) -> str:
+    """The series by their numbers in the list, of all or of some of them."""
+    return "; ".join(
+        f"{number}: {describe(series)}"
+        for number, series in enumerate(found, 1)
+        if among is None or series in among
+    )
 
 
 def describe(series: Series) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -18,18 +18,22 @@ class Window:
     origin: str
     # The file's own window may be a curve of this centre and width (`low` and `high` are then its ends).
     curve: Literal["linear", "sigmoid"] = "linear"
-    # Or a table of grey from 0 to 1, one for each value from `low` on.
+    # Or a table of grey from 0 to 1, of values evenly from `low` to `high`.
     table: np.ndarray | None = None
 
     def __str__(self) -> str:
         return f"{self.low:g} to {self.high:g} ({self.origin})"
 
+    def scaled(self, factor: float) -> Window:
+        """The same window of values that are multiplied by a factor."""
+        return replace(self, low=self.low * factor, high=self.high * factor)
+
     def shares(self, values: np.ndarray) -> np.ndarray:
         """Values as shares of white, float32 from 0 to 1."""
+        share = (values - np.float32(self.low)) / np.float32(self.high - self.low)
         if self.table is not None:
             last = len(self.table) - 1
-            return self.table[np.clip(np.rint(values - self.low), 0, last).astype(np.int64)]
-        share = (values - np.float32(self.low)) / np.float32(self.high - self.low)
+            return self.table[np.clip(np.rint(share * last), 0, last).astype(np.int64)]
         if self.curve == "sigmoid":  # 1 / (1 + exp(-4 (x - centre) / width))
             return 1 / (1 + np.exp(-4 * (share - np.float32(0.5))))
         return np.clip(share, 0, 1)
