@@ -122,6 +122,9 @@ def test_mixed_orientations_and_several_series_are_listed_to_choose_from(tmp_pat
     with pytest.raises(InputError, match="no series 'x'"):
         open_study(tmp_path / "in", "x")
     assert len(open_study(folder, axial.uid).values) == 6
+    assert open_study(folder, modality="CT").modality == "CT"
+    with pytest.raises(InputError, match="is CT, not MR"):
+        open_study(folder, modality="MR")
 
 
 def test_echoes_at_the_same_places_are_volumes_of_their_own(tmp_path):
@@ -293,7 +296,8 @@ def test_every_file_of_pydicom_is_opened_or_refused(source, capfd):
     assert opened > 30
 
 
-def test_nothing_of_the_patient_is_in_a_message(tmp_path, capfd):
+@pytest.mark.filterwarnings("always")
+def test_nothing_of_the_patient_is_in_a_message(tmp_path, capfd, recwarn):
     folder = tmp_path / "Plantedname_A"
     series = MadeSeries()
     series.write(folder)
@@ -303,6 +307,7 @@ def test_nothing_of_the_patient_is_in_a_message(tmp_path, capfd):
     save(broken, folder / "PLANTED-ID-77.dcm")
     other = MadeSeries(ORIENTATIONS["sagittal"], attributes={"SeriesDescription": "Plantedtext"})
     other.write(folder / "19040506")
+    recwarn.clear()  # of what was made
     messages = []
     for wanted in (None, 1, 2, "nothing"):
         try:
@@ -312,6 +317,7 @@ def test_nothing_of_the_patient_is_in_a_message(tmp_path, capfd):
     listing = list_series(folder)
     messages += [*listing.left_out, *(found.alias for found in listing.series)]
     messages += [note for found in listing.series for note in (*found.notes, found.refusal or "")]
+    messages += [str(warning.message) for warning in recwarn]
     out, err = capfd.readouterr()
     for word in (*PLANTED, series.uid, series.study):
         assert word not in " ".join(messages) + out + err, word

@@ -26,7 +26,7 @@ def make(path: Path, values=None, affine=AFFINE) -> Path:
 def test_slices_follow_the_axis_of_the_largest_spacing(tmp_path):
     values = np.arange(-900, -900 + 120, dtype=np.int16).reshape(6, 5, 4)
     study = open_study(make(tmp_path / "a.nii.gz", values))
-    assert study.values.shape == (4, 5, 6) and study.geometry.plane == "axial" and study.modality == "CT"
+    assert study.values.shape == (4, 5, 6) and study.geometry.plane == "axial"
     np.testing.assert_allclose(study.geometry.spacing, (3.0, 0.9, 0.8), atol=1e-6)
     for voxel in ((0, 0, 0), (5, 4, 3), (2, 3, 1)):
         place = (AFFINE @ (*voxel, 1))[:3] * (-1, -1, 1)
@@ -60,8 +60,12 @@ def test_what_is_odd_is_said_and_what_is_impossible_refused(tmp_path):
     nan[0, 0, 0] = np.nan
     holed = open_study(make(tmp_path / "n.nii", nan))
     assert holed.padding.sum() == 1 and np.isfinite(holed.values).all()
-    positive = open_study(make(tmp_path / "p.nii", np.full((4, 4, 4), 900, np.int16)))
-    assert positive.modality == "unknown" and positive.unit == ""
+    # What a file does not say is stated, not guessed.
+    path = make(tmp_path / "p.nii", np.full((4, 4, 4), 900, np.int16))
+    assert open_study(path).modality == "unknown" and open_study(path).unit == ""
+    stated = open_study(path, modality="CT")
+    assert stated.modality == "CT" and stated.unit == "HU" and "may not be HU" in stated.notes[-1]
+    assert open_study(make(tmp_path / "q.nii"), modality="CT").notes == ()
 
     data = bytearray(make(tmp_path / "s.nii").read_bytes())
     data[296:312] = bytes(16)  # the second row of the sform
@@ -128,6 +132,8 @@ def test_a_real_oblique_volume_and_films_of_nibabel():
     if not (folder / "functional.nii").exists():
         pytest.skip("nibabel was installed without its test data")
     assert len(list_series(folder / "functional.nii").series) == 20
+    with pytest.raises(InputError, match="no volume"):
+        open_study(folder / "row_major.dconn.nii")
     study = open_study(folder / "anatomical.nii", None)
     image = nibabel.load(folder / "anatomical.nii")
     voxel = np.array(np.unravel_index(np.argmax(image.get_fdata()), image.shape))

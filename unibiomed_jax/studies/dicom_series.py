@@ -12,7 +12,7 @@ from unibiomed_jax.errors import InputError
 from unibiomed_jax.studies.dicom_files import DicomFile, Frame
 from unibiomed_jax.studies.dicom_pixels import own_windows, read_values
 from unibiomed_jax.studies.series import Series
-from unibiomed_jax.studies.study import SAME_PLACE, DicomSource, Geometry, Study, alias
+from unibiomed_jax.studies.study import NO_AIR, SAME_PLACE, DicomSource, Geometry, Study, alias
 from unibiomed_jax.studies.suv import suv_factor
 
 # Directions of an orientation that differ by less are one.
@@ -158,7 +158,7 @@ def _open(
     windows = () if values.ndim == 4 else own_windows(frames[0])
     unit = "HU" if modality == "CT" else ""
     if modality == "CT" and values.min() >= 0:
-        notes = (*notes, "no value lies below 0, as that of air would: its scale may not be HU")
+        notes = (*notes, NO_AIR)
     if modality == "PT" and values.ndim == 3:
         factor, reason = suv_factor(frames)
         if factor is None:

@@ -54,8 +54,8 @@ def choose_window(
         return _preset(name, preprocessing)
     if study.modality == "unknown":
         raise InputError(
-            f"{study.series_alias} does not say whether it is a CT, and its values do not show it; give its "
-            f"window, one of {choices}."
+            f"{study.series_alias} does not say whether it is a CT; state its modality, or its window: one "
+            f"of {choices}."
         )
     if study.unit == "SUV" and preprocessing.suv_window is not None:
         return Window(*preprocessing.suv_window, "preset SUV")

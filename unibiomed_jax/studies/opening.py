@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ from unibiomed_jax.studies.dicom_files import (
 from unibiomed_jax.studies.dicom_series import find_dicom_series, impossible
 from unibiomed_jax.studies.place import Place
 from unibiomed_jax.studies.series import Series
-from unibiomed_jax.studies.study import Study, alias
+from unibiomed_jax.studies.study import NO_AIR, Study, alias
 from unibiomed_jax.studies.volume_files import (
     ITK_SUFFIXES,
     NIFTI_SUFFIXES,
@@ -45,7 +45,9 @@ class Listing:
     left_out: tuple[str, ...]
 
 
-def open_study(path: str | os.PathLike, series: str | int | None = None) -> Study:
+def open_study(
+    path: str | os.PathLike, series: str | int | None = None, *, modality: str | None = None
+) -> Study:
     """Read a series of a patient's study, or a single volume or picture.
 
     Messages name files by their number and series by an alias, never by a path or a patient's name.
@@ -54,10 +56,13 @@ def open_study(path: str | os.PathLike, series: str | int | None = None) -> Stud
         path: a DICOM file, a folder of them (nested, with others in it, without suffixes), a DICOMDIR; a
             NIfTI, NRRD or MetaImage file; a PNG, JPEG or TIFF picture.
         series: which of several: its number in the list (from 1), its alias, or its SeriesInstanceUID.
+        modality: of a file that does not say it (NIfTI, NRRD, pictures): CT, MR, PT, US, ... as in DICOM. The
+            values of one that is said to be CT are taken as HU. It is not guessed: MR has negative values,
+            too, where it was filtered.
 
     Raises:
         InputError: nothing usable lies there; several series do and none was chosen (the message lists them);
-            the one chosen cannot be opened, for the reason given.
+            the one chosen cannot be opened, for the reason given, or is of another modality than stated.
     """
     listing = list_series(path)
     found = listing.series
@@ -76,13 +81,28 @@ def open_study(path: str | os.PathLike, series: str | int | None = None) -> Stud
         raise InputError(chosen.refusal)
     try:
         with quietly():
-            return chosen.load()
+            return _stated(chosen.load(), modality)
     except (InputError, MemoryError):
         raise
     except OSError as error:  # whose own message names the path
         raise InputError(f"{chosen.alias} cannot be read ({error.strerror}); check the disk.") from None
     except Exception as error:  # an attribute of an impossible value raises wherever it is used
         raise InputError(impossible(chosen.alias, error)) from None
+
+
+def _stated(study: Study, modality: str | None) -> Study:
+    """The study, of the modality that is stated for it.
+
+    Raises:
+        InputError: the file itself says another one.
+    """
+    if modality is None or modality == study.modality:
+        return study
+    if study.modality != "unknown":
+        raise InputError(f"{study.series_alias} is {study.modality}, not {modality}; leave the modality out.")
+    ct = modality == "CT" and not study.is_colour
+    notes = (*study.notes, NO_AIR) if ct and study.values.min() >= 0 else study.notes
+    return replace(study, modality=modality, unit="HU" if ct else "", notes=notes)
 
 
 def list_series(path: str | os.PathLike) -> Listing:

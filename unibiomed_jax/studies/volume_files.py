@@ -17,8 +17,6 @@ NIFTI_SUFFIXES = (".nii", ".nii.gz")
 ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
 # From NIfTI's right and front to DICOM's left and back, and the other way.
 TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
-# Values below this are air in a CT; no other scan has them.
-_AIR = -500
 # Two affines that differ by more at a corner, mm, mean different places.
 _DIFFERENT = 0.1
 # The axis of slices is the one of largest spacing if that is so much larger than the next.
@@ -43,6 +41,8 @@ def find_nifti_series(place: Place) -> list[Series]:
         header, shape = image.header, image.shape
     except Exception as error:  # nibabel raises whatever its parsers met
         raise _damaged(place, error) from None
+    if not isinstance(image, nibabel.Nifti1Pair):  # such as CIFTI, values on a surface
+        raise InputError(f"{place} is a NIfTI file that is no volume; give a volume.")
     if header.get_data_dtype().kind not in "biuf":
         raise InputError(f"{place} holds colours or complex numbers; give a volume of one number a voxel.")
     times = int(np.prod(shape[3:4])) if len(shape) > 3 else 1
@@ -136,14 +136,10 @@ def _series(
             padding = ~finite
             values[padding] = values[finite].min()
             found.append("voxels without a value (NaN) are taken as not measured")
-        low = values.min()
-        ct = bool(low < _AIR)
-        if ct:
-            found.append(f"taken for CT in HU: its lowest value is {low:g}")
         return Study(
             values=values,
-            modality="CT" if ct else "unknown",
-            unit="HU" if ct else "",
+            modality="unknown",
+            unit="",
             geometry=geometry,
             study_alias=name.replace("series", "study").split("/")[0],
             series_alias=name,
