@@ -325,3 +325,16 @@ def test_a_film_without_places_is_refused_by_what_states_places(tmp_path):
     for name, words in (("seg", "film"), ("nifti", "no known place"), ("rtstruct", "RTSTRUCT describes")):
         with pytest.raises(InputError, match=words):
             write_study(film, {"heart": mask}, tmp_path / "out", [name])
+
+
+def test_eight_hundred_slices_in_one_object_are_read_and_written(tmp_path):
+    series = MadeSeries(shape=(800, 16, 16), spacing=(0.5, 0.9, 0.7))
+    study = open_study(save(series.enhanced(), tmp_path / "in"))
+    np.testing.assert_array_equal(study.values, series.values)
+    mask = np.zeros(study.values.shape, bool)
+    mask[100:700, 4:9, 10:13] = True
+    write_study(study, {"liver": mask}, tmp_path / "out", ["nifti", "seg", "rtstruct"])
+    assert pydicom.dcmread(tmp_path / "out" / "seg.dcm").NumberOfFrames == 600
+    np.testing.assert_array_equal(
+        np.asarray(nibabel.load(tmp_path / "out" / "mask_1_liver.nii.gz").dataobj), mask.transpose(2, 1, 0)
+    )

@@ -38,6 +38,11 @@ def maker() -> dict[str, str]:
     }
 
 
+def label(phrase: str) -> str:
+    """A phrase as the value representation LO takes it: 64 characters, no backslash."""
+    return (" ".join(phrase.replace("\\", "/").split()) or "unnamed region")[:LONG]
+
+
 def new_uid() -> str:
     """A UID made from a random number (2.25), under nobody's root."""
     from pydicom.uid import generate_uid

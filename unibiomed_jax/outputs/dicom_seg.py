@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -125,14 +126,15 @@ def _describe(number: int, phrase: str):
         return CodedConcept(code[0], "SCT", code[1])
 
     term = find_term(phrase)
-    if term.property_type is None:  # a code of our own says nothing that the phrase does not say
-        slug = "".join(letter for letter in phrase.upper() if letter.isascii() and letter.isalnum())
-        property_type = CodedConcept(slug[: dicom_objects.SHORT] or "UNNAMED", "99UNIBIOMED", _text(phrase))
+    if term.property_type is None:  # a code of our own, which says nothing that the phrase does not say
+        meaning = dicom_objects.label(phrase)
+        value = hashlib.blake2b(meaning.encode(), digest_size=dicom_objects.SHORT // 2).hexdigest().upper()
+        property_type = CodedConcept(value, "99UNIBIOMED", meaning)
     else:
         property_type = concept(term.property_type)
     description = highdicom.seg.SegmentDescription(
         segment_number=number,
-        segment_label=_text(phrase),
+        segment_label=dicom_objects.label(phrase),
         segmented_property_category=concept(term.category),
         segmented_property_type=property_type,
         algorithm_type="AUTOMATIC",
@@ -151,8 +153,3 @@ def _describe(number: int, phrase: str):
         ]
     description.SegmentDescription = "research use only"
     return description
-
-
-def _text(phrase: str) -> str:
-    """A phrase as the value representation LO takes it: 64 characters, no backslash."""
-    return (" ".join(phrase.replace("\\", "/").split()) or "unnamed region")[: dicom_objects.LONG]

@@ -115,12 +115,11 @@ def _references(frames: tuple[Frame, ...]) -> Dataset:
 def _add(
     structures: Dataset, number: int, phrase: str, mask: np.ndarray, study: Study, frames: tuple[Frame, ...]
 ) -> None:
-    name = (" ".join(phrase.replace("\\", "/").split()) or "unnamed region")[: dicom_objects.LONG]
     structures.StructureSetROISequence.append(
         _item(
             ROINumber=number,
             ReferencedFrameOfReferenceUID=structures.FrameOfReferenceUID,
-            ROIName=name,
+            ROIName=dicom_objects.label(phrase),
             ROIGenerationAlgorithm="AUTOMATIC",
         )
     )
