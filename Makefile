@@ -37,7 +37,7 @@ build: $(VENV)/.installed-test-$(PARITY)
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[medical,tensorboard]'
+	$(BIN)/python -m pip install --quiet --editable '.[medical,dicom,itk,tensorboard]'
 	touch $@
 
 $(VENV)/.installed-test-$(PARITY): $(VENV)/.installed

@@ -13,6 +13,7 @@ from unibiomed_jax.commands.eval import CompareOptions, EvalOptions
 from unibiomed_jax.commands.explain_sharding import ExplainShardingOptions
 from unibiomed_jax.commands.predict import PredictOptions
 from unibiomed_jax.commands.run import run
+from unibiomed_jax.commands.study import StudyOptions
 from unibiomed_jax.conversion.options import FromTorchOptions, ToTorchOptions, VerifyOptions
 from unibiomed_jax.datasets.build import BuildOptions
 from unibiomed_jax.datasets.pack import PackOptions
@@ -35,6 +36,7 @@ _Eval = (
 Command = (
     Annotated[PredictOptions, tyro.conf.subcommand("predict")]
     | Annotated[ExplainShardingOptions, tyro.conf.subcommand("explain-sharding")]
+    | Annotated[StudyOptions, tyro.conf.subcommand("study")]
     | Annotated[_Convert, tyro.conf.subcommand("convert", description="PyTorch checkpoints in and out.")]
     | Annotated[_Data, tyro.conf.subcommand("data", description="Make, check and pack datasets to train on.")]
     | Annotated[_Eval, tyro.conf.subcommand("eval", description="Score answers, and compare two runs.")]
@@ -43,6 +45,7 @@ Command = (
 PLACES = {
     PredictOptions: ("predict", "predict"),
     ExplainShardingOptions: ("explain_sharding", "explain_sharding"),
+    StudyOptions: ("study", "study"),
     FromTorchOptions: ("convert", "from_torch"),
     ToTorchOptions: ("convert", "to_torch"),
     VerifyOptions: ("convert", "verify"),

@@ -1,0 +1,113 @@
+"""What is written says nothing of the patient but where an archive needs it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unibiomed_jax import InputError, open_study, write_study
+from unibiomed_jax.config.preprocessing import PREPROCESSING
+from unibiomed_jax.outputs.coded_terms import find_term
+from unibiomed_jax.studies.grey import choose_window
+
+pydicom = pytest.importorskip("pydicom")
+pytest.importorskip("highdicom")
+nibabel = pytest.importorskip("nibabel")
+
+from dicom_series import PLANTED, MadeSeries  # noqa: E402
+
+# Identity that an archive files objects by, and the day of the study; nothing of place or free text.
+FILED = {"Plantedname", "PLANTED-ID-77", "19010203", "19040506", "PLANTED-ACC"}
+
+
+def test_every_output_is_free_of_planted_names_dates_and_paths(tmp_path, capfd):
+    series = MadeSeries(attributes={"PatientComments": "Plantedtext", "OperatorsName": "Plantedname"})
+    study = open_study(series.write(tmp_path / "Plantedname_A"))
+    mask = np.zeros(study.values.shape, bool)
+    mask[2:4, 4:9, 10:13] = True
+    window = choose_window(study, PREPROCESSING["tiny"])
+    out = tmp_path / "out"
+    formats = ("nifti", "seg", "labelmap", "rtstruct", "sc", "png")
+    masks = {"liver in abdomen CT": mask, "spleen": np.zeros_like(mask)}
+    write_study(study, masks, out, formats, window=window)
+    names = sorted(path.name for path in out.iterdir())
+    assert names == [
+        "labelmap.dcm", "mask_1_liver_in_abdomen_ct.nii.gz", "mask_2_spleen.nii.gz", "overlay_0003.dcm",
+        "overlay_0003.png", "overlay_0004.dcm", "overlay_0004.png", "rtstruct.dcm", "seg.dcm", "study.json",
+    ]  # fmt: skip
+    for path in out.iterdir():
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        allowed = FILED if path.suffix == ".dcm" else set()
+        for word in {*PLANTED, str(tmp_path), "Plantedname_A"} - allowed:
+            assert word.encode() not in data, (path.name, word)
+        if path.suffix != ".dcm":
+            for uid in (series.uid, series.study, series.frame_of_reference):
+                assert uid.encode() not in data, path.name
+    printed, logged = capfd.readouterr()
+    assert not any(word in printed + logged for word in PLANTED)
+
+    record = json.loads((out / "study.json").read_text())
+    assert record["window"] == {"low": -160, "high": 240, "from": "preset soft tissue"}
+    liver, spleen = record["masks"]
+    assert liver["volume_ml"] == pytest.approx(30 * 2.5 * 0.9 * 0.7 / 1000, abs=1e-5)
+    assert liver["slices"] == [3, 4] and spleen["slices"] is None
+    assert record["study"] == study.study_alias and record["files"]["sc"] == [
+        "overlay_0003.dcm",
+        "overlay_0004.dcm",
+    ]
+    if shutil.which("dciodvfy"):
+        run = subprocess.run(["dciodvfy", out / "overlay_0003.dcm"], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+    capture = pydicom.dcmread(out / "overlay_0003.dcm")
+    assert capture.BurnedInAnnotation == "YES" and "research use" in capture.DerivationDescription
+    assert list(capture.PatientOrientation) == ["L", "P"]
+    with Image.open(out / "overlay_0003.png") as picture:
+        np.testing.assert_array_equal(capture.pixel_array, np.asarray(picture))
+
+
+def test_a_folder_that_exists_and_a_picture_without_a_window_are_refused(tmp_path):
+    study = open_study(MadeSeries().write(tmp_path / "in"))
+    mask = np.ones(study.values.shape, bool)
+    with pytest.raises(InputError, match="needs a window"):
+        write_study(study, {"liver": mask}, tmp_path / "out", ["nifti", "png"])
+    assert not list(tmp_path.glob("*out*"))  # nothing half written is left
+    with pytest.raises(InputError, match="There is no format 'dicom'"):
+        write_study(study, {"liver": mask}, tmp_path / "out", ["dicom"])
+    write_study(study, {"liver": mask}, tmp_path / "out", ["nifti"])
+    with pytest.raises(InputError, match="exists"):
+        write_study(study, {"liver": mask}, tmp_path / "out", ["nifti"])
+
+
+def test_codes_are_from_the_table_and_never_guessed(tmp_path):
+    study = open_study(MadeSeries().write(tmp_path / "in"))
+    phrases = (
+        "left kidney",
+        "liver tumor in abdomen CT",
+        "right ventricle",
+        "horseshoe kidney",
+        "odd lesion",
+    )
+    masks = {}
+    for number, phrase in enumerate(phrases):
+        masks[phrase] = np.zeros(study.values.shape, bool)
+        masks[phrase][number % 6, 3, number] = True
+    write_study(study, masks, tmp_path / "out", ["seg"])
+    segments = pydicom.dcmread(tmp_path / "out" / "seg.dcm").SegmentSequence
+    kidney, tumor, ventricle, odd, lesion = (item.SegmentedPropertyTypeCodeSequence[0] for item in segments)
+    assert (kidney.CodeValue, kidney.CodingSchemeDesignator) == ("64033007", "SCT")
+    assert kidney.SegmentedPropertyTypeModifierCodeSequence[0].CodeValue == "7771000"
+    assert tumor.CodeValue == "108369006" and segments[1].AnatomicRegionSequence[0].CodeValue == "10200004"
+    assert ventricle.CodeValue == "53085002" and "SegmentedPropertyTypeModifierCodeSequence" not in ventricle
+    assert (odd.CodingSchemeDesignator, odd.CodeMeaning) == ("99UNIBIOMED", "horseshoe kidney")
+    assert lesion.CodeValue == "52988006"
+    assert [item.SegmentAlgorithmType for item in segments] == ["AUTOMATIC"] * 5
+    assert find_term("kidneys").property_type == find_term("the kidney").property_type
+    assert find_term("tumor of the liver").region == find_term("liver").property_type
+    assert find_term("").property_type is None

@@ -1,0 +1,96 @@
+"""What DICOM objects made from a series have in common."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unibiomed_jax.errors import InputError
+from unibiomed_jax.studies.dicom_files import EXTRA, Frame, quietly
+from unibiomed_jax.studies.study import DicomSource, Study
+
+if TYPE_CHECKING:
+    from pydicom import DataElement, Dataset
+
+MAKER = "unibiomed-jax"
+# A series number beyond those of scanners.
+SERIES_NUMBER = 9001
+# Longest text of the value representations LO and SH.
+LONG, SHORT = 64, 16
+# What highdicom copies beyond the identity by which an archive files an object: places, people, free text.
+_LEFT_OUT = {
+    "InstitutionName", "InstitutionAddress", "InstitutionalDepartmentName", "StationName",
+    "StudyDescription", "PatientComments", "ImageComments", "AdditionalPatientHistory", "Occupation",
+    "EthnicGroup", "AdmittingDiagnosesDescription", "PhysiciansOfRecord", "NameOfPhysiciansReadingStudy",
+}  # fmt: skip
+
+
+def maker() -> dict[str, str]:
+    """The equipment module, as highdicom's arguments."""
+    return {
+        "manufacturer": MAKER,
+        "manufacturer_model_name": "UniBiomed in JAX",
+        "software_versions": version(MAKER),
+        "device_serial_number": "none",
+    }
+
+
+def label(phrase: str) -> str:
+    """A phrase as the value representation LO takes it: 64 characters, no backslash."""
+    return (" ".join(phrase.replace("\\", "/").split()) or "unnamed region")[:LONG]
+
+
+def new_uid() -> str:
+    """A UID made from a random number (2.25), under nobody's root."""
+    from pydicom.uid import generate_uid
+
+    return str(generate_uid(prefix=None))
+
+
+def dicom_frames(study: Study, what: str) -> tuple[Frame, ...]:
+    """The frames of a study from DICOM.
+
+    Raises:
+        InputError: it does not come from DICOM; `what` could not refer to anything.
+    """
+    if not isinstance(study.source, DicomSource):
+        raise InputError(
+            f"{what} refers to a DICOM series, which {study.series_alias} is not; open the series itself, or "
+            "write NIfTI."
+        )
+    return study.source.frames
+
+
+@contextlib.contextmanager
+def written(study: Study, what: str) -> Iterator[None]:
+    """Turn what highdicom and pydicom refuse into a sentence without the values they name.
+
+    Raises:
+        InputError: the series lacks what the object needs, or highdicom is not installed.
+    """
+    try:
+        with quietly():
+            yield
+    except ImportError:
+        raise InputError(f"Writing {what} needs highdicom; install it with {EXTRA}.") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{what} cannot be made from {study.series_alias}: its DICOM attributes are incomplete "
+            f"({type(error).__name__}); write another format, or export the series again."
+        ) from None
+
+
+def save(dataset: Dataset, path: Path) -> None:
+    """Write an object with a preamble and its meta group, without the texts that no archive needs."""
+    dataset.walk(_leave_out)
+    dataset.save_as(path, enforce_file_format=True)
+
+
+def _leave_out(dataset: Dataset, element: DataElement) -> None:
+    if element.keyword in _LEFT_OUT:
+        del dataset[element.tag]

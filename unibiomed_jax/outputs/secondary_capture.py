@@ -1,0 +1,85 @@
+"""Slices with masks drawn on them, as pictures and as DICOM Secondary Captures that any viewer shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from unibiomed_jax.errors import InputError
+from unibiomed_jax.masks.overlay import NOTICE, overlay
+from unibiomed_jax.outputs import dicom_objects
+from unibiomed_jax.studies.grey import to_grey
+from unibiomed_jax.studies.study import Study
+from unibiomed_jax.studies.windows import Window
+
+
+def draw_slices(
+    study: Study, masks: Mapping[str, np.ndarray], window: Window | None
+) -> Iterator[tuple[int, Image.Image]]:
+    """Every slice in which a mask has pixels, with its number and the masks drawn on it.
+
+    Raises:
+        InputError: the study is grey and no window is given.
+    """
+    if window is None and not study.is_colour:
+        raise InputError(
+            f"A picture of {study.series_alias} needs a window; pass window=choose_window(study, ...)."
+        )
+    for index in np.flatnonzero(np.any([mask.any((1, 2)) for mask in masks.values()], axis=0)).tolist():
+        pixels = study.values[index]
+        if window is not None and not study.is_colour:
+            pixels = to_grey(study, window, truncate=False, index=index)
+        yield index, overlay(Image.fromarray(pixels), [mask[index] for mask in masks.values()], list(masks))
+
+
+def write_secondary_captures(
+    folder: Path, study: Study, masks: Mapping[str, np.ndarray], window: Window | None
+) -> list[str]:
+    """Write a Secondary Capture for each slice with a mask; returns their names.
+
+    Raises:
+        InputError: the study is not from DICOM or its attributes are incomplete; as `draw_slices`.
+    """
+    frames = dicom_objects.dicom_frames(study, "A secondary capture")
+    series, names = dicom_objects.new_uid(), []
+    for index, picture in draw_slices(study, masks, window):
+        with dicom_objects.written(study, "A secondary capture"):
+            import highdicom
+
+            capture = highdicom.sc.SCImage.from_ref_dataset(
+                frames[index].file.header,
+                pixel_array=np.asarray(picture),
+                photometric_interpretation="RGB",
+                bits_allocated=8,
+                coordinate_system="PATIENT",
+                series_instance_uid=series,
+                series_number=dicom_objects.SERIES_NUMBER + 1,
+                sop_instance_uid=dicom_objects.new_uid(),
+                instance_number=index + 1,
+                manufacturer=dicom_objects.MAKER,
+                patient_orientation=_orientation(study) or ("L", "P"),
+                series_description="UniBiomed overlays",
+            )
+            if study.geometry is None:
+                capture.PatientOrientation = ""
+            # Of a body part that may be one of a pair; empty where the source does not say.
+            capture.Laterality = frames[index].file.header.get("Laterality") or ""
+            capture.BurnedInAnnotation = "YES"
+            capture.DerivationDescription = NOTICE
+            names.append(f"overlay_{index + 1:04d}.dcm")
+            dicom_objects.save(capture, folder / names[-1])
+    return names
+
+
+def _orientation(study: Study) -> tuple[str, str] | None:
+    """Where the rows and the columns of a slice point, in DICOM's letters; None if that is not known."""
+    if study.geometry is None:
+        return None
+    letters = []
+    for direction in (study.geometry.across, study.geometry.down):
+        axis = np.abs(direction).argmax()
+        letters.append(("RL", "AP", "FH")[axis][int(direction[axis] > 0)])
+    return letters[0], letters[1]
