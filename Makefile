@@ -37,16 +37,16 @@ build: $(VENV)/.installed-test-$(PARITY)
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[medical,dicom,itk,tensorboard]'
+	$(BIN)/python -m pip install --quiet --editable '.[medical,tensorboard]'
 	touch $@
 
 $(VENV)/.installed-test-$(PARITY): $(VENV)/.installed
 ifeq ($(PARITY),1)
-	$(BIN)/python -m pip install --quiet --editable '.[test,parity,bucket,eval]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,parity,bucket,dicom,eval,itk]'
 	# sam2 declares torchvision, which its modelling code does not need.
 	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install --quiet --no-deps sam2==1.1.0
 else
-	$(BIN)/python -m pip install --quiet --editable '.[test,bucket,eval]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,bucket,dicom,eval,itk]'
 endif
 	touch $@
 

@@ -49,6 +49,16 @@ def naive_cross_entropy(hidden, head, labels, vocab_size):
     return -jnp.where(learned, chosen, 0).sum(1), correct.sum(1)
 
 
+def test_the_head_is_not_kept_for_every_chunk():
+    def total(hidden, head):
+        labels = jnp.zeros((2, 35), jnp.int32)
+        return token_cross_entropy(hidden, head, labels, vocab_size=13, chunk=5)[0].sum()
+
+    program = str(jax.make_jaxpr(jax.grad(total, (0, 1)))(jnp.ones((2, 35, 8)), jnp.ones((8, 16))))
+    assert "f32[8,16]" in program and "f32[7,2,5,8]" in program
+    assert "[7,8,16]" not in program and "[7,2,5,16]" not in program
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 7, 100])
 def test_token_cross_entropy_in_chunks_equals_all_logits_at_once(chunk):
     rng = np.random.default_rng(0)

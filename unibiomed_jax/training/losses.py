@@ -71,7 +71,6 @@ def token_cross_entropy(
     targets = constrain(targets, None, "batch", "language.tokens")
     hidden = constrain(hidden, None, "batch", "language.tokens", None)
 
-    @jax.checkpoint
     def chunk_loss(hidden, head, targets):
         logits = matmul(hidden, head.astype(hidden.dtype))
         logits = constrain(logits, "batch", "language.tokens", "language.vocab")
@@ -83,14 +82,20 @@ def token_cross_entropy(
         correct = learned & (jnp.argmax(logits, axis=-1) == targets)
         return TokenLoss(loss.sum(1), correct.sum(1))
 
+    nothing = TokenLoss(jnp.zeros(batch, jnp.float32), jnp.zeros(batch, jnp.int32))
+
+    # Around the choice, not inside: what a branch keeps for its gradient, the head among it, is kept once for
+    # every chunk.
+    @jax.checkpoint
+    def part_of(hidden, head, targets):
+        wanted = jnp.any(targets != IGNORE)
+        return jax.lax.cond(wanted, chunk_loss, lambda *_: nothing, hidden, head, targets)
+
     def step(total, inputs):
         hidden, targets = inputs
-        nothing = TokenLoss(jnp.zeros(batch, jnp.float32), jnp.zeros(batch, jnp.int32))
-        part = jax.lax.cond(jnp.any(targets != IGNORE), chunk_loss, lambda *_: nothing, hidden, head, targets)
-        return jax.tree.map(jnp.add, total, part), None
+        return jax.tree.map(jnp.add, total, part_of(hidden, head, targets)), None
 
-    start = TokenLoss(jnp.zeros(batch, jnp.float32), jnp.zeros(batch, jnp.int32))
-    return jax.lax.scan(step, start, (hidden, targets))[0]
+    return jax.lax.scan(step, nothing, (hidden, targets))[0]
 
 
 def sample_bilinear(
