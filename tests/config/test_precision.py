@@ -51,6 +51,10 @@ def test_nobody_says(tmp_path):
     ],
 )
 def test_a_name_becomes_what_suits_the_device(monkeypatch, backend, units, policies):
+    names = ("auto", "float32", "fast", "bfloat16")
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(precision, "bfloat16_units", lambda: units)
-    assert tuple(map(find_precision, ("auto", "float32", "fast", "bfloat16"))) == policies
+    assert tuple(map(find_precision, names)) == policies
+    # Of a layout, whatever this process would take.
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu" if backend == "cpu" else "cpu")
+    assert tuple(find_precision(name, backend) for name in names) == policies

@@ -43,17 +43,21 @@ FAST = Precision("bfloat16", "float32", "mixed", "float32")
 PrecisionName = typing.Literal["auto", "float32", "fast", "bfloat16"]
 
 
-def find_precision(name: PrecisionName) -> Precision:
+def find_precision(name: PrecisionName, platform: str | None = None) -> Precision:
     """The policy of a name.
 
     "auto" is bfloat16 on a GPU or TPU, as the reference, and float32 on a CPU. "fast" is the fastest of this
     backend: on a CPU without bfloat16 arithmetic that is float32 as well.
+
+    Args:
+        name: of the policy.
+        platform: that computes ("cpu", "gpu", "tpu"); by default that of this process.
     """
     import jax  # a command line that names a policy does not need it yet
 
     if name == "float32":
         return FLOAT32
-    if name == "bfloat16" or jax.default_backend() != "cpu":
+    if name == "bfloat16" or (platform or jax.default_backend()) != "cpu":
         return BFLOAT16
     return FAST if name == "fast" and bfloat16_units() else FLOAT32
 

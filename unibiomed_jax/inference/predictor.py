@@ -85,12 +85,12 @@ class UniBiomed:
         layout: Layout | None = None,
     ):
         """`params` is the parameter tree of `UniBiomedModel(config)`, `layout` divides it over devices."""
-        runtime.prepare()
+        layout = layout or Layout.over(jax.devices()[:1])
+        runtime.prepare(layout.platform)
         self.config = config
-        self.precision = precision or find_precision("auto")
+        self.precision = precision or find_precision("auto", layout.platform)
         self.tokenizer = tokenizer
         self.checkpoint_hash = checkpoint_hash
-        layout = layout or Layout.over(jax.devices()[:1])
         self.layout = layout = dataclasses.replace(layout, units=axis_units(config))
         self.graphdef, self.params = build_network(config, params, self.precision, layout)
         self.stages = Stages(self.graphdef, tokenizer, config.language.vocab_size, layout)
