@@ -42,8 +42,7 @@ REMEDY = "convert the release again with: unibiomed convert from-torch SRC DST"
 # Where the parameter with a dotted path and a shape goes.
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
-# Bytes of parameters that are read at once, unless one has more: a host holds no more besides what its
-# devices keep.
+# Bytes of parameters that are read at once, unless one has more.
 READ_TOGETHER = 64 << 20
 
 # Threads that hash what was read; hashlib lets go of the interpreter meanwhile.
@@ -275,7 +274,9 @@ def load(
     sharding: Sharding | None = None,
     merge_lora: bool = True,
 ) -> Checkpoint:
-    """Load a checkpoint folder onto the devices, a few parameters at a time; each process reads and checks all of it.
+    """Load a checkpoint folder onto the devices, a few parameters at a time.
+
+    Each process reads and checks all of it, and holds besides its share twice the largest parameter.
 
     Args:
         path: the folder.
