@@ -71,7 +71,6 @@ def token_cross_entropy(
     targets = constrain(targets, None, "batch", "language.tokens")
     hidden = constrain(hidden, None, "batch", "language.tokens", None)
 
-    @jax.checkpoint
     def chunk_loss(hidden, head, targets):
         logits = matmul(hidden, head.astype(hidden.dtype))
         logits = constrain(logits, "batch", "language.tokens", "language.vocab")
@@ -83,6 +82,8 @@ def token_cross_entropy(
         correct = learned & (jnp.argmax(logits, axis=-1) == targets)
         return TokenLoss(loss.sum(1), correct.sum(1))
 
+    # The whole step, as what a branch keeps for the way back is kept for every chunk: the head, too.
+    @jax.checkpoint
     def step(total, inputs):
         hidden, targets = inputs
         nothing = TokenLoss(jnp.zeros(batch, jnp.float32), jnp.zeros(batch, jnp.int32))
