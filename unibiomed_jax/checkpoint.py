@@ -14,8 +14,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,9 @@ REMEDY = "convert the release again with: unibiomed convert from-torch SRC DST"
 
 # Where the parameter with a dotted path and a shape goes.
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+
+# Bytes of parameters that are read at once, unless one has more.
+READ_TOGETHER = 64 << 20
 
 # Threads that hash what was read; hashlib lets go of the interpreter meanwhile.
 HASHERS = 4
@@ -277,8 +281,16 @@ def _read_json(folder: Path, name: str) -> Any:
     return read_json(folder / name, remedy=REMEDY, complaint="is damaged")
 
 
-def read_part(path: str | os.PathLike, name: str, manifest: Manifest) -> dict[str, np.ndarray]:
+def read_part(
+    path: str | os.PathLike, name: str, manifest: Manifest, chosen: Collection[str] | None = None
+) -> dict[str, np.ndarray]:
     """The parameters of one part as host arrays in their stored dtypes, by path below the part.
+
+    Args:
+        path: the folder.
+        name: of the part.
+        manifest: of the folder.
+        chosen: paths to read; None: all.
 
     Raises:
         InputError: the part is missing or damaged, or a parameter is not the one whose hash was recorded.
@@ -286,9 +298,13 @@ def read_part(path: str | os.PathLike, name: str, manifest: Manifest) -> dict[st
     leaves = {p.partition(".")[2]: leaf for p, leaf in manifest.leaves.items() if p.partition(".")[0] == name}
     # A broadcast scalar tells Orbax to restore a numpy array of this shape and takes no memory.
     abstract = {
-        p: np.broadcast_to(np.zeros((), dtype_of(leaf["dtype"])), leaf["shape"]) for p, leaf in leaves.items()
+        p: np.broadcast_to(np.zeros((), dtype_of(leaf["dtype"])), leaf["shape"])
+        if chosen is None or p in chosen
+        else ocp.PLACEHOLDER
+        for p, leaf in leaves.items()
     }
     found = _restore(locate(path), name, abstract)
+    found = {p: value for p, value in found.items() if value is not ocp.PLACEHOLDER}
     with ThreadPoolExecutor(HASHERS) as hashers:
         for p, measured in zip(found, hashers.map(leaf_record, found.values()), strict=True):
             if measured != leaves[p]:
@@ -305,7 +321,9 @@ def load(
     sharding: Sharding | None = None,
     merge_lora: bool = True,
 ) -> Checkpoint:
-    """Load a checkpoint folder onto the devices, part by part; each process reads and checks all of it.
+    """Load a checkpoint folder onto the devices, a few parameters at a time.
+
+    Each process reads and checks all of it, and holds besides its share twice the largest parameter.
 
     Args:
         path: the folder.
@@ -332,18 +350,37 @@ def load(
     params: dict = {}
     for name in dict.fromkeys(p.partition(".")[0] for p in manifest.leaves):
         wanted = dtype if isinstance(dtype, str) or dtype is None else dtype.get(name)
-        part = read_part(path, name, manifest)
-        for p, leaf in part.items():  # each host array is freed once its copy is on the devices
-            host = leaf.astype(dtype_of(wanted), copy=False) if wanted else leaf
-            part[p] = jax.make_array_from_callback(
-                host.shape, place(f"{name}.{p}", host.shape), host.__getitem__
-            )
+        part: dict[str, jax.Array] = {}
+        for chosen in _read_together(name, manifest):
+            group = read_part(path, name, manifest, chosen)
+            while group:  # each host array is freed once its copy is on the devices
+                p, host = group.popitem()
+                host = host.astype(dtype_of(wanted), copy=False) if wanted else host
+                part[p] = jax.make_array_from_callback(
+                    host.shape, place(f"{name}.{p}", host.shape), host.__getitem__
+                )
         if manifest.lora and merge_lora:
             part = merge_adapters(part, manifest.lora.scale)
         params[name] = unflatten(part)
     return Checkpoint(
         config, params, path / "tokenizer", manifest.hash, None if merge_lora else manifest.lora
     )
+
+
+def _read_together(name: str, manifest: Manifest) -> Iterator[list[str]]:
+    """Paths below a part, in groups of at most READ_TOGETHER bytes or one parameter."""
+    group, size = [], 0
+    for path, leaf in manifest.leaves.items():
+        part, _, below = path.partition(".")
+        if part != name:
+            continue
+        more = math.prod(leaf["shape"]) * dtype_of(leaf["dtype"]).itemsize
+        if group and size + more > READ_TOGETHER:
+            yield group
+            group, size = [], 0
+        group.append(below)
+        size += more
+    yield group
 
 
 def check_shapes(

@@ -36,13 +36,16 @@ def cache_folder(kind: str) -> Path:
 
 
 @functools.cache
-def prepare() -> None:
+def prepare(platform: str | None = None) -> None:
     """Turn on the persistent compilation cache and, on a CPU, keep freed memory in the process.
 
     A cache folder that was already chosen (JAX_COMPILATION_CACHE_DIR) is left as it is. By default glibc
     gives every large buffer back to the kernel when it is freed, and the next call pays for it again, page by
     page: up to a third of the time of a model on a CPU. Only the heap of the main thread can keep buffers of
     more than 64 MB, so programs run on the thread that calls them; a backend that has started stays as it is.
+
+    Args:
+        platform: that computes ("cpu", "gpu", "tpu"); by default that of this process.
     """
     if not jax.config.jax_compilation_cache_dir:
         with contextlib.suppress(InputError, OSError):  # without a place for it, every run compiles anew
@@ -51,7 +54,7 @@ def prepare() -> None:
             jax.config.update("jax_compilation_cache_dir", str(folder))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    if sys.platform == "linux" and jax.default_backend() == "cpu":
+    if sys.platform == "linux" and (platform or jax.default_backend()) == "cpu":
         try:
             mallopt = ctypes.CDLL("libc.so.6").mallopt
         except (OSError, AttributeError):  # another C library: nothing to tune

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.scale
 
 @pytest.fixture(scope="module")
 def found() -> dict:
-    return report("sharded_ground.py")[0]
+    return report("sharded_ground.py")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

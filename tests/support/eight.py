@@ -10,8 +10,8 @@ import sys
 from places import ROOT, TESTS
 
 
-def report(script: str, *arguments: str) -> tuple[dict, str]:
-    """What a script of this folder prints as its last line, a line of JSON, and what it writes to stderr."""
+def report(script: str, *arguments: str) -> dict:
+    """What a script of this folder prints as its last line, a line of JSON."""
     flags = (
         "--xla_force_host_platform_device_count=8",
         # It may let two devices wait for each other, each in another collective.
@@ -31,4 +31,4 @@ def report(script: str, *arguments: str) -> tuple[dict, str]:
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1]), result.stderr
+    return json.loads(result.stdout.splitlines()[-1])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import lowered
 import numpy as np
 from flax import nnx
-from programs import collectives
+from programs import arguments, collectives
 from small import IDS, MODEL, STEP, build, random_batch
 
 from unibiomed_jax.config.model import HieraConfig
@@ -94,6 +94,20 @@ def bytes_on_first_device(state):
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
 
 
+def needed(state, frozen, used):
+    """Bytes that have to move under FSDP: weights, layers again on the way back, and gradients.
+
+    A gradient goes back through the layers of the language model alone.
+    """
+    once = again = 0
+    for path, value in (state.trainable | frozen).items():
+        meanings = logical_axes(path, value.ndim)
+        if path in used and sum(meaning != "layer" for meaning in meanings) > 1:
+            once += value.nbytes
+            again += value.nbytes if path.startswith("language_model.layers") else 0
+    return once, again, sum(value.nbytes for value in state.trainable.values())
+
+
 def said():
     """What a run under FSDP says before it starts."""
     config = dataclasses.replace(CONFIG, strategy="fsdp")
@@ -135,11 +149,13 @@ def main(folder):
     for name in STRATEGIES:
         print(name, "is compiled", file=sys.stderr)
         program, states[name], own_losses, own_gradients = run(graphdef, state, frozen, layout_of(name))
+        text = program.as_text()
         found[name] = {
             "loss": float(np.abs(own_losses / losses - 1).max()),
             "gradient": difference(own_gradients, gradients),
             "bytes": bytes_on_first_device(states[name]),
-            "collectives": collectives(program.as_text()),
+            "collectives": collectives(text),
+            "needed": needed(state, frozen, arguments(text)),
             "flops": program.cost_analysis()["flops"] / share,
         }
 

@@ -104,7 +104,9 @@ def predict(options: PredictOptions) -> int:
     loading.fetch(options.checkpoint)  # with a progress bar of its own, which the spinner would garble
     with console.status(f"Loading {escape(shown(options.checkpoint))}"):
         model = UniBiomed.from_pretrained(
-            options.checkpoint, precision=find_precision(options.precision), layout=layout
+            options.checkpoint,
+            precision=find_precision(options.precision, layout and layout.platform),
+            layout=layout,
         )
 
     own = distributed.share(list(sources))

@@ -46,12 +46,12 @@ PrecisionName = typing.Literal["auto", "float32", "fast", "bfloat16"]
 def find_precision(name: PrecisionName, platform: str | None = None) -> Precision:
     """The policy of a name.
 
-    "auto" is bfloat16 on a GPU or TPU, as the reference, and float32 on a CPU. "fast" is the fastest of the
-    platform: on a CPU without bfloat16 arithmetic that is float32 as well.
+    "auto" is bfloat16 on a GPU or TPU, as the reference, and float32 on a CPU. "fast" is the fastest of this
+    backend: on a CPU without bfloat16 arithmetic that is float32 as well.
 
     Args:
         name: of the policy.
-        platform: "cpu", "gpu" or "tpu"; by default that of the process's default devices.
+        platform: that computes ("cpu", "gpu", "tpu"); by default that of this process.
     """
     import jax  # a command line that names a policy does not need it yet
 

@@ -48,7 +48,6 @@ from unibiomed_jax.inputs.tokenizer import Tokenizer
 from unibiomed_jax.models.sam2 import plan_frames
 from unibiomed_jax.sharding.axes import axis_units
 from unibiomed_jax.sharding.layout import Layout
-from unibiomed_jax.sharding.target import target
 
 # Tokens between two looks of the host at the text. The loop also stops by itself where the text may end.
 TOKENS_PER_LOOK = 64
@@ -87,14 +86,13 @@ class UniBiomed:
         layout: Layout | None = None,
     ):
         """`params` is the parameter tree of `UniBiomedModel(config)`, `layout` divides it over devices."""
-        runtime.prepare()
+        layout = layout or Layout.over(jax.local_devices()[:1])
+        runtime.prepare(layout.platform)
         self.config = config
+        self.precision = precision or find_precision("auto", layout.platform)
         self.tokenizer = tokenizer
         self.checkpoint_hash = checkpoint_hash
-        layout = layout or Layout.over(jax.local_devices()[:1])
         self.layout = layout = dataclasses.replace(layout, units=axis_units(config))
-        with layout.inside():
-            self.precision = precision or find_precision("auto", target().platform)
         self.graphdef, self.params = build_network(config, params, self.precision, layout)
         self.stages = Stages(self.graphdef, tokenizer, config.language.vocab_size, layout)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from unibiomed_jax.sharding.constraints import GATHERED, gathered, gathers_layers
+from unibiomed_jax.sharding.constraints import gathered, gathers_layers
 
 LINEAR_INIT = nnx.initializers.normal(0.02)
 
@@ -202,6 +202,14 @@ REMAT_POLICIES: dict[str, Any] = {
 }
 
 
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy that keeps what is computed, but no weights as they were gathered and converted.
+
+    Weights that do not train are gathered by a call whose own rule of gradients is not asked for.
+    """
+    return primitive.name not in ("sharding_constraint", "custom_vjp_call", "convert_element_type")
+
+
 def scan_layers(
     layers: nnx.Module | nnx.List,
     step: Callable[[nnx.Module, Any, Any], tuple[Any, Any]],
@@ -235,6 +243,5 @@ def scan_layers(
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
     elif gathers_layers():
-        keep = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-        body = jax.checkpoint(body, policy=keep, prevent_cse=False)
+        body = jax.checkpoint(body, policy=_all_but_gathered, prevent_cse=False)
     return jax.lax.scan(body, carry, (state, xs))

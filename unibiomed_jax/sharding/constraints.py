@@ -6,14 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from unibiomed_jax.sharding.axes import logical_axes
 from unibiomed_jax.sharding.layout import layout_in_force
-
-# What a backward pass does not keep of the forward pass: it gathers a layer again.
-GATHERED = "gathered weights"
 
 
 def constrain(x: jax.Array, *meanings: str | None) -> jax.Array:
@@ -45,7 +41,7 @@ def gathered(prefix: str, parameters: Any) -> Any:
     """
 
     def gather(layout, path, value):
-        return checkpoint_name(layout.move(path, value, "weights", "computed"), GATHERED)
+        return layout.move(path, value, "weights", "computed")
 
     return _each(gather, parameters, prefix)
 

@@ -127,6 +127,11 @@ class Layout:
         types = (AxisType.Auto,) * len(sizes)
         return cls(AbstractMesh((*sizes.values(),), (*sizes,), axis_types=types), strategy, axis_units(model))
 
+    @property
+    def platform(self) -> str:
+        """Kind of the devices: "cpu", "gpu" or "tpu"."""
+        return self.mesh.devices.flat[0].platform
+
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
         """Trace what is inside for this layout: `target` and `constrain` obey it."""

@@ -82,20 +82,16 @@ def token_cross_entropy(
         correct = learned & (jnp.argmax(logits, axis=-1) == targets)
         return TokenLoss(loss.sum(1), correct.sum(1))
 
-    nothing = TokenLoss(jnp.zeros(batch, jnp.float32), jnp.zeros(batch, jnp.int32))
-
-    # Around the choice, not inside: what a branch keeps for its gradient, the head among it, is kept once for
-    # every chunk.
+    # The whole step, as what a branch keeps for the way back is kept for every chunk: the head, too.
     @jax.checkpoint
-    def part_of(hidden, head, targets):
-        wanted = jnp.any(targets != IGNORE)
-        return jax.lax.cond(wanted, chunk_loss, lambda *_: nothing, hidden, head, targets)
-
     def step(total, inputs):
         hidden, targets = inputs
-        return jax.tree.map(jnp.add, total, part_of(hidden, head, targets)), None
+        nothing = TokenLoss(jnp.zeros(batch, jnp.float32), jnp.zeros(batch, jnp.int32))
+        part = jax.lax.cond(jnp.any(targets != IGNORE), chunk_loss, lambda *_: nothing, hidden, head, targets)
+        return jax.tree.map(jnp.add, total, part), None
 
-    return jax.lax.scan(step, nothing, (hidden, targets))[0]
+    start = TokenLoss(jnp.zeros(batch, jnp.float32), jnp.zeros(batch, jnp.int32))
+    return jax.lax.scan(step, start, (hidden, targets))[0]
 
 
 def sample_bilinear(
