@@ -323,7 +323,8 @@ def load(
 ) -> Checkpoint:
     """Load a checkpoint folder onto the devices, a few parameters at a time.
 
-    Each process reads and checks all of it, and holds besides its share twice the largest parameter.
+    Each process reads and checks all of it, and holds besides its share about
+    two and a half times the largest parameter while it is read.
 
     Args:
         path: the folder.

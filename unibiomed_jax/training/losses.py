@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from unibiomed_jax.data.transforms import IGNORE
 from unibiomed_jax.models.layers import matmul
 from unibiomed_jax.sharding.constraints import constrain
+from unibiomed_jax.sharding.target import target
 
 # Added to every denominator of the mask losses by the reference: its own epsilon and float32's.
 MASK_EPS = 1e-4 + float(np.finfo(np.float32).eps)
@@ -139,8 +140,10 @@ def choose_points(
     candidates = jax.random.uniform(key_candidates, (masks, int(num_points * oversample), 2))
     certainty = jnp.abs(sample_bilinear(jax.lax.stop_gradient(logits), candidates))
     num_unsure = int(importance * num_points)
-    # Not `top_k`, for which the compiler gathers the masks of all devices.
-    best = jnp.argsort(certainty, axis=1, stable=True)[:, :num_unsure]
+    if target().devices == 1:
+        _, best = jax.lax.top_k(-certainty, num_unsure)
+    else:  # the same; but for `top_k` the compiler gathers the masks of all devices
+        best = jnp.argsort(certainty, axis=1, stable=True)[:, :num_unsure]
     chosen = jnp.take_along_axis(candidates, best[..., None], axis=1)
     uniform = jax.random.uniform(key_uniform, (masks, num_points - num_unsure, 2))
     return jnp.concatenate([chosen, uniform], axis=1)
