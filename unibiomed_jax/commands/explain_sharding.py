@@ -15,7 +15,7 @@ from unibiomed_jax.errors import InputError
 
 if TYPE_CHECKING:
     from unibiomed_jax.config.model import ModelConfig
-    from unibiomed_jax.sharding.layout import Layout
+    from unibiomed_jax.sharding.layout import Layout, ParameterLayout
 
 console = Console()
 # Names on the command line -> those of `config.presets.MODELS`.
@@ -75,9 +75,7 @@ def lines(layout: Layout, model: ModelConfig, use: str) -> list[str]:
     said = []
     for row in sorted(rows, key=lambda row: row.path):
         meanings = logical_axes(row.path, len(row.shape))
-        whole = (
-            "" if any(row.spec) else "; whole: " + ("; ".join(row.obstacles) or _why_whole(layout, row, use))
-        )
+        whole = "" if any(row.spec) else "; whole: " + ("; ".join(row.obstacles) or _why_whole(row))
         said.append(
             f"{row.path} [{_axes(meanings, row.spec)}] {_sizes(layout, row.shape, row.spec)} a device, "
             f"{row.bytes_per_device:,} bytes{whole}"
@@ -170,7 +168,7 @@ def _shapes(model: ModelConfig, use: str) -> dict:
     return {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in abstract_params(model).items()}
 
 
-def _why_whole(layout: Layout, row, use: str) -> str:
+def _why_whole(row: ParameterLayout) -> str:
     if sum(meaning != "layer" for meaning in row.meanings) < 2:
         return "a vector"
     return "the strategy does not divide it"
