@@ -41,6 +41,8 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 $(VENV)/.installed-test-$(PARITY): $(VENV)/.installed
+	# First and together: which boto3 fits both pip would else try among hundreds, for minutes.
+	$(BIN)/python -m pip install --quiet s3fs 'moto[server]'
 ifeq ($(PARITY),1)
 	$(BIN)/python -m pip install --quiet --editable '.[test,parity,bucket,dicom,eval,itk]'
 	# sam2 declares torchvision, which its modelling code does not need.

@@ -17,7 +17,7 @@ from unibiomed_jax.config.fields import to_dict
 from unibiomed_jax.data.pipeline import Batch
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.files import locate
-from unibiomed_jax.training.experiment import load_command, main_arguments
+from unibiomed_jax.training.experiment import load_command, main_arguments, processes_of
 from unibiomed_jax.training.export import export_checkpoint, export_model
 from unibiomed_jax.training.footprint import footprint
 from unibiomed_jax.training.log import RunLog
@@ -46,10 +46,11 @@ PROFILED = (10, 14)
 
 def main() -> int:
     # Configuration, model, layout
-    config, acts = load_command(*main_arguments())
+    path, arguments = main_arguments()
+    distributed.join(processes_of(arguments))  # first: a configuration may ask what devices there are
+    config, acts = load_command(path, arguments)
     if not acts.export:
         stop_at_once()
-    distributed.join(acts)
     distributed.require_equal("program", distributed.code_version())
     distributed.require_equal("configuration", settings(config))
     console.quiet = not distributed.is_first()
@@ -87,6 +88,7 @@ def main() -> int:
     checkpointer = Checkpointer(start.checkpoint_folder, config.checkpoint)
     checkpointer.claim()
     belongs = belongs_to(config)  # read once: what lies in `initial` may change while this run goes on
+    distributed.require_equal("start", belongs)
     restored, state, frozen = starting_state(start, checkpointer, belongs)
     iterator = iter(data)
     if restored is not None:

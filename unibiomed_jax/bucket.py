@@ -68,7 +68,7 @@ def told(path: str | os.PathLike) -> Iterator[None]:
     except Exception as error:
         if not isinstance(path, BucketPath):
             raise
-        reason = _reason(error)
+        reason = _reason(error, path)
         if reason is not None:
             raise BucketError(f"{path} cannot be used: {reason}.") from None
         if isinstance(error, FileNotFoundError):
@@ -76,15 +76,18 @@ def told(path: str | os.PathLike) -> Iterator[None]:
         raise
 
 
-def _reason(error: BaseException) -> str | None:
+def _reason(error: BaseException, path: BucketPath) -> str | None:
     """What is wrong with the bucket, and what to do; None if it is not the bucket."""
     chain = []
     while error is not None:
         chain.append(error)
         error = error.__cause__
     text = "\n".join(f"{type(one).__name__}: {one}" for one in chain)
-    found = next((words for pattern, words in _REASONS if re.search(pattern, text)), None)
-    if found is None and isinstance(chain[0], OSError) and not isinstance(chain[0], FileNotFoundError):
+    text = text.replace(os.fspath(path).partition("://")[2], "")  # numbers in it are no answers
+    missing = isinstance(chain[0], FileNotFoundError)  # whose whole text is a path
+    reasons = _REASONS[:1] if missing else _REASONS
+    found = next((words for pattern, words in reasons if re.search(pattern, text)), None)
+    if found is None and isinstance(chain[0], OSError) and not missing:
         return "it refuses what is asked of it; see the log of the bucket"
     return found
 

@@ -229,7 +229,7 @@ def _report(job: _Job) -> None:
         try:
             with socket.create_connection((job.host, job.port), timeout=left) as connection:
                 connection.sendall(f"{job.process} {job.processes}\n".encode())
-                connection.settimeout(left + 5)  # it waits for the last one as long, and then says so
+                connection.settimeout(ARRIVAL + 5)  # it may have come last, and waits as long for others
                 answer = connection.makefile("rb").readline(1000)
         except OSError:
             answer = b""
@@ -324,13 +324,13 @@ def code_version() -> dict[str, str]:
 
 
 def spread(array: jax.Array, place: jax.sharding.Sharding) -> jax.Array:
-    """Lay out an array that every process has whole, or that lies there already.
+    """Lay out an array that every process has whole, or that spans processes already.
 
-    JAX would first compare what the processes have, for which it gathers all of it from each.
+    JAX would first compare what the processes have whole, for which it gathers all of it from each.
     """
     import jax
 
-    if array.sharding == place or place.is_fully_addressable:
+    if place.is_fully_addressable or not array.is_fully_addressable:
         return jax.device_put(array, place)
     return jax.make_array_from_callback(array.shape, place, np.asarray(array).__getitem__)
 
@@ -348,7 +348,7 @@ def local_rows(array: jax.Array) -> tuple[list[int], np.ndarray]:
 def whole(array: jax.Array | np.ndarray) -> np.ndarray:
     """An array that may span processes, on this one; every process asks for it.
 
-    Row by row where it is large: every device holds for a moment what is gathered.
+    Some rows at a time where it is large: every device holds for a moment what is gathered.
     """
     if isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
@@ -356,7 +356,8 @@ def whole(array: jax.Array | np.ndarray) -> np.ndarray:
         from jax.experimental import multihost_utils
 
         return multihost_utils.process_allgather(array, tiled=True)
-    return np.stack([whole(array[row]) for row in range(len(array))])
+    rows = max(1, _GATHERED * len(array) // array.nbytes)
+    return np.concatenate([whole(array[start : start + rows]) for start in range(0, len(array), rows)])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -418,8 +419,9 @@ def _listen(job: _Job, client) -> None:
 
 
 def _leave(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody may be listening any more
+            stream.flush()
     if is_first():
         time.sleep(_FAREWELL)
     os._exit(code)

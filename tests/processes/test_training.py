@@ -176,7 +176,11 @@ def refused(arguments, env, **settings) -> str:
 
 
 def test_another_configuration_is_named(env, tmp_path):
-    said = refused(train(tmp_path), env, own=((), ("--seed=1",)))
+    """Also where it asks what devices there are, which must not come before the processes have met."""
+    asking = tmp_path / "asking.py"
+    asking.write_text("import jax\nfrom micro_run import config\nassert jax.device_count() == 2\n")
+    command = [str(ROOT / "train.py"), str(asking), f"--folder={tmp_path / 'run'}"]
+    said = refused(command, env, own=((), ("--seed=1",)))
     assert "Process 1 has another configuration than process 0: seed is 1 there and 42 here" in said
 
 

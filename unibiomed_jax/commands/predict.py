@@ -138,9 +138,11 @@ def predict(options: PredictOptions) -> int:
                 f"Stopped; {done} of {len(todo)} answered, the same command goes on."
             ) from None
 
-    reasons = {name: reason for part in distributed.gather(reasons) for name, reason in part.items()}
-    failures = {name: reasons[name] for name in sources if reasons.get(name) is not None}
-    _say(f"{len(reasons) - len(failures)} answered, {len(failures)} failed; results in {shown(options.out)}")
+    answered = sum(distributed.gather(sum(reason is None for reason in reasons.values())))
+    failed = {name: reason for name, reason in reasons.items() if reason is not None}
+    reasons = {name: reason for part in distributed.gather(failed) for name, reason in part.items()}
+    failures = {name: reasons[name] for name in sources if name in reasons}
+    _say(f"{answered} answered, {len(failures)} failed; results in {shown(options.out)}")
     for name, reason in failures.items():
         errors.print(f"[red]{escape(shown(name))}[/red]: {escape(reason)}", highlight=False, soft_wrap=True)
     if left_out:

@@ -44,7 +44,10 @@ def run(program: Callable[[], int | None]) -> int:
         else:
             stopped = isinstance(error, SystemExit)
             reason = "it was stopped." if stopped else f"{type(error).__name__}: {error}"
-            with distributed.ending(reason, error.code if stopped else 1):  # 1: as Python does
+            code = 1  # as Python does
+            if stopped:
+                code = error.code if isinstance(error.code, int) else int(error.code is not None)
+            with distributed.ending(reason, code):
                 raise
     with distributed.ending(sentence, code):
         _say(sentence)

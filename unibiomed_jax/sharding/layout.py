@@ -303,7 +303,7 @@ class Layout:
             raise InputError(
                 f"{whole / 2**20:,.0f} MiB of {total / 2**20:,.0f} stay whole on every device, because no "
                 f"axis of these parameters divides by {parts}; make fewer shares of them, for example "
-                f"--strategy hsdp --mesh replica={parts // fewer},fsdp={fewer}."
+                f"--strategy hsdp --mesh replica={self.mesh.size // fewer},fsdp={fewer}."
             )
 
     def _whole(self, parameters: Mapping[str, Any], use: Use) -> tuple[float, int]:

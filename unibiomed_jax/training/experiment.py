@@ -19,6 +19,7 @@ from typing import Annotated, NoReturn
 import tyro
 
 from unibiomed_jax.config.fields import require_limits, require_type, unknown_field
+from unibiomed_jax.distributed import Processes
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.training.config import Acts, TrainConfig
 from unibiomed_jax.training.validation import SCORES
@@ -68,6 +69,15 @@ def load_command(path: str, arguments: Sequence[str] = ()) -> tuple[TrainConfig,
         raise InputError(f"The options {' '.join(arguments)} cannot be used: {reason.rstrip('.')}.") from None
     require_possible(given.config)
     return given.config, given.acts
+
+
+def processes_of(arguments: Sequence[str]) -> Processes:
+    """Where the processes of a job meet, as the arguments say; of what is wrong there `load_command` speaks."""
+    if any(argument in ("-h", "--help") for argument in arguments):
+        return Processes()
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
+        return tyro.cli(Processes, args=arguments, return_unknown_args=True)[0]
+    return Processes()
 
 
 def show_help(path: str, arguments: Sequence[str]) -> NoReturn:
