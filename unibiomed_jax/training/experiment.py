@@ -72,7 +72,7 @@ def load_command(path: str, arguments: Sequence[str] = ()) -> tuple[TrainConfig,
 
 
 def processes_of(arguments: Sequence[str]) -> Processes:
-    """Where the processes of a job meet, as the arguments say; of what is wrong there `load_command` speaks."""
+    """Where the processes of a job meet; of what is wrong in the arguments `load_command` speaks."""
     if any(argument in ("-h", "--help") for argument in arguments):
         return Processes()
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
