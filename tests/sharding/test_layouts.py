@@ -257,7 +257,7 @@ def test_a_strategy_may_leave_batches_whole():
     layout.require_divisible(3)
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_eight_devices_compute_what_one_does(eight_devices, strategy):
     """Five updates, with dropout, dropped paths and random points."""
@@ -265,7 +265,7 @@ def test_eight_devices_compute_what_one_does(eight_devices, strategy):
     assert found["loss"] < 1e-5 and found["gradient"] < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_device_works_on_its_share_alone(eight_devices, strategy):
     found = eight_devices[strategy]
@@ -279,7 +279,7 @@ def test_every_device_works_on_its_share_alone(eight_devices, strategy):
     assert not batches
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_no_stack_of_layers_is_gathered_as_a_whole(eight_devices, strategy):
     gathered = [
@@ -296,7 +296,7 @@ def test_no_stack_of_layers_is_gathered_as_a_whole(eight_devices, strategy):
         assert any((1, *shape[1:]) in gathered for shape in stacks)
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_fsdp_gathers_each_weight_as_often_as_it_is_used_and_sums_gradients_once(eight_devices):
     once, again, gradients = eight_devices["fsdp"]["needed"]
     moved = Counter()
@@ -308,28 +308,28 @@ def test_fsdp_gathers_each_weight_as_often_as_it_is_used_and_sums_gradients_once
     assert moved["all-reduce"] < 1.2 * gradients
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_devices_encode_their_own_images_without_talking(eight_devices):
     assert eight_devices["trunk_collectives"] == 0
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_a_program_knows_what_it_is_compiled_for(eight_devices):
     assert eight_devices["targets"] == {"none": [None, 1], "one": ["cpu", 1], "eight": ["cpu", 8]}
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_a_program_for_tpus_is_the_same_from_one_and_from_eight_cpus(eight_devices):
     assert eight_devices["lowered"] == lowered.digest()
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 @pytest.mark.parametrize("strategy", ["zero1", "fsdp", "hsdp", "fsdp_tensor", "sequence"])
 def test_masters_and_moments_are_spread(eight_devices, strategy):
     assert eight_devices[strategy]["bytes"] < 0.3 * eight_devices["data_parallel"]["bytes"]
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_a_run_says_which_parameters_stay_whole(eight_devices):
     counts, whole = eight_devices["summary"]
     assert (
@@ -343,7 +343,7 @@ def test_a_run_says_which_parameters_stay_whole(eight_devices):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_a_checkpoint_restores_onto_any_mesh_to_the_bit(eight_devices):
     restored = eight_devices["restored"]
     assert len(restored) == 2 * len(STRATEGIES) and all(restored.values())
