@@ -30,7 +30,7 @@ class Server:
 
     def reach(self, monkeypatch) -> None:
         """Let this process talk to it, and forget another one."""
-        import fsspec
+        import s3fs
         from etils.epath.backend import fsspec_backend
 
         from unibiomed_jax import bucket
@@ -39,7 +39,7 @@ class Server:
             monkeypatch.setenv(name, value)
         bucket._file_system.cache_clear()
         type(fsspec_backend)._get_filesystem.cache_clear()
-        fsspec.AbstractFileSystem.clear_instance_cache()
+        s3fs.S3FileSystem.clear_instance_cache()
 
     def requests(self) -> list[dict]:
         """All requests so far: method, path, range (None: the whole), status, sent (bytes)."""

@@ -3,11 +3,9 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 
 import numpy as np
 import pytest
@@ -224,33 +222,3 @@ def test_a_bucket_that_goes_away_ends_the_run_with_a_sentence(environment, tmp_p
         and "the bucket does not answer; run the same" in sentence
     )
     assert "Traceback" not in error and SECRET not in error and KEY_ID not in error
-
-
-@pytest.fixture
-def google():
-    """Environment with an emulator of Google's storage."""
-    pytest.importorskip("gcsfs")
-    pytest.importorskip("gcp_storage_emulator")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    emulator = [sys.executable, "-m", "gcp_storage_emulator", "start", "--host=127.0.0.1", f"--port={port}",
-                "--in-memory", "--default-bucket=runs", "-q"]  # fmt: skip
-    process = subprocess.Popen(emulator, stderr=subprocess.DEVNULL)
-    try:
-        yield {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}", "NO_GCE_CHECK": "true",
-               "GCE_METADATA_ROOT": "127.0.0.1:1"}  # fmt: skip
-    finally:
-        process.kill()
-        process.wait()
-
-
-def test_a_run_in_a_google_bucket(environment, google, finished):
-    code, said = run(environment | google, "gs://runs/one", "--log.validate-every=1000000")
-    assert code == 0 and "The trained model is in gs://runs/one/model" in said, said
-    code, said = run(environment | google, "gs://runs/one", "--export=last")
-    assert code == 0 and f"The model of update {STEPS} is in gs://runs/one/model" in said, said
-    assert "bucket type" not in said
-    manifest = "/download/storage/v1/b/runs/o/one%2Fmodel%2Fmanifest.json?alt=media"
-    with urllib.request.urlopen(google["STORAGE_EMULATOR_HOST"] + manifest) as answer:
-        assert json.load(answer)["hash"] == checkpoint.read_manifest(finished / "model").hash

@@ -26,6 +26,7 @@ from unibiomed_jax.evaluation.reference_folders import (
     stem_of,
 )
 from unibiomed_jax.evaluation.tasks import TASKS
+from unibiomed_jax.inputs.images import by_number
 
 NO_FILE = "no prediction, or one that cannot be read"
 
@@ -79,7 +80,7 @@ def _seg2d(task: str, data: Path, predictions: Path, split: str) -> Iterator[Sam
 def _seg3d(task: str, data: Path, predictions: Path, split: str) -> Iterator[Sample]:
     path = data / f"meta_{split}.json"
     for volume, content in read_table(path).get("volumes", {}).items():
-        names = sorted(content["slices"])
+        names = sorted(content["slices"], key=by_number)
         for expression in content["expressions"].values():
             target = expression["exp"]
             of_slice = {

@@ -294,7 +294,7 @@ def _split_repeated(frames: list[Frame]) -> list[tuple[str, list[Frame]]]:
         groups: dict[Hashable, list[Frame]] = {}
         for frame in frames:
             groups.setdefault(tuple(_content(frame, *place) for _, *place in attributes), []).append(frame)
-        many = len(frames) > len(groups)
+        many = len({tuple(np.round(frame.origin, 2) + 0.0) for frame in frames}) > 1
         if len(groups) > 1 and not any(
             _repeats(group) or (many and len(group) < 2) for group in groups.values()
         ):

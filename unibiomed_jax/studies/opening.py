@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.files import shown
 from unibiomed_jax.inputs.images import by_number, open_image
 from unibiomed_jax.studies.dicom_files import (
     DicomFile,
@@ -90,6 +91,13 @@ def open_study(
         raise InputError(impossible(chosen.alias, error)) from None
 
 
+# Modalities of pictures that DICOM knows (PS3.3, C.7.3.1.1.1).
+MODALITIES = (
+    *("BI", "CR", "CT", "DG", "DX", "ES", "GM", "IO", "IVOCT", "IVUS", "MG", "MR", "NM", "OCT", "OP", "OPT"),
+    *("OT", "PT", "PX", "RF", "RG", "SC", "SM", "TG", "US", "XA", "XC"),
+)
+
+
 def _stated(study: Study, modality: str | None) -> Study:
     """The study, of the modality that is stated for it.
 
@@ -98,6 +106,10 @@ def _stated(study: Study, modality: str | None) -> Study:
     """
     if modality is None or modality == study.modality:
         return study
+    if modality not in MODALITIES:
+        raise InputError(
+            f"{shown(modality)!r} is no modality; give one of DICOM's codes: {', '.join(MODALITIES)}."
+        )
     if study.modality != "unknown":
         raise InputError(f"{study.series_alias} is {study.modality}, not {modality}; leave the modality out.")
     ct = modality == "CT" and not study.is_colour
@@ -220,7 +232,7 @@ def _picture(place: Place, width: int, height: int) -> Series:
         try:
             image, record = open_image(place.path)
         except InputError as error:  # which names the path
-            reason = str(error).replace(str(place.path), str(place))
+            reason = str(error).replace(shown(place.path), str(place))
             raise InputError(reason) from None
         return Study(
             values=np.asarray(image)[None],

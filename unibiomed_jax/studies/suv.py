@@ -39,29 +39,30 @@ def suv_factor(frames: Sequence[Frame]) -> tuple[float | None, str]:
         to_activity = 1.0
     else:
         return None, "; the unit is not stated"
+    unit = "counts" if units == "CNTS" else "Bq/mL"  # values are scaled to activity with the factor alone
     if not {"ATTN", "DECY"} <= set(header.get("CorrectedImage") or ()):
-        return None, "Bq/mL; not corrected for attenuation and decay"
+        return None, f"{unit}; not corrected for attenuation and decay"
     weight = _number(header.get("PatientWeight"))
     if not weight:
-        return None, "Bq/mL; no body weight"
+        return None, f"{unit}; no body weight"
     doses = header.get("RadiopharmaceuticalInformationSequence")
     dose = _number(doses[0].get("RadionuclideTotalDose")) if doses else None
     if not dose:
-        return None, "Bq/mL; no injected dose"
+        return None, f"{unit}; no injected dose"
     dose = dose * 1e6 if dose < _LEAST_DOSE else dose
     correction = header.get("DecayCorrection")
     if correction == "ADMIN":
         return to_activity * weight * 1000 / dose, ""
     if correction != "START":
-        return None, "Bq/mL; not decay-corrected to the start of the scan"
+        return None, f"{unit}; not decay-corrected to the start of the scan"
     half_life = _number(doses[0].get("RadionuclideHalfLife"))
     scanned = _scan_start(frames)
     injected = None if scanned is None else _injection(doses[0], scanned)
     if not half_life or scanned is None or injected is None:
-        return None, "Bq/mL; no half-life or times of injection and scan"
+        return None, f"{unit}; no half-life or times of injection and scan"
     seconds = (scanned - injected).total_seconds()
     if not 0 <= seconds < 86_400:
-        return None, "Bq/mL; the times of injection and scan do not fit"
+        return None, f"{unit}; the times of injection and scan do not fit"
     return to_activity * weight * 1000 / (dose * 2 ** (-seconds / half_life)), ""
 
 

@@ -21,7 +21,6 @@ TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _DIFFERENT = 0.1
 # The axis of slices is the one of largest spacing if that is so much larger than the next.
 _ANISOTROPY = 1.2
-_HASHED_BYTES = 1 << 20
 
 
 def find_nifti_series(place: Place) -> list[Series]:
@@ -224,9 +223,8 @@ def _nameless(header: Any) -> Any:
 
 
 def _alias(path: Path) -> str:
-    with open(path, "rb") as file:
-        start = file.read(_HASHED_BYTES)
-    return alias("series", hashlib.sha256(start).digest() + path.stat().st_size.to_bytes(8, "big"))
+    with open(path, "rb") as file:  # all of it: volumes of one size begin with the same air
+        return alias("series", hashlib.file_digest(file, "sha256").digest())
 
 
 def _zipped(path: Path) -> bool:
