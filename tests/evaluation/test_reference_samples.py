@@ -27,11 +27,11 @@ def dataset(tmp_path):
         ],
     }
     (tmp_path / "test.json").write_text(json.dumps(table))
-    names = ["v-0.png", "v-1.png", "v-2.png"]
-    expression = {"exp": "liver", "mask_file": ["mask/v-1_liver.png"], "img_file": ["v/v-1.png"]}
+    names = ["v-1.png", "v-2.png", "v-10.png"]
+    expression = {"exp": "liver", "mask_file": ["mask/v-2_liver.png"], "img_file": ["v/v-2.png"]}
     volume = {"slices": names, "expressions": {"0": expression}, "spacing": [5, 0.5, 0.7]}
     (tmp_path / "meta_test.json").write_text(json.dumps({"volumes": {"v": volume}}))
-    write_mask(tmp_path / "mask" / "v-1_liver.png", mask)
+    write_mask(tmp_path / "mask" / "v-2_liver.png", mask)
     for name in names:
         write_mask(tmp_path / "pred" / "v" / "liver" / name, mask)
     return tmp_path
@@ -61,7 +61,7 @@ def test_volumes_have_all_their_slices(dataset):
     assert (volume.patient, volume.spacing, volume.image) == ("v", (5.0, 0.5, 0.7), "v")
     assert [piece.any() for piece in decode_masks(volume.truth_masks, "x")[0]] == [False, True, False]
     assert decode_masks(volume.masks, "x")[0].shape == (3, 4, 6)
-    (dataset / "pred" / "v" / "liver" / "v-2.png").unlink()
+    (dataset / "pred" / "v" / "liver" / "v-10.png").unlink()
     (volume,) = read_samples("seg3d", dataset, dataset / "pred", "test")
     assert (volume.masks, volume.reason) == ((), "slices without a prediction")
 
@@ -75,7 +75,7 @@ def test_tables_that_do_not_fit(dataset):
     change(table, "mask_file", "a_liver.png", "annotations", 1)
     with pytest.raises(InputError, match="lists a_liver.png twice"):
         read_samples("seg2d", dataset, dataset / "pred", "test")
-    write_mask(dataset / "pred" / "v" / "liver" / "v-2.png", np.zeros((5, 6), bool))
+    write_mask(dataset / "pred" / "v" / "liver" / "v-10.png", np.zeros((5, 6), bool))
     with pytest.raises(InputError, match="the prediction of v, liver have 2 sizes"):
         read_samples("seg3d", dataset, dataset / "pred", "test")
     change(volumes, "volumes", {})

@@ -140,3 +140,16 @@ def test_a_real_oblique_volume_and_films_of_nibabel():
     place = (image.affine @ (*voxel, 1))[:3] * (-1, -1, 1)
     found = study.geometry.points(np.argwhere(study.values == study.values.max()))
     assert np.linalg.norm(found - place, axis=1).min() < 0.01
+
+
+def test_volumes_that_begin_with_the_same_air_have_names_of_their_own(tmp_path):
+    values = np.zeros((64, 128, 96), np.int16)
+    first = open_study(make(tmp_path / "a.nii", values))
+    values[-1, -1, -1] = 100
+    assert open_study(make(tmp_path / "b.nii", values)).series_alias != first.series_alias
+
+
+@pytest.mark.parametrize("modality", ["ct", "MRI", "PET"])
+def test_a_modality_that_is_none_is_refused(tmp_path, modality):
+    with pytest.raises(InputError, match=f"'{modality}' is no modality.*CT.*MR.*PT"):
+        open_study(make(tmp_path / "a.nii"), modality=modality)
