@@ -153,3 +153,10 @@ def test_volumes_that_begin_with_the_same_air_have_names_of_their_own(tmp_path):
 def test_a_modality_that_is_none_is_refused(tmp_path, modality):
     with pytest.raises(InputError, match=f"'{modality}' is no modality.*CT.*MR.*PT"):
         open_study(make(tmp_path / "a.nii"), modality=modality)
+
+
+def test_an_unknown_unit_of_time_is_no_matter(tmp_path):
+    image = nibabel.load(make(tmp_path / "a.nii"))
+    image.header["xyzt_units"] = 68
+    nibabel.save(image, tmp_path / "b.nii")
+    assert [series.refusal for series in list_series(tmp_path / "b.nii").series] == [None]

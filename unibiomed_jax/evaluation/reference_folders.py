@@ -174,7 +174,7 @@ def read_answer(path: Path) -> tuple[str | None, list[np.ndarray]]:
         answer = json.loads(path.read_text(encoding="utf-8"))
         if "caption" not in answer:
             answer = next(iter(answer.values()))
-        caption, masks = answer["caption"], answer.get("pred_masks", [])
+        caption, masks = answer["caption"], answer.get("pred_masks") or []
     except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
         return None, []
     return caption, [run_length.decode(mask, shown(path)) for mask in masks]

@@ -184,10 +184,11 @@ def _slices(grid: tuple[int, ...], affine: np.ndarray) -> tuple[tuple[int, int, 
 def _placed(image: Any, place: Place) -> tuple[np.ndarray, tuple[str, ...]]:
     """The affine in DICOM's patient coordinates, mm, and what is odd about it."""
     header, notes = image.header, []
-    scale = {"meter": 1000.0, "micron": 0.001}.get(header.get_xyzt_units()[0], 1.0)
+    # The last three bits; nibabel has no name for some values of the others.
+    unit, scale = {1: ("meter", 1000.0), 3: ("micron", 0.001)}.get(int(header["xyzt_units"]) % 8, ("mm", 1.0))
     affine = TO_LPS @ np.diag([scale, scale, scale, 1.0]) @ image.affine
     if scale != 1.0:
-        notes.append(f"its unit, {header.get_xyzt_units()[0]}, was converted to mm")
+        notes.append(f"its unit, {unit}, was converted to mm")
     _require_invertible(affine, place)
     sform, qform = int(header["sform_code"]), int(header["qform_code"])
     corners = np.array([(*corner, 1) for corner in np.ndindex(2, 2, 2)], float) * (
