@@ -108,6 +108,7 @@ def test_images_are_patients_where_nobody_says():
         (["[1]"], "line 1 is no record"),
         (["{", '{"task": "vqa"}'], "line 1 is no JSON"),
         (['{"task": "vqa", "doc_id": 3, "question": ""}'], "doc_id that is no text"),
+        (['{"task": "vqa", "doc_id": "3", "question": "", "answer": 2}'], "answer that is no text"),
         (['{"task": "seg2d", "doc_id": "3", "question": ""}'], "of the task 'seg2d', not 'vqa'"),
         (['{"task": "vqa", "doc_id": "3", "question": "", "spacing": [0, 1]}'], "above 0, or null"),
         (['{"task": "vqa", "doc_id": "3", "question": "", "masks": [{"size": [1, 1]}]}'], "run-length"),
@@ -131,3 +132,18 @@ def test_missing_and_unreadable_files_are_named(tmp_path):
     (tmp_path / "samples_vqa.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="is damaged"):
         read_samples(tmp_path / "samples_vqa.jsonl", "vqa")
+
+
+def test_a_line_that_ends_within_a_letter_is_asked_again(tmp_path):
+    path = tmp_path / "samples_vqa.jsonl"
+    line = '{"task": "vqa", "doc_id": "%s", "question": "Schädel?"}'
+    path.write_bytes((line % 1).encode() + b"\n" + (line % 2).encode().partition(b"\xa4")[0])
+    assert [sample.doc_id for sample in read_samples(path, "vqa")] == ["1"]
+
+
+def test_an_answer_that_only_lmms_eval_names_counts(tmp_path):
+    path = tmp_path / "samples_vqa.jsonl"
+    line = {"task": "vqa", "doc_id": "1", "question": "", "resps": [["yes."]], "filtered_resps": ["yes"]}
+    path.write_text(json.dumps(line) + "\n")
+    (sample,) = read_samples(path, "vqa")
+    assert (sample.response, sample.prediction) == ("yes.", "yes")

@@ -15,6 +15,7 @@ from unibiomed_jax import InputError, open_study, write_study
 from unibiomed_jax.config.preprocessing import PREPROCESSING
 from unibiomed_jax.outputs.coded_terms import find_term
 from unibiomed_jax.studies.grey import choose_window
+from unibiomed_jax.studies.windows import Window
 
 pydicom = pytest.importorskip("pydicom")
 pytest.importorskip("highdicom")
@@ -111,3 +112,19 @@ def test_codes_are_from_the_table_and_never_guessed(tmp_path):
     assert find_term("kidneys").property_type == find_term("the kidney").property_type
     assert find_term("tumor of the liver").region == find_term("liver").property_type
     assert find_term("").property_type is None
+
+
+def test_pictures_are_turned_as_slices_are_looked_at(tmp_path):
+    """The patient's right at the left of the picture, and the front at the top, however it is stored."""
+    nibabel = pytest.importorskip("nibabel")
+    voxels = np.zeros((8, 6, 3), np.int16)
+    voxels[7, 5, 1] = 1000  # axes run to the right, the front and the head
+    nibabel.save(nibabel.Nifti1Image(voxels, np.diag([1.0, 1.0, 4.0, 1.0])), tmp_path / "a.nii")
+    study = open_study(tmp_path / "a.nii", modality="MR")
+    mask = study.values > 500
+    assert mask.sum() == 1
+    write_study(study, {"x": mask}, tmp_path / "out", ["png"], window=Window(0, 2000, "numbers"))
+    with Image.open(tmp_path / "out" / "overlay_0002.png") as picture:
+        pixels = np.asarray(picture)
+    rows, columns = np.nonzero(pixels[: pixels.shape[1] * 6 // 8].max(-1))  # the legend lies below
+    assert rows.mean() < pixels.shape[1] * 6 / 8 / 3 and columns.mean() < pixels.shape[1] / 3

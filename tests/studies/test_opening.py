@@ -381,3 +381,30 @@ def test_impossible_attributes_are_refused_and_leave_other_series_alone(tmp_path
     }  # fmt: skip
     found = [series for series in list_series(tmp_path / "in").series if series.shape[0] == 6]
     np.testing.assert_array_equal(open_study(tmp_path / "in", found[0].alias).values, open_study(good).values)
+
+
+def test_phases_whose_images_all_differ_in_time_are_no_volumes_of_one_slice(tmp_path):
+    """Every place three times, each image with a trigger time of its own, and nothing that numbers phases."""
+    series = MadeSeries(shape=(4, 6, 5))
+    for phase in range(3):
+        for index in range(4):
+            dataset = series.slice(index)
+            dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPClassUID + f".{phase}.{index}"
+            dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+            dataset.TriggerTime = 100 * index + 10 * phase
+            dataset.PixelData = (series.stored[index] + phase).tobytes()
+            save(dataset, tmp_path / f"{phase}-{index}")
+    with pytest.raises(InputError, match="two different images at one place"):
+        open_study(tmp_path)
+
+
+def test_an_impossible_number_of_rows_is_told_without_its_bytes(tmp_path):
+    path = save(MadeSeries().slice(0), tmp_path / "a")
+    content = path.read_bytes()
+    rows = b"\x28\x00\x10\x00US\x02\x00"
+    start = content.index(rows) + len(rows)
+    longer = b"\x03\x00" + content[start : start + 2] + b"X"
+    path.write_bytes(content[: start - 2] + longer + content[start + 2 :])
+    with pytest.raises(InputError, match="cannot be understood|no readable DICOM") as error:
+        open_study(path)
+    assert "\\x" not in str(error.value)

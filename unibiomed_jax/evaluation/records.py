@@ -106,6 +106,7 @@ def to_json(sample: Sample, index: int) -> dict[str, Any]:
 
 
 _TEXTS = ("task", "doc_id", "question", "category", "dataset", "image")
+_TEXTS_OR_NULL = ("answer", "prediction", "patient", "reason", "response")
 
 
 def from_json(line: Any, where: str) -> Sample:
@@ -125,6 +126,8 @@ def from_json(line: Any, where: str) -> Sample:
     for name in ("truth_masks", "masks"):
         values[name] = tuple(line.get(name) or ())
         decode_masks(values[name], where)  # to say it now, and where, if one is damaged
+    if "prediction" not in values and line.get("filtered_resps"):  # as lmms-eval names it
+        values["prediction"] = line["filtered_resps"][0]
     spacing = values.get("spacing")
     try:
         values["slices"] = tuple(map(str, values.get("slices", ())))
@@ -138,6 +141,9 @@ def from_json(line: Any, where: str) -> Sample:
         raise InputError(
             f"{where} has slices, a spacing, resps or scores of another form; correct it."
         ) from None
+    for name in _TEXTS_OR_NULL:
+        if not isinstance(values.get(name), str | None):
+            raise InputError(f"{where} has a {name} that is no text; put it in quotation marks.")
     if values["spacing"] is not None and not all(0 < size < float("inf") for size in values["spacing"]):
         raise InputError(f"{where} has the spacing {spacing}; give millimetres above 0, or null.")
     return Sample(**values)
@@ -167,17 +173,18 @@ def read_samples(path: Path, task: str) -> list[Sample]:
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        lines = path.read_bytes().split(b"\n")  # not splitlines: a text may hold other separators
     except FileNotFoundError:
         raise InputError(f"{shown(path)} is missing; answer the task first, or correct --task.") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{shown(path)} is damaged ({error}); answer the task again.") from None
-    lines = text.split("\n")  # not splitlines: a text may hold other separators
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line)
+            yield number, json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            if number == len(lines) and error.reason == "unexpected end of data":  # cut off within a letter
+                return
+            raise InputError(f"{shown(path)} is damaged ({error}); answer the task again.") from None
         except (ValueError, RecursionError):
             if number == len(lines):  # no newline behind it: writing was cut off
                 return

@@ -13,13 +13,16 @@ from unibiomed_jax.masks.overlay import NOTICE, overlay
 from unibiomed_jax.outputs import dicom_objects
 from unibiomed_jax.studies.grey import to_grey
 from unibiomed_jax.studies.study import Study
+from unibiomed_jax.studies.views import View
 from unibiomed_jax.studies.windows import Window
 
 
 def draw_slices(
-    study: Study, masks: Mapping[str, np.ndarray], window: Window | None
+    study: Study, masks: Mapping[str, np.ndarray], window: Window | None, view: View | None = None
 ) -> Iterator[tuple[int, Image.Image]]:
     """Every slice in which a mask has pixels, with its number and the masks drawn on it.
+
+    As it is stored, or turned as `view` says.
 
     Raises:
         InputError: the study is grey and no window is given.
@@ -32,7 +35,10 @@ def draw_slices(
         pixels = study.values[index]
         if window is not None and not study.is_colour:
             pixels = to_grey(study, window, truncate=False, index=index)
-        yield index, overlay(Image.fromarray(pixels), [mask[index] for mask in masks.values()], list(masks))
+        drawn = [mask[index] for mask in masks.values()]
+        if view is not None:
+            pixels, *drawn = (np.ascontiguousarray(view.show(layer)) for layer in (pixels, *drawn))
+        yield index, overlay(Image.fromarray(pixels), drawn, list(masks))
 
 
 def write_secondary_captures(

@@ -20,10 +20,11 @@ from unibiomed_jax.outputs.nifti_mask import write_nifti_mask
 from unibiomed_jax.outputs.rtstruct import write_rtstruct
 from unibiomed_jax.outputs.secondary_capture import draw_slices, write_secondary_captures
 from unibiomed_jax.studies.study import Study
+from unibiomed_jax.studies.views import upright
 from unibiomed_jax.studies.windows import Window
 
 # A NIfTI file for each mask; DICOM Segmentation, as bits or as a label map; DICOM RT Structure Set; DICOM
-# Secondary Captures and PNG pictures of the slices with masks.
+# Secondary Captures, as stored, and PNG pictures, as one looks at them, of the slices with masks.
 Format = Literal["nifti", "seg", "labelmap", "rtstruct", "sc", "png"]
 FORMATS: tuple[Format, ...] = ("nifti", "seg", "labelmap", "rtstruct", "sc", "png")
 RECORD = "study.json"
@@ -103,7 +104,7 @@ def _write(
     if name == "sc":
         return write_secondary_captures(folder, study, found, window)
     names = []
-    for index, picture in draw_slices(study, found, window):
+    for index, picture in draw_slices(study, found, window, upright(study)):
         names.append(f"overlay_{index + 1:04d}.png")
         picture.save(folder / names[-1])
     return names

@@ -189,7 +189,12 @@ def as_image(place: Place, header: Dataset) -> DicomFile:
     Raises:
         InputError: it is none of a patient.
     """
-    reason = _why_no_image(header, place)
+    try:
+        reason = _why_no_image(header, place)
+    except Exception as error:  # an impossible value raises where it is used, and is told
+        reason = (
+            f"{place} has attributes that cannot be understood ({type(error).__name__}); export it again."
+        )
     if reason is not None:
         raise InputError(reason)
     return DicomFile(place, header)

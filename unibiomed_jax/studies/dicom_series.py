@@ -287,16 +287,17 @@ def _alike(frames: list[Frame]) -> list[list[Frame]]:
 
 def _split_repeated(frames: list[Frame]) -> list[tuple[str, list[Frame]]]:
     """A stack by what tells frames of the same places apart; whole if no place repeats, or nothing does."""
-    if not _repeats(frames):
+    places = _places(frames)
+    if len(places) == len(frames):
         return [("", frames)]
     choices = [(contents,) for contents in _CONTENTS] + [_CONTENTS]
     for attributes in choices:
         groups: dict[Hashable, list[Frame]] = {}
         for frame in frames:
             groups.setdefault(tuple(_content(frame, *place) for _, *place in attributes), []).append(frame)
-        many = len({tuple(np.round(frame.origin, 2) + 0.0) for frame in frames}) > 1
-        if len(groups) > 1 and not any(
-            _repeats(group) or (many and len(group) < 2) for group in groups.values()
+        # A volume of one slice is right only where all frames share one place.
+        if len(groups) > 1 and all(
+            len(_places(group)) == len(group) >= min(2, len(places)) for group in groups.values()
         ):
             words = attributes[0][0] if len(attributes) == 1 else "volume"
             return [
@@ -306,9 +307,8 @@ def _split_repeated(frames: list[Frame]) -> list[tuple[str, list[Frame]]]:
     return [("", frames)]
 
 
-def _repeats(frames: list[Frame]) -> bool:
-    origins = {tuple(np.round(frame.origin, 2) + 0.0) for frame in frames}
-    return len(origins) < len(frames)
+def _places(frames: list[Frame]) -> set[tuple[float, ...]]:
+    return {tuple(np.round(frame.origin, 2) + 0.0) for frame in frames}
 
 
 def _content(frame: Frame, group: str, attribute: str) -> Any:

@@ -118,7 +118,7 @@ def _stated(study: Study, modality: str | None) -> Study:
 
 
 def list_series(path: str | os.PathLike) -> Listing:
-    """The series at a path, in the order of the names of their files, without reading pixels.
+    """The series at a path, in the order of the names of their files, without decoding pixels.
 
     Raises:
         InputError: the path does not exist or cannot be read, or an extra package is missing.

@@ -65,6 +65,13 @@ def find_view(study: Study, preprocessing: Preprocessing) -> View:
     return View(rows, columns, *turns, square=preprocessing.pad_to_square)
 
 
+def upright(study: Study) -> View:
+    """How slices are looked at: the patient's left and back to the right, the head up. As stored without
+    geometry."""
+    turns = (False, False, False) if study.geometry is None else _turns(study.geometry, "radiological")
+    return View(*study.values.shape[1:3], *turns)
+
+
 def _turns(geometry: Geometry, orientation: SliceOrientation) -> tuple[bool, bool, bool]:
     """Of the eight ways to turn and mirror a slice the one nearest to the wanted directions."""
     down, right = _VIEWS[orientation][np.abs(geometry.normal).argmax()]
