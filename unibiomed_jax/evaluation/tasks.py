@@ -11,7 +11,6 @@ from unibiomed_jax.evaluation.paper_text import clean_disease, clean_grounded, c
 @dataclass(frozen=True)
 class Task:
     name: str
-    title: str
     # Masks are judged, and so is a target that is not there.
     masks: bool = False
     # Words are judged: whether they say what is true, ...
@@ -25,13 +24,13 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("seg2d", "segmentation of images", masks=True),
-        Task("seg3d", "segmentation of volumes", masks=True),
-        Task("disease", "grounded disease recognition", masks=True, right=True, clean=clean_disease),
-        Task("region", "what a region shows", right=True, clean=lambda answer: (clean_region(answer), [])),
-        Task("gvqa", "grounded questions", masks=True, right=True, ngrams=True),
-        Task("report", "grounded reports", masks=True, ngrams=True),
-        Task("caption", "captions", ngrams=True),
-        Task("vqa", "questions", right=True, ngrams=True),
+        Task("seg2d", masks=True),
+        Task("seg3d", masks=True),
+        Task("disease", masks=True, right=True, clean=clean_disease),
+        Task("region", right=True, clean=lambda answer: (clean_region(answer), [])),
+        Task("gvqa", masks=True, right=True, ngrams=True),
+        Task("report", masks=True, ngrams=True),
+        Task("caption", ngrams=True),
+        Task("vqa", right=True, ngrams=True),
     )
 }
