@@ -8,6 +8,7 @@ from unibiomed_jax.errors import InputError
 if TYPE_CHECKING:
     from unibiomed_jax.inference.answer import Answer, OpenedImage, Request, Sampling, Segment
     from unibiomed_jax.inference.predictor import UniBiomed
+    from unibiomed_jax.inference.study_answer import StudyAnswer
     from unibiomed_jax.outputs.study_folder import write_study
     from unibiomed_jax.studies.opening import open_study
     from unibiomed_jax.studies.study import Study
@@ -20,6 +21,7 @@ _PLACES = {
     "Sampling": "inference.answer",
     "Segment": "inference.answer",
     "Study": "studies.study",
+    "StudyAnswer": "inference.study_answer",
     "UniBiomed": "inference.predictor",
     "open_study": "studies.opening",
     "write_study": "outputs.study_folder",
@@ -32,6 +34,7 @@ __all__ = [
     "Sampling",
     "Segment",
     "Study",
+    "StudyAnswer",
     "UniBiomed",
     "open_study",
     "write_study",
