@@ -12,6 +12,7 @@ from unibiomed_jax.config.model import (
     Sam2Config,
     VisionConfig,
 )
+from unibiomed_jax.config.preprocessing import PREPROCESSING
 from unibiomed_jax.data.augment import AugmentConfig
 from unibiomed_jax.data.mixture import find_datasets
 from unibiomed_jax.data.pipeline import PipelineConfig
@@ -64,6 +65,7 @@ MODEL = ModelConfig(
     ),
     # One tile: the model is too small to gain from more.
     max_tiles=1,
+    preprocessing=PREPROCESSING["tiny"],
 )
 
 # What is learned, and what it is measured on (two of them are for testing alone). Left out are most datasets

@@ -76,7 +76,7 @@ def _window(series: Series, preprocessing: Preprocessing) -> str:
 
     if series.modality == "CT":
         name = ct_preset(series.body_part, preprocessing)
-        return name or f"to be stated: {', '.join(preprocessing.ct_windows)}"
+        return name or f"to be stated: {', '.join(preset.name for preset in preprocessing.ct_windows)}"
     if series.modality == "PT" and preprocessing.suv_window is not None:
         return "SUV {:g} to {:g}, or percentiles".format(*preprocessing.suv_window)
     if series.modality in ("MR", "PT", "NM"):

@@ -88,10 +88,16 @@ def unknown_field(cls, key: str, where: str) -> InputError:
 
 def _coerce(hint, value, where: str):
     """A plain value as its field has it: JSON knows neither tuples nor dataclasses, and writes 1.0 as 1."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType) and value is not None:  # always "or None"
+        return _coerce(inner[0], value, where)
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where)
-    if typing.get_origin(hint) is tuple and isinstance(value, list):
-        value = tuple(value)
+    if origin is tuple and isinstance(value, list):
+        hints = inner[:1] * len(value) if inner[-1] is ... else inner
+        if len(hints) == len(value):
+            parts = zip(hints, value, strict=True)
+            value = tuple(_coerce(kind, part, f"{where}.{i}") for i, (kind, part) in enumerate(parts))
     if hint is float and type(value) is int:
         value = float(value)
     require_type(hint, value, where)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from unibiomed_jax.config.fields import BELOW_ONE, ONE_OR_MORE, TWO_OR_MORE, require_limits
+from unibiomed_jax.config.preprocessing import PREPROCESSING, Preprocessing
 from unibiomed_jax.errors import InputError
 
 # Mean and standard deviation of ImageNet's RGB on a scale of 0 to 1, which both image encoders are used to.
@@ -208,6 +209,9 @@ class ModelConfig:
     use_thumbnail: bool = True
     # Name of the conversation template.
     template: str = "phi3_chat"
+    # How slices of studies looked in training: windows, orientation, padding. A checkpoint that says nothing
+    # about it is taken to have seen what the released weights saw.
+    preprocessing: Preprocessing = PREPROCESSING["released"]
 
     @property
     def token_grid(self) -> int:

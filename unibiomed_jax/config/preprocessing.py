@@ -14,11 +14,13 @@ SliceOrientation = Literal["radiological", "ras_voxel"]
 class WindowPreset:
     """A window of CT values and the words of the site that stood in the training sentences with it."""
 
+    # By which it is asked for.
+    name: str
     # Black, HU.
     low: float
     # White, HU.
     high: float
-    # "liver in abdomen CT".
+    # "liver in abdomen CT"; empty where the sentences of several sites went with it.
     wording: str
     # Values of the DICOM attribute Body Part Examined that mean this site.
     body_parts: tuple[str, ...] = ()
@@ -28,8 +30,10 @@ class WindowPreset:
 class Preprocessing:
     """What was done to a slice before the network saw it."""
 
-    # Windows of CT by name.
-    ct_windows: dict[str, WindowPreset]
+    # Of the preset it comes from, for people.
+    name: str
+    # Windows of CT; their names differ.
+    ct_windows: tuple[WindowPreset, ...]
     # The window of every CT, or None: one must be stated, or follow from the body part.
     ct_default: str | None
     # Window of PET in standardized uptake values, or None: percentiles.
@@ -45,18 +49,23 @@ class Preprocessing:
     # Percentiles that become black and white where no window is fixed.
     percentiles: tuple[float, float] = (0.5, 99.5)
 
+    def ct_window(self, name: str) -> WindowPreset | None:
+        """The window of CT of this name, if there is one."""
+        return next((preset for preset in self.ct_windows if preset.name == name), None)
+
 
 PREPROCESSING: dict[str, Preprocessing] = {
     # BiomedParse's training data, on which the released weights were trained.
     "released": Preprocessing(
-        ct_windows={
-            "abdomen": WindowPreset(-150, 250, "abdomen CT", ("ABDOMEN",)),
-            "lung": WindowPreset(-1000, 1000, "lung CT", ("LUNG", "CHEST", "THORAX")),
-            "pelvis": WindowPreset(-55, 200, "pelvis CT", ("PELVIS",)),
-            "liver": WindowPreset(-25, 230, "abdomen CT", ("LIVER",)),
-            "colon": WindowPreset(-68, 187, "abdomen CT", ("COLON",)),
-            "pancreas": WindowPreset(-100, 200, "abdomen CT", ("PANCREAS",)),
-        },
+        name="released",
+        ct_windows=(
+            WindowPreset("abdomen", -150, 250, "abdomen CT", ("ABDOMEN",)),
+            WindowPreset("lung", -1000, 1000, "lung CT", ("LUNG", "CHEST", "THORAX")),
+            WindowPreset("pelvis", -55, 200, "pelvis CT", ("PELVIS",)),
+            WindowPreset("liver", -25, 230, "abdomen CT", ("LIVER",)),
+            WindowPreset("colon", -68, 187, "abdomen CT", ("COLON",)),
+            WindowPreset("pancreas", -100, 200, "abdomen CT", ("PANCREAS",)),
+        ),
         ct_default=None,
         suv_window=None,
         positive_only=True,
@@ -66,7 +75,8 @@ PREPROCESSING: dict[str, Preprocessing] = {
     ),
     # The sample dataset, on which unibiomed-tiny was trained.
     "tiny": Preprocessing(
-        ct_windows={"soft tissue": WindowPreset(-160, 240, "abdomen CT")},
+        name="tiny",
+        ct_windows=(WindowPreset("soft tissue", -160, 240, ""),),
         ct_default="soft tissue",
         suv_window=(0.0, 10.0),
         positive_only=False,

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from unibiomed_jax.config.fields import from_dict, to_dict
 from unibiomed_jax.config.model import LanguageConfig, ModelConfig, Sam2Config, VisionConfig
+from unibiomed_jax.config.preprocessing import PREPROCESSING, Preprocessing
 from unibiomed_jax.config.presets import SAM2_VARIANTS
 from unibiomed_jax.conversion.tables import sam2
 from unibiomed_jax.errors import InputError
@@ -18,6 +20,8 @@ from unibiomed_jax.errors import InputError
 TEMPLATES = ("phi3_chat",)
 _TEMPLATE_REMEDY = f"only {', '.join(TEMPLATES)} is available"
 _REQUIRED = object()
+# Where a release says how slices looked in training, if it was written here. The original code passes over it.
+_PREPROCESSING = "preprocessing"
 
 
 class _Section:
@@ -90,6 +94,11 @@ def model_config(values: dict, sam2: Sam2Config, where: str = "config.json") -> 
     template = top.get("template", str).replace("-", "_")
     if top.values["model_type"] == "sa2va_chat" and template not in TEMPLATES:
         raise InputError(f"{where}: 'template' is {template!r}, which is not supported: {_TEMPLATE_REMEDY}.")
+    seen = values.get(_PREPROCESSING)
+    if seen is None:
+        preprocessing = PREPROCESSING["released"]
+    else:
+        preprocessing = from_dict(Preprocessing, seen, f"{where}: {_PREPROCESSING}")
     return ModelConfig(
         vision=vision,
         language=_language(_Section(values.get("llm_config"), f"{where}: llm_config")),
@@ -97,6 +106,7 @@ def model_config(values: dict, sam2: Sam2Config, where: str = "config.json") -> 
         downsample_ratio=ratio,
         ps_version=top.expect("ps_version", ("v1", "v2"), "the known pixel shuffles are v1 and v2", "v1"),
         template=template if template in TEMPLATES else TEMPLATES[0],
+        preprocessing=preprocessing,
     )
 
 
@@ -187,6 +197,7 @@ def release_config(config: ModelConfig, original: dict | None = None) -> dict:
         "max_dynamic_patch": config.max_tiles,
         "min_dynamic_patch": config.min_tiles,
         "pad2square": False,
+        _PREPROCESSING: to_dict(config.preprocessing),
         "ps_version": config.ps_version,
         "select_layer": -1,
         "template": config.template,

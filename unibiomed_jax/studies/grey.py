@@ -24,7 +24,7 @@ def choose_window(
     Raises:
         InputError: nothing says which window a CT has, or what was asked for is not there.
     """
-    choices = ", ".join([*map(repr, preprocessing.ct_windows), "'own'", "'percentile'", "low and high"])
+    choices = ", ".join([*(repr(preset.name) for preset in preprocessing.ct_windows), "'own'", "'percentile'", "low and high"])
     if isinstance(asked, tuple):
         low, high = map(float, asked)
         if not (np.isfinite([low, high]).all() and low < high):
@@ -37,7 +37,7 @@ def choose_window(
     if asked == "percentile":
         return _percentiles(study, preprocessing)
     if asked is not None:
-        if asked not in preprocessing.ct_windows:
+        if preprocessing.ct_window(asked) is None:
             raise InputError(f"There is no window {asked!r}; give one of {choices}.")
         if study.modality != "CT" and study.modality != "unknown":
             raise InputError(
@@ -69,7 +69,7 @@ def choose_window(
 def ct_preset(body_part: str, preprocessing: Preprocessing) -> str | None:
     """The window of a CT of this body part; None if nothing says which."""
     fitting = (
-        name for name, preset in preprocessing.ct_windows.items() if body_part.upper() in preset.body_parts
+        preset.name for preset in preprocessing.ct_windows if body_part.upper() in preset.body_parts
     )
     return preprocessing.ct_default or next(fitting, None)
 
@@ -93,7 +93,8 @@ def to_grey(study: Study, window: Window, *, truncate: bool, index: int) -> np.n
 
 
 def _preset(name: str, preprocessing: Preprocessing) -> Window:
-    preset = preprocessing.ct_windows[name]
+    preset = preprocessing.ct_window(name)
+    assert preset is not None
     return Window(preset.low, preset.high, f"preset {name}")
 
 

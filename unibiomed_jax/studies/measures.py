@@ -65,8 +65,6 @@ def diameter(mask: Bool[np.ndarray, "rows columns"], geometry: Geometry) -> floa
         ]
         corners = np.concatenate(corners)[np.tile(region.any(1), 4)]
         points = corners[:, :1] * geometry.down + corners[:, 1:] * geometry.across
-        # Rows and columns are perpendicular, so that two axes in the plane keep all lengths.
-        flat = corners * [np.linalg.norm(geometry.down), np.linalg.norm(geometry.across)]
-        points = points[ConvexHull(flat).vertices]
+        points = points[ConvexHull(corners).vertices]  # the same corners in pixels and in mm
         longest = max(longest, float(cdist(points, points).max()))
     return longest

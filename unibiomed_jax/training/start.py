@@ -227,7 +227,9 @@ def together(positions: Sequence[dict]) -> dict:
 
 def belongs_to(config: TrainConfig) -> dict:
     """What must be the same where a checkpoint is restored, by name: model, adapters, what stays frozen."""
-    model = {f"model.{name}": value for name, value in flatten(to_dict(config.model)).items()}
+    model = to_dict(config.model)
+    del model["preprocessing"]  # no computation depends on it
+    model = {f"model.{name}": value for name, value in flatten(model).items()}
     lora = {"lora.rank": config.lora.rank, "lora.alpha": config.lora.alpha} if config.lora.rank else {}
     if config.checkpoint.save_frozen:
         return model | lora
