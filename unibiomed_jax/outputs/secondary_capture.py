@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from unibiomed_jax.errors import InputError
 from unibiomed_jax.masks.overlay import NOTICE, overlay
 from unibiomed_jax.outputs import dicom_objects
-from unibiomed_jax.studies.grey import to_grey
+from unibiomed_jax.studies.grey import require_window, to_grey
 from unibiomed_jax.studies.study import Study
-from unibiomed_jax.studies.views import View
+from unibiomed_jax.studies.views import View, toward
 from unibiomed_jax.studies.windows import Window
 
 
@@ -27,10 +26,7 @@ def draw_slices(
     Raises:
         InputError: the study is grey and no window is given.
     """
-    if window is None and not study.is_colour:
-        raise InputError(
-            f"A picture of {study.series_alias} needs a window; pass window=choose_window(study, ...)."
-        )
+    require_window(study, window)
     for index in np.flatnonzero(np.any([mask.any((1, 2)) for mask in masks.values()], axis=0)).tolist():
         pixels = study.values[index]
         if window is not None and not study.is_colour:
@@ -51,6 +47,7 @@ def write_secondary_captures(
     """
     frames = dicom_objects.dicom_frames(study, "A secondary capture")
     series, names = dicom_objects.new_uid(), []
+    axes = None if study.geometry is None else (study.geometry.across, study.geometry.down)
     for index, picture in draw_slices(study, masks, window):
         with dicom_objects.written(study, "A secondary capture"):
             import highdicom
@@ -66,10 +63,10 @@ def write_secondary_captures(
                 sop_instance_uid=dicom_objects.new_uid(),
                 instance_number=index + 1,
                 manufacturer=dicom_objects.MAKER,
-                patient_orientation=_orientation(study) or ("L", "P"),
+                patient_orientation=("L", "P") if axes is None else tuple(map(toward, axes)),
                 series_description="UniBiomed overlays",
             )
-            if study.geometry is None:
+            if axes is None:
                 capture.PatientOrientation = ""
             # Of a body part that may be one of a pair; empty where the source does not say.
             capture.Laterality = frames[index].file.header.get("Laterality") or ""
@@ -78,14 +75,3 @@ def write_secondary_captures(
             names.append(f"overlay_{index + 1:04d}.dcm")
             dicom_objects.save(capture, folder / names[-1])
     return names
-
-
-def _orientation(study: Study) -> tuple[str, str] | None:
-    """Where the rows and the columns of a slice point, in DICOM's letters; None if that is not known."""
-    if study.geometry is None:
-        return None
-    letters = []
-    for direction in (study.geometry.across, study.geometry.down):
-        axis = np.abs(direction).argmax()
-        letters.append(("RL", "AP", "FH")[axis][int(direction[axis] > 0)])
-    return letters[0], letters[1]

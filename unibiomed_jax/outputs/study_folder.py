@@ -6,33 +6,36 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.files import new_folder
-from unibiomed_jax.masks.overlay import NOTICE
+from unibiomed_jax.inference.study_answer import StudyAnswer
+from unibiomed_jax.outputs.coco import write_coco
 from unibiomed_jax.outputs.dicom_seg import write_dicom_seg
 from unibiomed_jax.outputs.nifti_mask import write_nifti_mask
 from unibiomed_jax.outputs.rtstruct import write_rtstruct
 from unibiomed_jax.outputs.secondary_capture import draw_slices, write_secondary_captures
+from unibiomed_jax.outputs.study_page import write_page
+from unibiomed_jax.outputs.study_record import describe_study
 from unibiomed_jax.studies.study import Study
 from unibiomed_jax.studies.views import upright
 from unibiomed_jax.studies.windows import Window
 
 # A NIfTI file for each mask; DICOM Segmentation, as bits or as a label map; DICOM RT Structure Set; DICOM
-# Secondary Captures, as stored, and PNG pictures, as one looks at them, of the slices with masks.
-Format = Literal["nifti", "seg", "labelmap", "rtstruct", "sc", "png"]
-FORMATS: tuple[Format, ...] = ("nifti", "seg", "labelmap", "rtstruct", "sc", "png")
-RECORD = "study.json"
+# Secondary Captures, as stored, and PNG pictures, as one looks at them, of the slices with masks; a COCO
+# dataset; a page to look at all of it in a browser.
+Format = Literal["nifti", "seg", "labelmap", "rtstruct", "sc", "png", "coco", "html"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+RECORD, PAGE = "study.json", "study.html"
 
 
 def write_study(
     study: Study,
-    masks: Mapping[str, np.ndarray],
+    masks: StudyAnswer | Mapping[str, np.ndarray],
     out: str | os.PathLike,
     formats: Sequence[Format] = ("nifti", "seg"),
     *,
@@ -41,23 +44,28 @@ def write_study(
     """Write masks as a folder, which appears whole or not at all.
 
     Beside the files of each format lies `study.json`: what each mask is, its volume and slices, what is odd
-    about the study, which window was used. It and all names of files are without the patient's identity, as
-    are NIfTI and PNG; the DICOM objects keep what an archive needs to file them.
+    about the study, which window was used, and how an answer came about. It and all names of files are
+    without the patient's identity, as is all else but the DICOM objects, which keep what an archive needs to
+    file them.
 
     Args:
         study: what the masks were drawn on.
-        masks: phrase -> bool array of the shape (slices, rows, columns) of `study.values`. An empty one is
-            recorded, and left out of the DICOM objects.
+        masks: an answer, or phrase -> bool array of the shape (slices, rows, columns) of `study.values`. An
+            empty one is recorded, and left out of the DICOM objects.
         out: the new folder.
         formats: what to write.
-        window: for "sc" and "png": values that become black and white.
+        window: for "sc", "png" and "html": values that become black and white. By default those of the
+            answer.
 
     Raises:
         InputError: a mask has another shape, a format is unknown or cannot hold these masks, or the folder
             exists or cannot be written.
     """
     shape = study.values.shape[:3]
-    masks = {phrase: np.asarray(mask) for phrase, mask in masks.items()}
+    answer = masks if isinstance(masks, StudyAnswer) else None
+    if answer is not None:
+        window = window or answer.window
+    masks = {phrase: np.asarray(mask) for phrase, mask in (masks if answer is None else answer.masks).items()}
     for phrase, mask in masks.items():
         if mask.shape != shape or mask.dtype != bool:
             raise InputError(
@@ -68,12 +76,17 @@ def write_study(
         if name not in FORMATS:
             raise InputError(f"There is no format {name!r}; choose of {', '.join(FORMATS)}.")
     found = {phrase: mask for phrase, mask in masks.items() if mask.any()}
+    record = describe_study(study, masks, answer, window)
     files: dict[str, list[str]] = {}
     try:
         with new_folder(out) as folder:
             for name in formats:
-                files[name] = _write(name, folder, study, masks, found, window)
-            text = json.dumps(_record(study, masks, files, window), indent=2, ensure_ascii=False)
+                if name == "html":
+                    write_page(folder / PAGE, study, masks, record, answer=answer, window=window)
+                    files[name] = [PAGE]
+                else:
+                    files[name] = _write(name, folder, study, masks, found, window)
+            text = json.dumps(record | {"files": files}, indent=2, ensure_ascii=False)
             (folder / RECORD).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"The folder cannot be written ({error.strerror}); choose another.") from None
@@ -93,6 +106,9 @@ def _write(
         for file, mask in zip(names, masks.values(), strict=True):
             write_nifti_mask(folder / file, study, mask)
         return names
+    if name == "coco":
+        write_coco(folder / "masks_coco.json", study.values.shape[:3], masks)
+        return ["masks_coco.json"]
     if not found:
         return []
     if name in ("seg", "labelmap"):
@@ -108,38 +124,6 @@ def _write(
         names.append(f"overlay_{index + 1:04d}.png")
         picture.save(folder / names[-1])
     return names
-
-
-def _record(
-    study: Study, masks: Mapping[str, np.ndarray], files: Mapping[str, list[str]], window: Window | None
-) -> dict:
-    """JSON-ready: what was written of what."""
-    geometry = study.geometry
-    return {
-        "notice": NOTICE,
-        "study": study.study_alias,
-        "series": study.series_alias,
-        "modality": study.modality,
-        "unit": study.unit,
-        "plane": None if geometry is None else geometry.plane,
-        "spacing_mm": None if geometry is None else [round(length, 6) for length in geometry.spacing],
-        "shape": list(study.values.shape[:3]),
-        "notes": list(study.notes),
-        "window": None if window is None else {"low": window.low, "high": window.high, "from": window.origin},
-        "masks": [_measures(study, phrase, mask) for phrase, mask in masks.items()],
-        "files": dict(files),
-        "versions": {name: version(name) for name in ("unibiomed-jax", "numpy")},
-    }
-
-
-def _measures(study: Study, phrase: str, mask: np.ndarray) -> dict:
-    """Volume, ml, where pixels and slices have a size, and the first and last slice, from 1."""
-    slices = np.flatnonzero(mask.any((1, 2)))
-    measures = {"phrase": phrase, "pixels": int(mask.sum())}
-    if study.geometry is not None and not len(study.geometry.uneven):
-        measures["volume_ml"] = round(measures["pixels"] * float(np.prod(study.geometry.spacing)) / 1000, 6)
-    measures["slices"] = [int(slices[0]) + 1, int(slices[-1]) + 1] if len(slices) else None
-    return measures
 
 
 def _slug(phrase: str) -> str:

@@ -24,7 +24,9 @@ def choose_window(
     Raises:
         InputError: nothing says which window a CT has, or what was asked for is not there.
     """
-    choices = ", ".join([*(repr(preset.name) for preset in preprocessing.ct_windows), "'own'", "'percentile'", "low and high"])
+    choices = ", ".join(
+        [*(repr(preset.name) for preset in preprocessing.ct_windows), "'own'", "'percentile'", "low and high"]
+    )
     if isinstance(asked, tuple):
         low, high = map(float, asked)
         if not (np.isfinite([low, high]).all() and low < high):
@@ -66,11 +68,17 @@ def choose_window(
     return _percentiles(study, preprocessing)
 
 
+def require_window(study: Study, window: Window | None) -> None:
+    """Raise InputError unless a study can be shown: a grey one needs a window."""
+    if window is None and not study.is_colour:
+        raise InputError(
+            f"A picture of {study.series_alias} needs a window; pass window=choose_window(study, ...)."
+        )
+
+
 def ct_preset(body_part: str, preprocessing: Preprocessing) -> str | None:
     """The window of a CT of this body part; None if nothing says which."""
-    fitting = (
-        preset.name for preset in preprocessing.ct_windows if body_part.upper() in preset.body_parts
-    )
+    fitting = (preset.name for preset in preprocessing.ct_windows if body_part.upper() in preset.body_parts)
     return preprocessing.ct_default or next(fitting, None)
 
 

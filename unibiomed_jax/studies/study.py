@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 SAME_PLACE = 0.01
 # The note of a CT that may have been saved with another zero.
 NO_AIR = "no value lies below 0, as that of air would: its scale may not be HU"
+# The note of a volume that may lie in the patient either way.
+NO_SIDES = "left and right are unknown: the file states no orientation, one was made up"
 _PLANES = ("sagittal", "coronal", "axial")
 # The normal of a plane that is called by its plain name is within 10 degrees of the body's axis.
 _UPRIGHT = np.cos(np.deg2rad(10))

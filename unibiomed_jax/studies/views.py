@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 
 from unibiomed_jax.config.preprocessing import Preprocessing, SliceOrientation
-from unibiomed_jax.studies.study import Geometry, Study
+from unibiomed_jax.studies.study import NO_SIDES, Geometry, Study
 
 _LEFT, _BACK, _HEAD = np.eye(3)
 # Where rows (down) and columns (to the right) of a view run, for slices across the left, back and head.
@@ -70,6 +70,23 @@ def upright(study: Study) -> View:
     geometry."""
     turns = (False, False, False) if study.geometry is None else _turns(study.geometry, "radiological")
     return View(*study.values.shape[1:3], *turns)
+
+
+def edges(study: Study, view: View) -> tuple[str, str, str, str] | None:
+    """What of the patient lies beyond the top, right, bottom and left of a view, in DICOM's letters; None if
+    that is not known."""
+    geometry = study.geometry
+    if geometry is None or NO_SIDES in study.notes:
+        return None
+    down, right = (geometry.across, geometry.down) if view.transposed else (geometry.down, geometry.across)
+    down, right = down * (-1) ** view.flipped_rows, right * (-1) ** view.flipped_columns
+    return toward(-down), toward(right), toward(down), toward(-right)
+
+
+def toward(direction: np.ndarray) -> str:
+    """The side of the patient that a direction points to most, in DICOM's letters."""
+    axis = np.abs(direction).argmax()
+    return ("RL", "AP", "FH")[axis][int(direction[axis] > 0)]
 
 
 def _turns(geometry: Geometry, orientation: SliceOrientation) -> tuple[bool, bool, bool]:

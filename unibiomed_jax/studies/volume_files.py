@@ -11,7 +11,7 @@ import numpy as np
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.studies.place import Place
 from unibiomed_jax.studies.series import Series
-from unibiomed_jax.studies.study import Geometry, GridSource, Study, alias
+from unibiomed_jax.studies.study import NO_SIDES, Geometry, GridSource, Study, alias
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
@@ -196,7 +196,7 @@ def _placed(image: Any, place: Place) -> tuple[np.ndarray, tuple[str, ...]]:
         1,
     )
     if not sform and not qform:
-        notes.append("left and right are unknown: the file states no orientation, one was made up")
+        notes.append(NO_SIDES)
     elif sform and qform:
         apart = np.abs((image.get_sform() - image.get_qform()) @ corners.T).max() * scale
         if apart > _DIFFERENT:
