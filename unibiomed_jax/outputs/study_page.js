@@ -101,9 +101,9 @@
     const forward = event.deltaY > 0;
     if (current === (forward ? last : 0)) return; // at the end the page scrolls on
     event.preventDefault();
-    wheel += event.deltaMode === 0 ? event.deltaY : 40 * Math.sign(event.deltaY);
-    const turns = Math.trunc(wheel / 40);
-    wheel -= 40 * turns;
+    wheel += event.deltaMode === 0 ? event.deltaY : 100 * Math.sign(event.deltaY);
+    const turns = Math.trunc(wheel / 100);
+    wheel -= 100 * turns;
     if (turns) show(current + turns);
   }, { passive: false });
 

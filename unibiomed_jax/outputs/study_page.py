@@ -269,9 +269,9 @@ def _viewer(
         scroller = (
             '<div class="scroller">'
             '<button type="button" data-step="-1" aria-label="Previous slice">◀</button>'
-            f'<input type="range" min="1" max="{count}" value="{first + 1}" aria-label="Slice">'
+            f'<div class="track"><input type="range" min="1" max="{count}" value="{first + 1}" '
+            f'aria-label="Slice">{_strip(regions, count, first)}</div>'
             '<button type="button" data-step="1" aria-label="Next slice">▶</button></div>'
-            f"{_strip(regions, count, first)}"
         )
     window = record["window"]
     shown = "in its own colours" if window is None else f"window {_window(record)}"
@@ -308,7 +308,7 @@ def _table(regions: Sequence[_Region]) -> str:
     if not regions:
         return "<p>There are no masks.</p>"
     scored = any("predicted_iou" in region.record for region in regions)
-    heads = ["Region", "Volume, ml", "Longest line, mm", "Slices"]
+    heads = ["Volume, ml", "Longest line, mm (slice)", "Slices"]
     heads += ["Predicted IoU", "Object score"] if scored else []
     rows = ""
     for region in regions:
@@ -318,13 +318,16 @@ def _table(regions: Sequence[_Region]) -> str:
         else:
             longest = _number(sizes["diameter_mm"], 1)
             cells = [
-                _number(sizes["volume_ml"], 2),
-                longest if longest == "–" else f"{longest} (slice {sizes['diameter_slice']})",
+                "–" if sizes["volume_ml"] is None else f"{sizes['volume_ml']:.4g}",
+                longest if longest == "–" else f"{longest} ({sizes['diameter_slice']})",
                 "{} to {}".format(*sizes["slices"]),
             ]
         if scored:
             cells += [_median(region, "predicted_iou"), _median(region, "object_score")]
-        rows += f"<tr><td>{region.button()}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        rows += (
+            f'<tbody><tr><th scope="rowgroup" colspan="{len(heads)}">{region.button()}</th></tr>'
+            f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr></tbody>"
+        )
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
     note = (
         '<p class="muted">Scores are medians over the slices of the mask: the overlap with the truth as the '
@@ -332,7 +335,7 @@ def _table(regions: Sequence[_Region]) -> str:
         if scored
         else ""
     )
-    return f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>{note}'
+    return f"<table><thead><tr>{head}</tr></thead>{rows}</table>{note}"
 
 
 def _median(region: _Region, name: str) -> str:
