@@ -226,7 +226,7 @@ def _words(answer: StudyAnswer, regions: Sequence[_Region]) -> str:
             at = end
         rest = escape(piece[at:])
         text += words + (f"{rest.rstrip()} {tail}" if tail else rest)
-    return re.sub(r"\s+([.,;:!?])", r"\1", text).strip()
+    return re.sub(r"\s+([.,;:!?])", r"\1", re.sub(r" {2,}", " ", text)).strip()
 
 
 def _viewer(
