@@ -9,11 +9,7 @@ import pytest
 from PIL import Image
 from places import GOLDEN
 
-from unibiomed_jax import InputError, Request, UniBiomed
-from unibiomed_jax.config.preprocessing import PREPROCESSING
-from unibiomed_jax.inference import study_asking
-from unibiomed_jax.inference.study_asking import StudyQuestion, choose_slices, request_of
-from unibiomed_jax.masks.parts import keep_parts
+from unibiomed_jax import Request, UniBiomed
 from unibiomed_jax.studies.study import Geometry, Study
 
 QUESTION = "Please segment the liver in abdomen CT."
@@ -54,7 +50,7 @@ def answer(talking, study):
 def test_it_follows_as_an_opened_volume_is_followed(talking, answer, study):
     """Another path to the same: slices turned and padded by hand, all in one program."""
     grey = np.floor(np.clip((study.values + 150) / 400, 0, 1) * 255 + 1e-4).astype(np.uint8)
-    # Voxel order of right-anterior-superior: rows run to the right, columns to the back, both from the far end.
+    # Voxel order of right-anterior-superior: rows run to the right, columns to the back.
     shown = [np.pad(slice_[::-1, ::-1].T, ((0, 0), (6, 6))) for slice_ in grey]
     volume = talking.open_volume([Image.fromarray(pixels) for pixels in shown], conditioning=[2, 4])
     expected = talking.predict_batch([Request(f"<image>{QUESTION}", volume)], max_new_tokens=8)[0]
