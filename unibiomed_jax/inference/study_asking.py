@@ -153,11 +153,10 @@ def ask_study(
     """
     preprocessing = model.config.preprocessing
     _check(question, study)
-    window = None if study.is_colour else choose_window(study, preprocessing, question.window)
+    window, prompt, notes = _shown(study, prompt, preprocessing, question)
     view = find_view(study, preprocessing)
     require_inverse(view)
-    prompt, notes = _worded(prompt, window, preprocessing)
-    request, study_hash = request_of(model, prompt, question), hash_of(study)
+    request, study_hash = request_of(model, study, prompt, question), hash_of(study)
     kept = Kept(state, {"request": request, "checkpoint": model.checkpoint_hash, "study": study_hash})
     asking = _Asking(model, study, prompt, question, window, view, kept, progress or (lambda *_: None))
 
@@ -190,8 +189,13 @@ def ask_study(
     )
 
 
-def request_of(model: Answerer, prompt: str, question: StudyQuestion) -> dict:
-    """Everything that an answer depends on beside weights and study, JSON-ready."""
+def request_of(model: Answerer, study: Study, prompt: str, question: StudyQuestion) -> dict:
+    """Everything that an answer depends on beside weights and study, JSON-ready.
+
+    Raises:
+        InputError: nothing says how the study is to be shown.
+    """
+    prompt = _shown(study, prompt, model.config.preprocessing, question)[1]
     asked = {
         name: list(value) if isinstance(value, tuple) else value for name, value in vars(question).items()
     }
@@ -233,6 +237,8 @@ def choose_slices(presence: Sequence[float], agreement: Sequence[float], limit: 
     and each group gives its best one: so they show the target surely and are spread over it.
     """
     scores = np.multiply(presence, agreement)
+    if not scores.any():  # marks that no neighbour shares, or none
+        scores = np.asarray(presence)
     candidates = np.flatnonzero(scores >= scores.max() / 2)
     groups = np.array_split(candidates, min(limit, len(candidates)))
     return tuple(int(group[scores[group].argmax()]) for group in groups)
@@ -254,10 +260,12 @@ def _check(question: StudyQuestion, study: Study) -> None:
             )
 
 
-def _worded(prompt: str, window: Window | None, preprocessing: Preprocessing) -> tuple[str, list[str]]:
-    """The question with the words of its site, and what is odd about it."""
-    name = "" if window is None else window.origin.removeprefix("preset ")
-    preset = preprocessing.ct_window(name)
+def _shown(
+    study: Study, prompt: str, preprocessing: Preprocessing, question: StudyQuestion
+) -> tuple[Window | None, str, list[str]]:
+    """The window of a study, the question with the words of its site, and what is odd about it."""
+    window = None if study.is_colour else choose_window(study, preprocessing, question.window)
+    preset = preprocessing.ct_window("" if window is None else window.origin.removeprefix("preset "))
     wording = "" if preset is None else preset.wording
     if SITE in prompt:
         if not wording:
@@ -265,10 +273,10 @@ def _worded(prompt: str, window: Window | None, preprocessing: Preprocessing) ->
                 f"No words belong to the window {'of colours' if window is None else window}; write the site "
                 f"into the question instead of {SITE}."
             )
-        return prompt.replace(SITE, wording), []
+        return window, prompt.replace(SITE, wording), []
     if wording and wording.lower() not in prompt.lower():
-        return prompt, [f"in training questions about this window named the site, {wording!r}"]
-    return prompt, []
+        return window, prompt, [f"in training, questions about this window named the site: {wording!r}"]
+    return window, prompt, []
 
 
 def _condition(asking: _Asking, batch_size: int) -> Conditioning:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from unibiomed_jax.errors import InputError
+from unibiomed_jax.errors import DamagedError, InputError
 from unibiomed_jax.files import shown
 from unibiomed_jax.inputs.images import by_number, open_image
 from unibiomed_jax.studies.dicom_files import (
@@ -44,6 +44,8 @@ class Listing:
     series: tuple[Series, ...]
     # Why a file was left out, a sentence each.
     left_out: tuple[str, ...]
+    # Those of them that are about damage, and not about another kind of file.
+    damaged: tuple[str, ...] = ()
 
 
 def open_study(
@@ -66,18 +68,34 @@ def open_study(
             the one chosen cannot be opened, for the reason given, or is of another modality than stated.
     """
     listing = list_series(path)
+    return replace(open_series(choose_series(listing, series), modality), left_out=listing.left_out)
+
+
+def choose_series(listing: Listing, wanted: str | int | None) -> Series:
+    """The series of a list that is meant: by its number from 1, its alias or its UID, or the only usable one.
+
+    Raises:
+        InputError: there is none, or several and none is chosen (the message lists them).
+    """
     found = listing.series
     if not found:
         raise InputError(_nothing(listing))
-    if series is None:
-        usable = [candidate for candidate in found if candidate.refusal is None]
-        if len(usable) > 1:
-            raise InputError(
-                f"There are {len(found)} series: {_choices(found)}; choose one with series= (--series)."
-            )
-        chosen = (usable or found)[0]
-    else:
-        chosen = _find(found, str(series))
+    if wanted is not None:
+        return _find(found, str(wanted))
+    usable = [candidate for candidate in found if candidate.refusal is None]
+    if len(usable) > 1:
+        raise InputError(
+            f"There are {len(found)} series: {_choices(found)}; choose one with series= (--series)."
+        )
+    return (usable or found)[0]
+
+
+def open_series(chosen: Series, modality: str | None = None) -> Study:
+    """Read a series of a list; see `open_study`.
+
+    Raises:
+        InputError: it cannot be opened, or is of another modality than stated.
+    """
     if chosen.refusal is not None:
         raise InputError(chosen.refusal)
     try:
@@ -127,9 +145,10 @@ def list_series(path: str | os.PathLike) -> Listing:
     if not os.path.lexists(path):
         raise InputError("There is nothing at the path given; check it.")
     left_out: list[str] = []
+    damaged: list[str] = []
     dicom: list[DicomFile] = []
     others: list[Series] = []
-    for place in _places(path, left_out):
+    for place in _places(path, left_out, damaged):
         try:
             if is_dicom(place.path):
                 require_pydicom()
@@ -137,19 +156,22 @@ def list_series(path: str | os.PathLike) -> Listing:
                 if "DirectoryRecordSequence" not in header:
                     dicom.append(as_image(place, header))
                 elif place.number is None:  # in a folder its files are found without it
-                    dicom += _recorded(place, header.DirectoryRecordSequence, left_out)
+                    dicom += _recorded(place, header.DirectoryRecordSequence, left_out, damaged)
             else:
                 others += _others(place)
         except OSError as error:
-            left_out.append(f"{place} cannot be read ({error.strerror}); change its permissions.")
+            damaged.append(f"{place} cannot be read ({error.strerror}); change its permissions.")
+            left_out.append(damaged[-1])
         except InputError as error:
             left_out.append(str(error))
+            damaged += [str(error)] if isinstance(error, DamagedError) else []
     with quietly():
-        found = find_dicom_series(dicom, left_out)
-    return Listing((*found, *others), tuple(left_out))
+        broken: list[str] = []
+        found = find_dicom_series(dicom, broken)
+    return Listing((*found, *others), (*left_out, *broken), (*damaged, *broken))
 
 
-def _places(path: Path, left_out: list[str]) -> Iterator[Place]:
+def _places(path: Path, left_out: list[str], damaged: list[str]) -> Iterator[Place]:
     """The files of a folder and of those in it that are not hidden, or the file itself."""
     if not path.is_dir():
         if not path.is_file():
@@ -160,7 +182,8 @@ def _places(path: Path, left_out: list[str]) -> Iterator[Place]:
     number = 0
 
     def refuse(error: OSError) -> None:
-        left_out.append(f"A folder cannot be read ({error.strerror}); change its permissions.")
+        damaged.append(f"A folder cannot be read ({error.strerror}); change its permissions.")
+        left_out.append(damaged[-1])
 
     for folder, folders, files in os.walk(path, onerror=refuse):
         folders[:] = sorted((name for name in folders if not name.startswith(".")), key=by_number)
@@ -179,7 +202,9 @@ def _places(path: Path, left_out: list[str]) -> Iterator[Place]:
                 yield place
 
 
-def _recorded(place: Place, records: Sequence[Dataset], left_out: list[str]) -> list[DicomFile]:
+def _recorded(
+    place: Place, records: Sequence[Dataset], left_out: list[str], damaged: list[str]
+) -> list[DicomFile]:
     """The images that the records of a DICOMDIR name."""
     root = place.path.parent.resolve()
     files, missing = [], 0
@@ -198,8 +223,11 @@ def _recorded(place: Place, records: Sequence[Dataset], left_out: list[str]) -> 
             left_out.append(
                 str(error) if isinstance(error, InputError) else f"Record {number} cannot be read."
             )
+            if not isinstance(error, InputError) or isinstance(error, DamagedError):
+                damaged.append(left_out[-1])
     if missing:
-        left_out.append(f"{missing} files that the DICOMDIR lists are missing; copy them beside it.")
+        damaged.append(f"{missing} files that the DICOMDIR lists are missing; copy them beside it.")
+        left_out.append(damaged[-1])
     return files
 
 
@@ -211,7 +239,7 @@ def _others(place: Place) -> list[Series]:
     """
     name = place.path.name.lower()
     if place.path.stat().st_size == 0:
-        raise InputError(f"{place} is empty; copy it again from its source.")
+        raise DamagedError(f"{place} is empty; copy it again from its source.")
     if name.endswith(NIFTI_SUFFIXES):
         return find_nifti_series(place)
     if name.endswith(ITK_SUFFIXES):
