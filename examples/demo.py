@@ -1,9 +1,9 @@
-"""Ask unibiomed-tiny about real images it was not trained on: seven images and one CT volume.
+"""Ask unibiomed-tiny about real images it was not trained on: seven images and one CT scan.
 
     python examples/demo.py [--out demo_output]
 
-Every image leaves a folder with the answer, the masks and an overlay. The Dice beside an answer compares its
-mask with the dataset's own.
+Every image leaves a folder with the answer, the masks and an overlay; the scan one with a page to look at it
+in a browser and the mask as NIfTI. The Dice beside an answer compares its mask with the dataset's own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from unibiomed_jax import Answer, Request, UniBiomed
+from unibiomed_jax import Answer, Request, StudyAnswer, UniBiomed, open_study, write_study
 from unibiomed_jax.commands.run import main as run
 from unibiomed_jax.inference.phrases import clean_answer
 from unibiomed_jax.masks.measures import dice_score
@@ -28,7 +28,7 @@ DATA = REPOSITORY / "sample_data"
 
 
 class Example(NamedTuple):
-    """An image of the test split, and what to ask about it; for a volume, patterns of its slices."""
+    """An image or a scan of the test split, and what to ask about it."""
 
     image: str
     question: str
@@ -37,8 +37,7 @@ class Example(NamedTuple):
 
     @property
     def name(self) -> str:
-        path = Path(self.image)
-        return path.parent.name if "*" in path.name else path.stem
+        return Path(self.image).name.partition(".")[0]
 
 
 IMAGES = (
@@ -78,33 +77,32 @@ IMAGES = (
         "msd_spleen_ct/test_mask/10024_spleen_59_spleen.png",
     ),
 )
-VOLUME = Example(
-    "sarcoma_ct/STS_008_ct/*.png",
+SCAN = Example(
+    "sarcoma_ct/STS_025_ct.nii.gz",
     "Please segment soft tissue sarcoma in body CT.",
-    "sarcoma_ct/mask/STS_008_ct/*.png",
+    "sarcoma_ct/STS_025_ct_mask.nii.gz",
 )
 
 
 @dataclass(frozen=True)
 class Args:
-    """Ask unibiomed-tiny about real images it was not trained on: seven images and one CT volume."""
+    """Ask unibiomed-tiny about real images it was not trained on: seven images and one CT scan."""
 
     # Folder for the answers, the masks and the overlays.
     out: Path = Path("demo_output")
 
 
-def dice(answer: Answer, example: Example) -> str:
-    """Overlap of the first mask with the dataset's, for the eye."""
-    if not answer.segments:
-        return "no mask"
-    expected = []
-    for path in sorted(DATA.glob(example.truth)):
-        with Image.open(path) as image:
-            expected.append(np.asarray(image) > 0)
-    # The slices of a volume count as one tall image.
-    found, expected = (
-        mask.reshape(-1, mask.shape[-1]) for mask in (answer.segments[0].mask, np.stack(expected))
-    )
+def read_mask(path: Path) -> np.ndarray:
+    """The dataset's own mask: of a picture, or of a scan on the grid of `Study.values`."""
+    if path.suffix == ".gz":
+        return open_study(path, modality="OT").values > 0
+    with Image.open(path) as image:
+        return np.asarray(image) > 0
+
+
+def dice(mask: np.ndarray, example: Example) -> str:
+    """Overlap of a mask with the dataset's, for the eye; the slices of a scan count as one tall image."""
+    found, expected = (each.reshape(-1, each.shape[-1]) for each in (mask, read_mask(DATA / example.truth)))
     return f"Dice {dice_score(found, expected):.2f}"
 
 
@@ -117,27 +115,39 @@ def main(args: Args) -> None:
             Request(f"<image>\n{example.question}", model.open(DATA / example.image)) for example in IMAGES
         ]
         answers = model.predict_batch(requests, max_new_tokens=64)
-    slices = sorted(DATA.glob(VOLUME.image))
-    with console.status(f"A CT volume of {len(slices)} slices"):
-        # The slices in which the language model looks for the target; from there it is followed.
-        shown = np.linspace(0, len(slices) - 1, model.config.sam2.max_conditioning_frames + 2)[1:-1]
-        volume = model.open_volume(slices, conditioning=shown.round().astype(int).tolist())
-        requests.append(Request(f"<image>{VOLUME.question}", volume))
-        answers += model.predict_batch(requests[-1:], max_new_tokens=64)
-
-    for example, request, answer in zip((*IMAGES, VOLUME), requests, answers, strict=True):
+    for example, request, answer in zip(IMAGES, requests, answers, strict=True):
         record = answer_folder.record(
             answer, checkpoint_hash=model.checkpoint_hash, precision=model.precision
         )
         answer_folder.write(args.out / example.name, request.image, answer, record)
-        console.print(f"[bold]{example.name}[/bold]  {example.question}")
-        console.print(f"    {clean_answer(answer.text)}  ({dice(answer, example)})", markup=False)
-    console.print(f"Written to {args.out}: for each of them answer.json, a PNG per mask, overlay.png")
+        show(console, example, answer)
+
+    study = open_study(DATA / SCAN.image, modality="CT")
+    with console.status("") as status:
+        answer = model.ask_study(
+            study,
+            SCAN.question,
+            max_new_tokens=64,
+            progress=lambda stage, done, total: status.update(f"A CT scan, {stage}: slice {done} of {total}"),
+        )
+    write_study(study, answer, args.out / SCAN.name, ("html", "nifti"), overwrite=True)
+    show(console, SCAN, answer)
+    console.print(
+        f"Written to {args.out}: for each image answer.json, a PNG per mask, overlay.png; for the scan"
+    )
+    console.print(f"answer.json, the mask as NIfTI and a page: {args.out / SCAN.name / 'study.html'}")
     console.print(
         "[bold]unibiomed-tiny is a small teaching model:[/bold] docs/unibiomed_tiny.md says what it was "
         "trained on, what was measured and what it cannot do."
     )
-    console.print(answers[0].notice, style="italic")
+    console.print(answer.notice, style="italic")
+
+
+def show(console: Console, example: Example, answer: Answer | StudyAnswer) -> None:
+    """A question, what was answered, and how well the first mask fits."""
+    fit = dice(answer.segments[0].mask, example) if answer.segments else "no mask"
+    console.print(f"[bold]{example.name}[/bold]  {example.question}")
+    console.print(f"    {clean_answer(answer.text)}  ({fit})", markup=False)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,10 @@ def test_the_demo_answers_and_says_what_it_is(tmp_path):
     for folder in folders:
         answer = json.loads((folder / "answer.json").read_text())
         assert answer["notice"] == INTENDED_USE
-        assert len(answer["segments"]) == len(list(folder.glob("mask_*"))) > 0
-        assert list(folder.glob("overlay*"))
+        masks = answer["masks" if (folder / "study.html").is_file() else "segments"]
+        assert len(masks) == len(list(folder.glob("mask_*"))) > 0
+        assert list(folder.glob("overlay*")) or list(folder.glob("mask_*.nii.gz"))
+    assert sum((folder / "study.html").is_file() for folder in folders) == 1
 
 
 def test_what_is_missing_is_one_line(tmp_path):
