@@ -25,7 +25,7 @@ from unibiomed_jax.studies.dicom_files import (
 from unibiomed_jax.studies.dicom_series import find_dicom_series, impossible
 from unibiomed_jax.studies.place import Place
 from unibiomed_jax.studies.series import Series
-from unibiomed_jax.studies.study import NO_AIR, Study, alias
+from unibiomed_jax.studies.study import NO_AIR, Aliases, Study
 from unibiomed_jax.studies.volume_files import (
     ITK_SUFFIXES,
     NIFTI_SUFFIXES,
@@ -129,6 +129,7 @@ def list_series(path: str | os.PathLike) -> Listing:
     left_out: list[str] = []
     dicom: list[DicomFile] = []
     others: list[Series] = []
+    aliases = Aliases()
     for place in _places(path, left_out):
         try:
             if is_dicom(place.path):
@@ -139,13 +140,13 @@ def list_series(path: str | os.PathLike) -> Listing:
                 elif place.number is None:  # in a folder its files are found without it
                     dicom += _recorded(place, header.DirectoryRecordSequence, left_out)
             else:
-                others += _others(place)
+                others += _others(place, aliases)
         except OSError as error:
             left_out.append(f"{place} cannot be read ({error.strerror}); change its permissions.")
         except InputError as error:
             left_out.append(str(error))
     with quietly():
-        found = find_dicom_series(dicom, left_out)
+        found = find_dicom_series(dicom, aliases, left_out)
     return Listing((*found, *others), tuple(left_out))
 
 
@@ -191,19 +192,17 @@ def _recorded(place: Place, records: Sequence[Dataset], left_out: list[str]) -> 
         if not path.is_file():
             missing += 1
             continue
+        listed = Place(path, number, listed=True)
         try:
-            listed = Place(path, number)
             files.append(as_image(listed, read_header(listed)))
-        except (InputError, OSError) as error:
-            left_out.append(
-                str(error) if isinstance(error, InputError) else f"Record {number} cannot be read."
-            )
+        except InputError as error:
+            left_out.append(str(error))
     if missing:
         left_out.append(f"{missing} files that the DICOMDIR lists are missing; copy them beside it.")
     return files
 
 
-def _others(place: Place) -> list[Series]:
+def _others(place: Place, aliases: Aliases) -> list[Series]:
     """The series of a file that is not DICOM.
 
     Raises:
@@ -213,20 +212,20 @@ def _others(place: Place) -> list[Series]:
     if place.path.stat().st_size == 0:
         raise InputError(f"{place} is empty; copy it again from its source.")
     if name.endswith(NIFTI_SUFFIXES):
-        return find_nifti_series(place)
+        return find_nifti_series(place, aliases)
     if name.endswith(ITK_SUFFIXES):
-        return find_itk_series(place)
+        return find_itk_series(place, aliases)
     try:
         with Image.open(place.path) as image:
             width, height = image.size
     except Exception:  # Pillow's plugins raise whatever their parser met
         raise InputError(f"{place} is no DICOM, volume or picture; leave it out.") from None
-    return [_picture(place, width, height)]
+    return [_picture(place, aliases, width, height)]
 
 
-def _picture(place: Place, width: int, height: int) -> Series:
+def _picture(place: Place, aliases: Aliases, width: int, height: int) -> Series:
     """A picture, without a place in the patient."""
-    name = alias("series", place.path.read_bytes())
+    name, study_alias = aliases.series(str(place.path)), aliases.study(str(place.path))
 
     def load() -> Study:
         try:
@@ -239,7 +238,7 @@ def _picture(place: Place, width: int, height: int) -> Series:
             modality="unknown",
             unit="",
             geometry=None,
-            study_alias=name.replace("series", "study"),
+            study_alias=study_alias,
             series_alias=name,
             notes=("a picture of no known place", *record.steps),
         )
@@ -259,7 +258,12 @@ def _picture(place: Place, width: int, height: int) -> Series:
 
 
 def _find(found: tuple[Series, ...], wanted: str) -> Series:
-    named = [series for series in found if wanted in (series.alias, series.uid) and wanted]
+    # One that has parts is named by what stands before their numbers, too.
+    named = [
+        series
+        for series in found
+        if wanted and wanted in (series.alias, series.alias.split("/")[0], series.uid)
+    ]
     if wanted.isdecimal() and 1 <= int(wanted) <= len(found):
         named = [found[int(wanted) - 1]]
     if not named:
