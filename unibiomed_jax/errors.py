@@ -9,6 +9,10 @@ class InputError(ValueError):
     """
 
 
+class DamagedError(InputError):
+    """A file is broken, as against one that is of another kind than is looked for."""
+
+
 class DiskFullError(InputError):
     """Nothing more can be written there."""
 

@@ -16,6 +16,7 @@ from unibiomed_jax import InputError, Request, UniBiomed
 from unibiomed_jax.commands import predict as command
 from unibiomed_jax.commands.predict import PredictOptions, predict
 from unibiomed_jax.commands.run import INTERRUPTED, run
+from unibiomed_jax.inputs.images import open_image
 
 pytestmark = pytest.mark.slow
 
@@ -63,11 +64,32 @@ def test_what_is_left_out_is_counted_and_named(loaded, tmp_path, capsys):
         picture(source / name, kind)
     for name in ("scan.dcm", "scan.nii.gz", "notes.txt"):
         (source / name).write_text("something else")
-    assert predict(options(source, tmp_path / "out")) == 0
+    assert predict(options(source, tmp_path / "out")) == 1
     assert answered(tmp_path / "out") == ["a.png", "b.jfif", "c.PGM"]
-    said = " ".join(capsys.readouterr().out.split())
+    captured = capsys.readouterr()
+    said = " ".join(captured.out.split())
+    assert "1 of them are DICOM or volumes; ask about them with `unibiomed study`" in captured.err
     assert "3 answered, 0 failed" in said
     assert "Left out, 3 that this command does not read as images: notes.txt, scan.dcm" in said
+
+
+@pytest.mark.parametrize("name", ["CT_small.dcm", "MR_small.dcm", "no_preamble", "scan.nii.gz"])
+def test_scans_are_sent_to_the_command_for_them(tmp_path, name):
+    testing = pytest.importorskip("pydicom.data")
+    path = tmp_path / "scan" / name
+    path.parent.mkdir()
+    if name.endswith("dcm"):  # the first of them begins as a TIFF file does
+        shutil.copy(testing.get_testdata_file(name), path)
+    elif name == "no_preamble":
+        shutil.copy(testing.get_testdata_file("ExplVR_LitEndNoMeta.dcm"), path)
+    else:
+        path.write_bytes(b"a volume")
+    for given in (path, path.parent):
+        with pytest.raises(InputError, match="ask about it with `unibiomed study`"):
+            predict(options(given, tmp_path / "out"))
+    if name != "no_preamble":
+        with pytest.raises(InputError, match=rf"{name} is DICOM .*open_study and ask_study"):
+            open_image(path)
 
 
 @pytest.mark.parametrize("volume", [False, True])

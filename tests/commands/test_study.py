@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
 
+import numpy as np
 import pytest
+from places import MICRO
+
+from unibiomed_jax import UniBiomed
+from unibiomed_jax.commands.run import run
+from unibiomed_jax.commands.study import StudyOptions, study
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -27,4 +35,125 @@ def test_the_list_names_series_by_alias_and_says_what_is_odd(unibiomed, tmp_path
     run = unibiomed("study", str(tmp_path / "Plantedname_B"), "--list")
     assert run.returncode == 2 and "check it" in run.stderr and "Planted" not in run.stderr
     run = unibiomed("study", str(folder))
-    assert run.returncode == 2 and "add --list" in run.stderr and "Traceback" not in run.stderr
+    assert run.returncode == 2 and "either --list" in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory):
+    """The micro checkpoint, loaded once, which says one [SEG] whatever it is asked."""
+    model = UniBiomed.from_pretrained(MICRO)
+    said = dict(enumerate(model.tokenizer.encode("It is [SEG]. ok")))
+    opened = model._opened
+    model._opened = lambda requests: [dataclasses.replace(r, forced=said) for r in opened(requests)]
+    return model
+
+
+@pytest.fixture
+def ask(talking, monkeypatch):
+    """Runs the command in this process; its exit code."""
+    monkeypatch.setattr(UniBiomed, "from_pretrained", lambda *args, **options: talking)
+
+    def command(path, out, **changes) -> int:
+        options = {"ask": "Please segment it.", "checkpoint": MICRO, "out": out, "max_new_tokens": 8}
+        options |= {"conditioning": ("2",), "window": ("-160", "240")} | changes
+        return run(lambda: study(StudyOptions(path, **options)))
+
+    return command
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_one_question_to_all_series_of_a_folder(ask, tmp_path, capsys):
+    """Several are chosen; what is damaged or refused does not stop the others; again nothing is done."""
+    folder, out = tmp_path / "Plantedname", tmp_path / "out"
+    made = MadeSeries(shape=(3, 20, 16))
+    made.write(folder / "a")
+    uneven = MadeSeries(shape=(4, 20, 16)).write(folder / "b", skip=(2,))
+    save(MadeSeries(attributes={"ImageType": ["LOCALIZER"]}).slice(0), folder / "scout")
+    assert ask(folder, out) == 2
+    refused = capsys.readouterr().err
+    assert "1: series-" in refused and "choose one with series= (--series)" in refused and not out.exists()
+
+    (folder / "broken.dcm").write_bytes((uneven / "IM00001").read_bytes()[:200])
+    assert ask(folder, out, series=("all",), formats=("seg", "png")) == 1
+    said = capsys.readouterr()
+    assert "2 of 3 series answered; peak memory" in said.out and "nothing but localizers" in said.err
+    assert "is no readable DICOM" in said.out and "1 files left out" in said.out
+    answers = sorted(out.glob("*/answer.json"))
+    records = [json.loads(path.read_text()) for path in answers]
+    assert [len(list(path.parent.glob("seg.dcm"))) for path in answers] == [1, 1]
+    assert sorted(record["shape"] for record in records) == [[3, 20, 16], [3, 20, 16]]
+    for record in records:
+        assert record["conditioning"]["slices"] == [2] and record["conditioning"]["choice"] == "stated"
+        assert record["window"] == {"low": -160.0, "high": 240.0, "from": "stated"}
+        assert record["preprocessing"]["ct_orientation"] == "ras_voxel" and record["notice"]
+        (mask,) = record["masks"]
+        assert mask["pixels"] > 0 and mask["diameter_mm"] > 0 and len(mask["object_score"]) == 3
+        assert (mask["volume_ml"] is None) == any("uneven" in note for note in record["notes"])
+    everything = b"".join(contents(out).values()) + str(sorted(contents(out))).encode()
+    kept = b"".join(path.read_bytes() for path in out.rglob("*.dcm"))  # which must name whom they belong to
+    for word in (*PLANTED, str(tmp_path)):
+        assert word not in said.out + said.err
+        assert everything.count(word.encode()) == kept.count(word.encode()), word
+
+    before = contents(out)
+    assert ask(folder, out, series=("all",), formats=("seg", "png")) == 1
+    assert capsys.readouterr().out.count("is answered already") == 2 and contents(out) == before
+    assert [path.name for path in tmp_path.iterdir() if path.name != "Plantedname"] == ["out"]
+
+
+@pytest.mark.slow
+def test_a_volume_comes_back_on_its_grid_and_other_requests_replace_the_answer(ask, tmp_path, capsys):
+    nibabel = pytest.importorskip("nibabel")
+    values = np.random.default_rng(0).integers(-200, 300, (16, 20, 3)).astype(np.int16)
+    affine = np.array([[0.7, 0.09, 0, -9], [-0.07, 0.9, 0, 4], [0, 0, 3, 60], [0, 0, 0, 1]])
+    nibabel.save(nibabel.Nifti1Image(values, affine), tmp_path / "scan.nii.gz")
+    out = tmp_path / "out"
+    assert ask(tmp_path / "scan.nii.gz", out, window=()) == 1
+    assert "state its modality" in capsys.readouterr().err and not out.exists()
+    assert ask(tmp_path / "scan.nii.gz", out, modality="CT", window=("liver",)) == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "answer.json", "mask_1_it.nii.gz", "study.html",
+    ]  # fmt: skip
+    mask, source = nibabel.load(out / "mask_1_it.nii.gz"), nibabel.load(tmp_path / "scan.nii.gz")
+    assert np.array_equal(mask.affine, source.affine) and mask.shape == source.shape
+    said = capsys.readouterr().out
+    assert "-25 to 230 (preset liver)" in said and "named the site: 'abdomen CT'" in said
+    assert ask(tmp_path / "scan.nii.gz", out, modality="CT", window=("lung",), formats=("html",)) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["answer.json", "study.html"]
+    assert json.loads((out / "answer.json").read_text())["window"]["low"] == -1000
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"out": None}, "--ask needs --out"),
+        ({"checkpoint": None}, "--ask needs --checkpoint"),
+        ({"list": True}, "either --list"),
+        ({"window": ("1", "2", "3")}, "--window 1 2 3 is no window; give a name"),
+        ({"window": ("low", "high")}, "is no window"),
+        ({"conditioning": ("0",)}, "--conditioning 0 is impossible; give auto"),
+        ({"conditioning": ("first", "3")}, "is impossible"),
+        ({"formats": ("stl",)}, "--formats stl is none; choose of nifti"),
+        ({"parts": 0}, "--parts 0 must be at least 1"),
+        ({"series": ("7",)}, "There is no series '7'"),
+    ],
+)
+def test_options_that_cannot_be_are_one_sentence(ask, tmp_path, capsys, options, sentence):
+    folder = MadeSeries(shape=(2, 8, 8)).write(tmp_path / "in")
+    options = {"out": tmp_path / "out"} | options
+    assert ask(folder, **options) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+
+
+def test_something_else_is_never_replaced(ask, tmp_path, capsys):
+    folder = MadeSeries(shape=(2, 8, 8)).write(tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
+    assert ask(folder, tmp_path / "out") == 2
+    assert "holds something else than an answer" in capsys.readouterr().err
+    assert (tmp_path / "out" / "mine").read_text() == "kept"

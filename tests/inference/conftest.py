@@ -12,7 +12,7 @@ from unibiomed_jax.config.precision import FLOAT32
 
 STAGES = {
     *("encode_tiles", "blank_rows", "lay_tile", "prefill", "advance", "states_at"),
-    *("encode_image", "segment", "segment_frames", "ground"),
+    *("encode_image", "segment", "segment_frames", "empty_track", "segment_step", "ground"),
 }
 
 

@@ -140,7 +140,7 @@ def test_the_page_says_what_was_answered_and_shows_each_mask_on_its_slices(study
         assert part in text, part
     volume = 29 * 10 / 1000
     assert f"<td>{volume:.4g}</td>" in text
-    record = json.loads((tmp_path / "out" / "study.json").read_text())
+    record = json.loads((tmp_path / "out" / "answer.json").read_text())
     assert record["masks"][0]["predicted_iou"] == [None, 0.9, 0.5, None, None]
     assert record["text"] == answer.text and record["request"] == {"ask": EVIL}
 

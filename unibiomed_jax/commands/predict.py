@@ -22,7 +22,9 @@ from unibiomed_jax.config.precision import PrecisionName, find_precision
 from unibiomed_jax.distributed import Processes
 from unibiomed_jax.errors import DiskFullError, InputError
 from unibiomed_jax.files import shown
+from unibiomed_jax.inputs.formats import VOLUME_SUFFIXES, scan_refusal
 from unibiomed_jax.inputs.images import by_number
+from unibiomed_jax.studies.dicom_files import is_dicom
 
 if TYPE_CHECKING:
     from unibiomed_jax.inference.answer import Sampling
@@ -145,12 +147,17 @@ def predict(options: PredictOptions) -> int:
     _say(f"{answered} answered, {len(failures)} failed; results in {shown(options.out)}")
     for name, reason in failures.items():
         errors.print(f"[red]{escape(shown(name))}[/red]: {escape(reason)}", highlight=False, soft_wrap=True)
+    scans = sum(_is_scan(path) for path in left_out)
     if left_out:
         names = ", ".join(shown(path.name) for path in left_out[:NAMED])
         more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
         _say(f"Left out, {len(left_out)} that this command does not read as images: {names}{more}.")
+    if scans:
+        errors.print(
+            f"{scans} of them are DICOM or volumes; ask about them with `unibiomed study`.", soft_wrap=True
+        )
     console.print(INTENDED_USE, style="italic")
-    return FAILED_IN_PART if failures else DONE
+    return FAILED_IN_PART if failures or scans else DONE
 
 
 def _require_same(options: PredictOptions, sources: dict[str, list[Path]]) -> None:
@@ -316,17 +323,29 @@ def _sources(options: PredictOptions) -> tuple[dict[str, list[Path]], list[Path]
     if path.is_file():
         if options.volume:
             raise InputError(f"{shown(path)} is a file; --volume needs a folder of slices.")
+        if _is_scan(path):
+            raise scan_refusal(shown(path))
         return {path.name: [path]}, []
     suffixes = image_suffixes()
     images, left_out = [], []
     for found in _files(path, options.out.resolve(), deep=not options.volume):
         (images if found.suffix.lower() in suffixes else left_out).append(found)
     images.sort(key=by_number)
+    if not images and any(map(_is_scan, left_out)):
+        raise scan_refusal(f"What {shown(path)} holds")
     if not images:
         raise InputError(f"{shown(path)} holds no image ({', '.join(sorted(suffixes))}); check the folder.")
     if options.volume:
         return {path.resolve().name: images}, left_out
     return {str(found.relative_to(path)): [found] for found in images}, left_out
+
+
+def _is_scan(path: Path) -> bool:
+    """Whether a file is DICOM or a volume, which `unibiomed study` reads."""
+    try:
+        return path.is_file() and (path.name.lower().endswith(VOLUME_SUFFIXES) or is_dicom(path))
+    except OSError:
+        return False
 
 
 def image_suffixes() -> set[str]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from unibiomed_jax import checkpoint, distributed, runtime
+from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.conversion import from_torch, hub, sources
 from unibiomed_jax.errors import DiskFullError, InputError
 from unibiomed_jax.files import NO_SPACE, locate
@@ -43,6 +44,20 @@ def load(source: str | Path, sharding: checkpoint.Sharding | None = None) -> che
             "What was converted from %s is made anew, for it cannot be read: %s", repository, error
         )
     return _read(_converted(repository, instead_of=made), sharding)
+
+
+def config_of(source: str | Path) -> ModelConfig:
+    """The configuration of a checkpoint, without its weights.
+
+    Raises:
+        InputError: as `load`.
+    """
+    folder = fetch(source)
+    return (
+        checkpoint.read_config(folder)
+        if checkpoint.is_checkpoint(folder)
+        else sources.released(folder).config
+    )
 
 
 def fetch(source: str | Path) -> Path:

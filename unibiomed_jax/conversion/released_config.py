@@ -20,7 +20,7 @@ from unibiomed_jax.errors import InputError
 TEMPLATES = ("phi3_chat",)
 _TEMPLATE_REMEDY = f"only {', '.join(TEMPLATES)} is available"
 _REQUIRED = object()
-# Where a release says how slices looked in training, if it was written here. The original code passes over it.
+# Where a release that was written here says how slices looked; the original code passes over it.
 _PREPROCESSING = "preprocessing"
 
 

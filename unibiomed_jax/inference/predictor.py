@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 
 from unibiomed_jax import runtime
 from unibiomed_jax.config.model import ModelConfig
@@ -42,12 +43,15 @@ from unibiomed_jax.inference.phrases import Phrase, parse_answer
 from unibiomed_jax.inference.segments import full_size
 from unibiomed_jax.inference.stages import Stages
 from unibiomed_jax.inference.stopping import end_of
+from unibiomed_jax.inference.study_answer import StudyAnswer
+from unibiomed_jax.inference.study_asking import Conditions, Progress, StudyQuestion, ask_study
 from unibiomed_jax.inputs.images import ImageRecord, ImageSource, open_frames, open_image
 from unibiomed_jax.inputs.tiles import frame_tiles, image_tiles, sam_image
 from unibiomed_jax.inputs.tokenizer import Tokenizer
 from unibiomed_jax.models.sam2 import plan_frames
 from unibiomed_jax.sharding.axes import axis_units
 from unibiomed_jax.sharding.layout import Layout
+from unibiomed_jax.studies.study import Study
 
 # Tokens between two looks of the host at the text. The loop also stops by itself where the text may end.
 TOKENS_PER_LOOK = 64
@@ -217,6 +221,60 @@ class UniBiomed:
         for _ in self._looks(answering, TOKENS_PER_LOOK):
             pass
         return self._finish(answering, hide_absent)
+
+    def say(
+        self,
+        request: Request,
+        *,
+        max_new_tokens: int = 2048,
+        max_masks: int | None = None,
+    ) -> tuple[str, Float32[np.ndarray, "objects embed"]]:
+        """The words of the answer to one question, and the language model's state at each `[SEG]`.
+
+        Raises:
+            InputError: a request that cannot be answered.
+        """
+        answering = self._start([request], max_new_tokens, max_masks, None)
+        for _ in self._looks(answering, TOKENS_PER_LOOK):
+            pass
+        (ids,) = answering.said
+        positions = self._seg_positions(ids)
+        return self.tokenizer.decode(ids), np.asarray(answering.state.hidden[0], np.float32)[positions]
+
+    def ask_study(
+        self,
+        study: Study,
+        prompt: str,
+        *,
+        conditioning: Conditions = "auto",
+        window: str | tuple[float, float] | None = None,
+        parts: int | None = None,
+        smallest_ml: float | None = None,
+        hide_absent: bool = False,
+        max_new_tokens: int = 256,
+        max_masks: int | None = None,
+        batch_size: int = 4,
+        state: str | os.PathLike | None = None,
+        progress: Progress | None = None,
+    ) -> StudyAnswer:
+        """Ask a study (see `open_study`) a question; see `study_asking.ask_study` for the arguments."""
+        return ask_study(
+            self,
+            study,
+            prompt,
+            StudyQuestion(
+                conditioning=conditioning,
+                window=window,
+                parts=parts,
+                smallest_ml=smallest_ml,
+                hide_absent=hide_absent,
+                max_new_tokens=max_new_tokens,
+                max_masks=max_masks,
+            ),
+            batch_size=batch_size,
+            state=state,
+            progress=progress,
+        )
 
     def stream(
         self,

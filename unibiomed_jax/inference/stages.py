@@ -40,6 +40,8 @@ class Stages:
         self.encode_image = self._compiled(UniBiomedModel.encode_image)
         self.segment = self._compiled(generate.segment_image)
         self.segment_frames = self._compiled(UniBiomedModel.segment_frames)
+        self.empty_track = self._compiled(UniBiomedModel.empty_track, static_argnames="objects")
+        self.segment_step = self._compiled(UniBiomedModel.segment_step, donate_argnums=1)
         ground = functools.partial(generate.ground, **ends)
         self.ground = self._compiled(ground, static_argnames="objects")
         self.stop_text = functools.cache(lambda: stop_text(tokenizer, vocab_size))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +19,7 @@ from unibiomed_jax.studies.windows import Window
 class StudySegment:
     """What one `[SEG]` of the answer points at."""
 
-    # The words it stands for, as `Segment.phrase`.
+    # The words it stands for, as `Segment.phrase`; said again it is numbered.
     phrase: str
     # True inside, on the grid of `Study.values`.
     mask: Bool[np.ndarray, "slices rows columns"]
@@ -83,10 +83,16 @@ class StudyAnswer:
     @property
     def names(self) -> tuple[str, ...]:
         """The phrase of each segment, each of them once."""
-        names: list[str] = []
-        for segment in self.segments:
-            phrase, number = segment.phrase or "region", 1
-            while (name := phrase if number == 1 else f"{phrase} ({number})") in names:
-                number += 1
-            names.append(name)
-        return tuple(names)
+        return distinct([segment.phrase for segment in self.segments])
+
+
+def distinct(phrases: Sequence[str]) -> tuple[str, ...]:
+    """Phrases as names, those said again numbered; what has no words is a region."""
+    names: list[str] = []
+    for phrase in phrases:
+        name, number = phrase or "region", 1
+        while name in names:
+            number += 1
+            name = f"{phrase or 'region'} ({number})"
+        names.append(name)
+    return tuple(names)

@@ -6,7 +6,8 @@ as unsigned, bytes in the wrong order. Those are put right here, or refused by n
 
 import io
 import struct
-from typing import Literal
+from pathlib import Path
+from typing import BinaryIO, Literal
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -15,6 +16,9 @@ from unibiomed_jax.errors import InputError
 
 # What compression did to the pixels: nothing, something, or (where the file does not say) perhaps something.
 Losses = Literal["none", "some", "maybe"]
+
+# Volumes of scanners, whose values need a window and a place.
+VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
 
 # Modes that hold more than 8 bits a sample.
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
@@ -39,6 +43,34 @@ _TIFF_LOSSES: dict[str, Losses] = {"jpeg": "some", "tiff_jpeg": "some", "webp": 
 
 # PNG's gamma of an sRGB image.
 _SRGB_GAMMA = 0.45455
+
+
+def require_no_scan(file: Path | BinaryIO, name: str) -> None:
+    """Raise InputError for DICOM, which may look like a TIFF file, and for volumes.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    volume = name.lower().endswith(VOLUME_SUFFIXES)
+    if isinstance(file, Path):
+        with open(file, "rb") as opened:
+            start = opened.read(132)
+    elif volume or not file.seekable():
+        start = b""
+    else:
+        place = file.tell()
+        start = file.read(132)
+        file.seek(place)
+    if volume or start[128:] == b"DICM":
+        raise scan_refusal(name)
+
+
+def scan_refusal(name: str) -> InputError:
+    """The sentence for what a scanner made."""
+    return InputError(
+        f"{name} is DICOM or a volume, whose values need a window; ask about it with `unibiomed study` (in "
+        "Python open_study and ask_study)."
+    )
 
 
 def require_readable(image: Image.Image, name: str) -> None:

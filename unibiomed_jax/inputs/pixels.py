@@ -18,6 +18,7 @@ from unibiomed_jax.inputs.formats import (
     Losses,
     losses,
     orientation_of,
+    require_no_scan,
     require_readable,
     stored_values,
     unapplied_colours,
@@ -192,6 +193,7 @@ def _empty(name: str) -> InputError:
 def _open(file: Path | BinaryIO, name: str) -> Image.Image:
     """A file that Pillow recognises, of an allowed size; its pixels are not decoded yet."""
     try:
+        require_no_scan(file, name)
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return Image.open(file)
@@ -200,6 +202,8 @@ def _open(file: Path | BinaryIO, name: str) -> Image.Image:
             f"{name} has more pixels than the limit of {Image.MAX_IMAGE_PIXELS:,}; shrink or crop it first, "
             "or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file."
         ) from error
+    except InputError:
+        raise
     except PermissionError as error:
         raise InputError(f"{name} may not be read by this user; change its permissions.") from error
     except Exception as error:  # Pillow's plugins raise whatever their parser met

@@ -207,19 +207,11 @@ class Sam2(nnx.Module):
         that memory does not grow with their number. Nothing recompiles while the shapes stay: pad the frames
         with zeros and plan with `padded_to`; padding answers zeros.
         """
-        prompted, objects = self.config.max_conditioning_frames, len(language)
+        objects = len(language)
 
         def segment(state, step, index, direction):
             frame = jax.lax.dynamic_index_in_dim(frames, index)
-            features = self.encode_image(normalize_fused(frame))
-            decoding = jax.lax.cond(
-                step < prompted,
-                lambda: self.decode(features, language[None]),
-                lambda: self.track(features, self.recall(state, plan, index, direction)),
-            )
-            memory, pointer = self.remember(features, decoding)[0], self.object_pointer(decoding)[0]
-            state = store(state, memory, pointer, step, index * direction, prompted)
-            return state, FrameMasks(decoding.masks[0], decoding.ious[0], decoding.object_scores[0])
+            return self.segment_step(state, normalize_fused(frame), language, plan, step, index, direction)
 
         @jax.checkpoint  # a gradient would keep what both branches compute, of every frame
         def body(state, inputs):
@@ -237,6 +229,28 @@ class Sam2(nnx.Module):
             return jnp.zeros((len(frames), *values.shape[1:])).at[target].set(values, mode="drop")
 
         return jax.tree.map(in_frame_order, masks)
+
+    def segment_step(
+        self,
+        state: TrackState,
+        frame: UInt8[Array, "1 size size 3"] | Float[Array, "1 size size 3"],
+        language: Float[Array, "objects d_model"],
+        plan: FramePlan,
+        step: Int[Array, ""],
+        index: Int[Array, ""],
+        direction: Int[Array, ""],
+    ) -> tuple[TrackState, FrameMasks]:
+        """One step of a plan, of which only the prompted frames are read: the masks of frame `index`."""
+        prompted = self.config.max_conditioning_frames
+        features = self.encode_image(frame)
+        decoding = jax.lax.cond(
+            step < prompted,
+            lambda: self.decode(features, language[None]),
+            lambda: self.track(features, self.recall(state, plan, index, direction)),
+        )
+        memory, pointer = self.remember(features, decoding)[0], self.object_pointer(decoding)[0]
+        state = store(state, memory, pointer, step, index * direction, prompted)
+        return state, FrameMasks(decoding.masks[0], decoding.ious[0], decoding.object_scores[0])
 
     def empty_state(self, objects: int) -> TrackState:
         config = self.config

@@ -26,7 +26,14 @@ from unibiomed_jax.models.mask_decoder import MaskDecoding
 from unibiomed_jax.models.ops import normalize, normalize_fused
 from unibiomed_jax.models.projector import Projector, pixel_shuffle
 from unibiomed_jax.models.qwen2 import Qwen2
-from unibiomed_jax.models.sam2 import FrameMasks, FramePlan, ImageFeatures, Sam2, plan_frames
+from unibiomed_jax.models.sam2 import (
+    FrameMasks,
+    FramePlan,
+    ImageFeatures,
+    Sam2,
+    TrackState,
+    plan_frames,
+)
 from unibiomed_jax.sharding.constraints import constrain
 
 
@@ -172,6 +179,21 @@ class UniBiomedModel(nnx.Module):
     ) -> FrameMasks:
         """Segment the frames of a volume: some from the [SEG] states, the others by following the objects."""
         return self.sam2.segment_frames(frames, self.prompt_vectors(hidden), plan)
+
+    def segment_step(
+        self,
+        state: TrackState,
+        frame: UInt8[Array, "1 size size 3"],
+        hidden: Float[Array, "objects embed"],
+        plan: FramePlan,
+        *place: Int[Array, ""],
+    ) -> tuple[TrackState, FrameMasks]:
+        """One frame of a volume, where they are not all at hand; `place`: step, frame and direction."""
+        return self.sam2.segment_step(state, frame, self.prompt_vectors(hidden), plan, *place)
+
+    def empty_track(self, objects: int) -> TrackState:
+        """What is remembered of a volume before its first frame."""
+        return self.sam2.empty_state(objects)
 
 
 def visual_source(ids: Int[Array, "batch tokens"], image_id: int) -> Int[Array, "batch tokens"]:

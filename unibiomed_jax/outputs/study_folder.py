@@ -31,7 +31,8 @@ from unibiomed_jax.studies.windows import Window
 # dataset; a page to look at all of it in a browser.
 Format = Literal["nifti", "seg", "labelmap", "rtstruct", "sc", "png", "coco", "html"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-RECORD, PAGE = "study.json", "study.html"
+# What an answer, and what masks made elsewhere, are described in.
+ANSWER, RECORD, PAGE = "answer.json", "study.json", "study.html"
 
 
 def write_study(
@@ -42,11 +43,13 @@ def write_study(
     *,
     window: Window | None = None,
     deidentify: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Write masks as a folder, which appears whole or not at all.
 
-    Beside the files of each format lies `study.json`: what each mask is, its volume and slices, what is odd
-    about the study, which window was used, and how an answer came about. It and all names of files are
+    Beside the files of each format lies `answer.json` (`study.json` of masks made elsewhere): what each mask
+    is, its volume and slices, what is odd about the study, which window was used, and how an answer came
+    about. It and all names of files are
     without the patient's identity, as is all else but the DICOM objects, which keep what an archive needs to
     file them.
 
@@ -60,6 +63,7 @@ def write_study(
             answer.
         deidentify: take the patient's identity and dates out of DICOM objects, too, and replace UIDs, alike
             in all of them. It claims no conformance to a profile; pixels stay as they are.
+        overwrite: replace what lies there.
 
     Raises:
         InputError: a mask has another shape, a format is unknown or cannot hold these masks, or the folder
@@ -84,7 +88,7 @@ def write_study(
     deidentifier = Deidentifier(study.study_alias) if deidentify else None
     files: dict[str, list[str]] = {}
     try:
-        with new_folder(out) as folder:
+        with new_folder(out, overwrite=overwrite) as folder:
             for name in formats:
                 if name == "html":
                     write_page(folder / PAGE, study, masks, record, answer=answer, window=window)
@@ -92,7 +96,7 @@ def write_study(
                 else:
                     files[name] = _write(name, folder, study, masks, found, window, deidentifier)
             text = json.dumps(record | {"files": files}, indent=2, ensure_ascii=False)
-            (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+            (folder / (RECORD if answer is None else ANSWER)).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"The folder cannot be written ({error.strerror}); choose another.") from None
 

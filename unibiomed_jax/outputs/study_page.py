@@ -372,7 +372,7 @@ def _facts(record: Mapping, size: tuple[float, float]) -> str:
     ]
     if "conditioning" in record:
         seen = record["conditioning"]
-        numbers = ", ".join(str(index + 1) for index in seen["slices"])
+        numbers = ", ".join(map(str, seen["slices"]))
         facts += [
             ("Read by the language model", f"slices {numbers} ({seen['choice']}): {seen['reason']}"),
             ("Seen by the model", _seen(record)),

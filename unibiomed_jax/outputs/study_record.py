@@ -53,7 +53,8 @@ def describe_study(
         "prompt": answer.prompt,
         "text": answer.text,
         "readable_text": clean_answer(answer.text),
-        "conditioning": dataclasses.asdict(answer.conditioning),
+        "conditioning": dataclasses.asdict(answer.conditioning)
+        | {"slices": [index + 1 for index in answer.conditioning.slices]},
         "view": dataclasses.asdict(answer.view),
         "preprocessing": to_dict(answer.preprocessing),
         "cleaning": list(answer.cleaning),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unibiomed_jax.errors import InputError
+from unibiomed_jax.errors import DamagedError, InputError
 from unibiomed_jax.studies.place import Place
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def read_header(place: Place) -> Dataset:
     """The attributes of an object, without its pixels.
 
     Raises:
-        InputError: it is damaged.
+        DamagedError: it is damaged.
     """
     from pydicom import dcmread
 
@@ -177,7 +177,7 @@ def read_header(place: Place) -> Dataset:
             header = dcmread(place.path, stop_before_pixels=True, force=True)
             _ = header.get("PatientName"), header.get("ImageType")  # a broken character set shows here
     except Exception as error:  # the parser raises whatever it met
-        raise InputError(
+        raise DamagedError(
             f"{place} is no readable DICOM ({type(error).__name__}); copy it again from the archive."
         ) from None
     return header
@@ -192,9 +192,9 @@ def as_image(place: Place, header: Dataset) -> DicomFile:
     try:
         reason = _why_no_image(header, place)
     except Exception as error:  # an impossible value raises where it is used, and is told
-        reason = (
+        raise DamagedError(
             f"{place} has attributes that cannot be understood ({type(error).__name__}); export it again."
-        )
+        ) from None
     if reason is not None:
         raise InputError(reason)
     return DicomFile(place, header)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from unibiomed_jax.errors import InputError
+from unibiomed_jax.errors import DamagedError, InputError
 from unibiomed_jax.files import shown
 from unibiomed_jax.inputs.images import by_number, open_image
 from unibiomed_jax.studies.dicom_files import (
@@ -44,6 +45,8 @@ class Listing:
     series: tuple[Series, ...]
     # Why a file was left out, a sentence each.
     left_out: tuple[str, ...]
+    # Those of them that are about damage, and not about another kind of file.
+    damaged: tuple[str, ...] = ()
 
 
 def open_study(
@@ -66,18 +69,34 @@ def open_study(
             the one chosen cannot be opened, for the reason given, or is of another modality than stated.
     """
     listing = list_series(path)
+    return replace(open_series(choose_series(listing, series), modality), left_out=listing.left_out)
+
+
+def choose_series(listing: Listing, wanted: str | int | None) -> Series:
+    """The series of a list that is meant: by its number from 1, its alias or its UID, or the only usable one.
+
+    Raises:
+        InputError: there is none, or several and none is chosen (the message lists them).
+    """
     found = listing.series
     if not found:
         raise InputError(_nothing(listing))
-    if series is None:
-        usable = [candidate for candidate in found if candidate.refusal is None]
-        if len(usable) > 1:
-            raise InputError(
-                f"There are {len(found)} series: {_choices(found)}; choose one with series= (--series)."
-            )
-        chosen = (usable or found)[0]
-    else:
-        chosen = _find(found, str(series))
+    if wanted is not None:
+        return _find(found, str(wanted))
+    usable = [candidate for candidate in found if candidate.refusal is None]
+    if len(usable) > 1:
+        raise InputError(
+            f"There are {len(found)} series: {_choices(found)}; choose one with series= (--series)."
+        )
+    return (usable or found)[0]
+
+
+def open_series(chosen: Series, modality: str | None = None) -> Study:
+    """Read a series of a list; see `open_study`.
+
+    Raises:
+        InputError: it cannot be opened, or is of another modality than stated.
+    """
     if chosen.refusal is not None:
         raise InputError(chosen.refusal)
     try:
@@ -127,30 +146,43 @@ def list_series(path: str | os.PathLike) -> Listing:
     if not os.path.lexists(path):
         raise InputError("There is nothing at the path given; check it.")
     left_out: list[str] = []
+    damaged: list[str] = []
     dicom: list[DicomFile] = []
-    others: list[Series] = []
-    aliases = Aliases()
-    for place in _places(path, left_out):
-        try:
-            if is_dicom(place.path):
-                require_pydicom()
-                header = read_header(place)
-                if "DirectoryRecordSequence" not in header:
-                    dicom.append(as_image(place, header))
-                elif place.number is None:  # in a folder its files are found without it
-                    dicom += _recorded(place, header.DirectoryRecordSequence, left_out)
-            else:
-                others += _others(place, aliases)
-        except OSError as error:
-            left_out.append(f"{place} cannot be read ({error.strerror}); change its permissions.")
-        except InputError as error:
-            left_out.append(str(error))
+    rest: list[Place] = []
+    for place in _places(path, left_out, damaged):
+        with _told(place, left_out, damaged):
+            if not is_dicom(place.path):
+                rest.append(place)
+                continue
+            require_pydicom()
+            header = read_header(place)
+            if "DirectoryRecordSequence" not in header:
+                dicom.append(as_image(place, header))
+            elif place.number is None:  # in a folder its files are found without it
+                dicom += _recorded(place, header.DirectoryRecordSequence, left_out, damaged)
+    aliases, broken = Aliases(), list[str]()
     with quietly():
-        found = find_dicom_series(dicom, aliases, left_out)
-    return Listing((*found, *others), tuple(left_out))
+        found = find_dicom_series(dicom, aliases, broken)
+    for place in rest:
+        with _told(place, left_out, damaged):
+            found += _others(place, aliases)
+    return Listing(tuple(found), (*left_out, *broken), (*damaged, *broken))
 
 
-def _places(path: Path, left_out: list[str]) -> Iterator[Place]:
+@contextmanager
+def _told(place: Place, left_out: list[str], damaged: list[str]) -> Iterator[None]:
+    """Note why a file cannot be used, and go on."""
+    try:
+        yield
+    except OSError as error:
+        damaged.append(f"{place} cannot be read ({error.strerror}); change its permissions.")
+        left_out.append(damaged[-1])
+    except InputError as error:
+        left_out.append(str(error))
+        damaged += [str(error)] if isinstance(error, DamagedError) else []
+
+
+def _places(path: Path, left_out: list[str], damaged: list[str]) -> Iterator[Place]:
     """The files of a folder and of those in it that are not hidden, or the file itself."""
     if not path.is_dir():
         if not path.is_file():
@@ -161,7 +193,8 @@ def _places(path: Path, left_out: list[str]) -> Iterator[Place]:
     number = 0
 
     def refuse(error: OSError) -> None:
-        left_out.append(f"A folder cannot be read ({error.strerror}); change its permissions.")
+        damaged.append(f"A folder cannot be read ({error.strerror}); change its permissions.")
+        left_out.append(damaged[-1])
 
     for folder, folders, files in os.walk(path, onerror=refuse):
         folders[:] = sorted((name for name in folders if not name.startswith(".")), key=by_number)
@@ -180,7 +213,9 @@ def _places(path: Path, left_out: list[str]) -> Iterator[Place]:
                 yield place
 
 
-def _recorded(place: Place, records: Sequence[Dataset], left_out: list[str]) -> list[DicomFile]:
+def _recorded(
+    place: Place, records: Sequence[Dataset], left_out: list[str], damaged: list[str]
+) -> list[DicomFile]:
     """The images that the records of a DICOMDIR name."""
     root = place.path.parent.resolve()
     files, missing = [], 0
@@ -193,12 +228,11 @@ def _recorded(place: Place, records: Sequence[Dataset], left_out: list[str]) -> 
             missing += 1
             continue
         listed = Place(path, number, listed=True)
-        try:
+        with _told(listed, left_out, damaged):
             files.append(as_image(listed, read_header(listed)))
-        except InputError as error:
-            left_out.append(str(error))
     if missing:
-        left_out.append(f"{missing} files that the DICOMDIR lists are missing; copy them beside it.")
+        damaged.append(f"{missing} files that the DICOMDIR lists are missing; copy them beside it.")
+        left_out.append(damaged[-1])
     return files
 
 
@@ -210,7 +244,7 @@ def _others(place: Place, aliases: Aliases) -> list[Series]:
     """
     name = place.path.name.lower()
     if place.path.stat().st_size == 0:
-        raise InputError(f"{place} is empty; copy it again from its source.")
+        raise DamagedError(f"{place} is empty; copy it again from its source.")
     if name.endswith(NIFTI_SUFFIXES):
         return find_nifti_series(place, aliases)
     if name.endswith(ITK_SUFFIXES):

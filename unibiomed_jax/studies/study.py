@@ -181,6 +181,8 @@ class Study:
     # DICOM's Body Part Examined, or "".
     body_part: str = ""
     source: DicomSource | GridSource | None = field(default=None, repr=False)
+    # Why other files at the path were left out, a sentence each.
+    left_out: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def is_colour(self) -> bool:

@@ -45,6 +45,13 @@ class View:
         mask = mask[:: -1 if self.flipped_rows else 1, :: -1 if self.flipped_columns else 1]
         return np.swapaxes(mask, 0, 1) if self.transposed else mask
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the view."""
+        height, width = (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
+        (top, bottom), (left, right) = self._borders()
+        return height + top + bottom, width + left + right
+
     def _borders(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Black above, below, left and right. Equal on both sides, so that a view of odd difference stays a
         pixel off a square, as the training data were."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from unibiomed_jax.errors import InputError
+from unibiomed_jax.errors import DamagedError, InputError
 from unibiomed_jax.studies.place import Place
 from unibiomed_jax.studies.series import Series
 from unibiomed_jax.studies.study import NO_SIDES, Aliases, Geometry, GridSource, Study
@@ -233,6 +233,6 @@ def _zipped(path: Path) -> bool:
         return file.read(2) == b"\x1f\x8b"
 
 
-def _damaged(place: Place, error: Exception) -> InputError:
+def _damaged(place: Place, error: Exception) -> DamagedError:
     reason = "it ends too early" if "end-of-stream" in str(error) or "Expected" in str(error) else "damaged"
-    return InputError(f"{place} is no volume that can be read ({reason}); copy it again from its source.")
+    return DamagedError(f"{place} is no volume that can be read ({reason}); copy it again from its source.")
