@@ -102,6 +102,10 @@ def test_one_question_to_all_series_of_a_folder(ask, tmp_path, capsys):
     before = contents(out)
     assert ask(folder, out, series=("all",), formats=("seg", "png")) == 1
     assert capsys.readouterr().out.count("is answered already") == 2 and contents(out) == before
+    (first,) = (series.parent.name for series in answers if json.loads(series.read_text())["notes"] == [])
+    assert ask(folder, out / first, series=(first,), formats=("seg",), deidentify=True) == 1
+    everything = b"".join(contents(out / first).values())
+    assert not any(word.encode() in everything for word in PLANTED) and b"No conformance" in everything
     assert [path.name for path in tmp_path.iterdir() if path.name != "Plantedname"] == ["out"]
 
 

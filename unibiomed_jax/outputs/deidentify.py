@@ -8,12 +8,12 @@ if TYPE_CHECKING:
     from pydicom import DataElement, Dataset
 
 # What is written beside objects that were made so, and beside those that were not.
-CLAIM = (
+_CLAIM = (
     "Identity, dates and UIDs in the DICOM objects were replaced, alike in all of this folder, so that they "
     "refer to images no archive has. No conformance to a de-identification profile is claimed: pixels, with "
     "faces and text in them, and hashes of them are as they were."
 )
-KEPT = "DICOM objects keep the patient and the study, so that an archive can file them; nothing else does."
+_KEPT = "DICOM objects keep the patient and the study, so that an archive can file them; nothing else does."
 _METHOD = "Identity, dates, UIDs replaced by UniBiomed: no conformance"
 # UIDs that say what a thing is, not which one, begin so.
 _STANDARD = "1.2.840.10008."
@@ -25,6 +25,11 @@ _OF_TODAY = {
     "ContentDate", "ContentTime", "InstanceCreationDate", "InstanceCreationTime", "SeriesDate", "SeriesTime",
     "StructureSetDate", "StructureSetTime",
 }  # fmt: skip
+
+
+def identity_of(deidentify: bool) -> str:
+    """What a record says about the patient's identity."""
+    return _CLAIM if deidentify else _KEPT
 
 
 class Deidentifier:

@@ -15,7 +15,7 @@ from unibiomed_jax.errors import InputError
 from unibiomed_jax.files import new_folder
 from unibiomed_jax.inference.study_answer import StudyAnswer
 from unibiomed_jax.outputs.coco import write_coco
-from unibiomed_jax.outputs.deidentify import CLAIM, KEPT, Deidentifier
+from unibiomed_jax.outputs.deidentify import Deidentifier, identity_of
 from unibiomed_jax.outputs.dicom_seg import write_dicom_seg
 from unibiomed_jax.outputs.nifti_mask import write_nifti_mask
 from unibiomed_jax.outputs.rtstruct import write_rtstruct
@@ -84,7 +84,7 @@ def write_study(
         if name not in FORMATS:
             raise InputError(f"There is no format {name!r}; choose of {', '.join(FORMATS)}.")
     found = {phrase: mask for phrase, mask in masks.items() if mask.any()}
-    record = describe_study(study, masks, answer, window) | {"identity": CLAIM if deidentify else KEPT}
+    record = describe_study(study, masks, answer, window) | {"identity": identity_of(deidentify)}
     deidentifier = Deidentifier(study.study_alias) if deidentify else None
     files: dict[str, list[str]] = {}
     try:
