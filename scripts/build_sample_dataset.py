@@ -10,6 +10,7 @@
 import collections
 import json
 import re
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -328,6 +329,10 @@ def write_dataset(data: Path, out: Path, everything: bool) -> None:
             table_step=volume.table_step or 1,
         )
         tables[volume.folder].volumes[split][volume.name] = entry
+    for part, name in (("CT_image", "STS_025_ct"), ("CT_mask", "STS_025_ct_mask")):
+        shutil.copyfile(
+            data / "ibsi_sts" / "STS_025" / f"{part}.nii.gz", out / "sarcoma_ct" / f"{name}.nii.gz"
+        )
     for folder, table in tables.items():
         table.save(out / folder)
     for split, table in captions.items():

@@ -20,6 +20,7 @@ under CC BY-SA may be passed on, changed or not, only under CC BY-SA. The text o
 material comes from and how it had been prepared before; for this dataset all 2-D images were then reduced to
 at most {long_side} pixels on the long side (JPEG), their masks with them (1-bit PNG), volumes were windowed
 to 8 bits and written slice by slice, and the tables, sentences, questions and reports were added.
+`sarcoma_ct/STS_025_ct.nii.gz` and its mask are the source's own files, unchanged.
 
 """
 
@@ -62,6 +63,7 @@ enough to train a small model and to try every task of the data pipeline. Writte
   radiologist's.
 - CT is windowed to -160..240 HU, PET to 0..10 SUV, MRI to percentiles of the volume (`window` in
   `meta_*.json`).
+- `sarcoma_ct/STS_025_ct.nii.gz` is a whole scan in HU (and its contour beside it), for `unibiomed study`.
 - Licences and the people to name: `ATTRIBUTION.md`.
 {missing}
 ## Folders

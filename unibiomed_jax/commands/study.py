@@ -189,7 +189,8 @@ def _ask(options: StudyOptions) -> int:
             failures[series.alias] = "there is too little memory for it; close other programs."
     _say_left_out(listing)
     for name, reason in failures.items():
-        errors.print(f"[red]{escape(name)}[/red]: {escape(shown(reason))}", highlight=False, soft_wrap=True)
+        sentence = reason if name in reason else f"{name}: {reason}"
+        errors.print(escape(shown(sentence)), style="red", highlight=False, soft_wrap=True)
     _say(f"{len(chosen) - len(failures)} of {len(chosen)} series answered; peak memory {_peak():.2f} GB.")
     console.print(INTENDED_USE, style="italic")
     return FAILED_IN_PART if failures or listing.damaged else DONE

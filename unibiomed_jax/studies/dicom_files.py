@@ -188,9 +188,12 @@ def as_image(place: Place, header: Dataset) -> DicomFile:
 
     Raises:
         InputError: it is none of a patient.
+        DamagedError: it is cut off, or has impossible attributes.
     """
     try:
         reason = _why_no_image(header, place)
+    except DamagedError:
+        raise
     except Exception as error:  # an impossible value raises where it is used, and is told
         raise DamagedError(
             f"{place} has attributes that cannot be understood ({type(error).__name__}); export it again."
@@ -208,7 +211,11 @@ def _kind_of(header: Dataset) -> str | None:
 
 
 def _why_no_image(header: Dataset, place: Place) -> str | None:
-    """The sentence for an object that is no image of a patient, or None."""
+    """The sentence for an object that is no image of a patient, or None.
+
+    Raises:
+        DamagedError: nothing in it says what it is.
+    """
     with quietly():
         kind = _kind_of(header)
         if kind is None and header.get("Modality") == "SM":
@@ -218,6 +225,8 @@ def _why_no_image(header: Dataset, place: Place) -> str | None:
                 f"{place} is a DICOM {kind}, no image to ask about; {_REMEDIES.get(kind, 'give the images')}."
             )
         sizes = header.get("Rows"), header.get("Columns")
+        if "SOPClassUID" not in header and sizes == (None, None):
+            raise DamagedError(f"{place} ends before it says what it is; copy it again from the archive.")
         if not all(isinstance(size, int) and size > 0 for size in sizes):
             return f"{place} is DICOM without an image; give a file with pixels."
         if "MOSAIC" in (header.get("ImageType") or ()):
