@@ -162,6 +162,8 @@ def load_masks(picture: Picture) -> dict[str, np.ndarray]:
 def write_picture(picture: Picture, split: str, folder: Path, tables: Tables, captions: CocoTable) -> None:
     source, file_name = picture.source, f"{picture.stem}.jpg"
     pixels, masks = load_pixels(picture.path), load_masks(picture)
+    if source.upside_down:
+        pixels, masks = pixels[::-1], {name: mask[::-1] for name, mask in masks.items()}
     size = fit_size(pixels.shape[1], pixels.shape[0], LONG_SIDE)
     kept = {}
     for target in source.targets:

@@ -54,6 +54,8 @@ class Source:
     ships: bool = True
     # What grounded questions ask about; none are written without it.
     anatomy: str = ""
+    # Its images stand on their head and are turned, as one looks at them (mirrored, top to bottom).
+    upside_down: bool = False
     # Expression of file names that show a healthy organ (as the source says).
     healthy: str = ""
 
@@ -131,7 +133,7 @@ SOURCES = (
            namespace=STS, anatomy="soft tissue"),
     Source("spider_spine_t2_mri", "A sagittal T2-weighted MRI slice of the lumbar spine", "MRI", CC_BY,
            (organ("vertebrae", "lumbar spine MRI"), organ("intervertebral discs", "lumbar spine MRI"),
-            organ("spinal canal", "lumbar spine MRI")), patient=NUMBER),
+            organ("spinal canal", "lumbar spine MRI")), patient=NUMBER, upside_down=True),
     Source("hvsmr_heart_mri", "An MRI slice of the heart", "MRI", CC_BY,
            tuple(organ(name, "heart MRI") for name in HEART), patient=NUMBER,
            pinned=(("10000", "train"), ("10001", "train"), ("10002", "test"), ("10003", "train"),

@@ -102,6 +102,10 @@ def test_one_question_to_all_series_of_a_folder(ask, tmp_path, capsys):
     before = contents(out)
     assert ask(folder, out, series=("all",), formats=("seg", "png")) == 1
     assert capsys.readouterr().out.count("is answered already") == 2 and contents(out) == before
+    (first,) = (series.parent.name for series in answers if json.loads(series.read_text())["notes"] == [])
+    assert ask(folder, out / first, series=(first,), formats=("seg",), deidentify=True) == 1
+    everything = b"".join(contents(out / first).values())
+    assert not any(word.encode() in everything for word in PLANTED) and b"No conformance" in everything
     assert [path.name for path in tmp_path.iterdir() if path.name != "Plantedname"] == ["out"]
 
 
@@ -109,7 +113,7 @@ def test_one_question_to_all_series_of_a_folder(ask, tmp_path, capsys):
 def test_a_volume_comes_back_on_its_grid_and_other_requests_replace_the_answer(ask, tmp_path, capsys):
     nibabel = pytest.importorskip("nibabel")
     values = np.random.default_rng(0).integers(-200, 300, (16, 20, 3)).astype(np.int16)
-    affine = np.array([[0.7, 0.1, 0, -9], [-0.1, 0.9, 0, 4], [0, 0, 3, 60], [0, 0, 0, 1]])
+    affine = np.array([[0.7, 0.09, 0, -9], [-0.07, 0.9, 0, 4], [0, 0, 3, 60], [0, 0, 0, 1]])
     nibabel.save(nibabel.Nifti1Image(values, affine), tmp_path / "scan.nii.gz")
     out = tmp_path / "out"
     assert ask(tmp_path / "scan.nii.gz", out, window=()) == 1

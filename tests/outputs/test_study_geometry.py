@@ -286,7 +286,12 @@ def test_shapes_that_only_touch_and_holes_have_outlines_of_their_own():
     rng = np.random.default_rng(0)
     for _ in range(50):
         mask = rng.random((9, 9)) < 0.5
-        assert sum(area(points) for points in trace(mask)) == mask.sum()
+        outlines = trace(mask)
+        assert sum(area(points) for points in outlines) == mask.sum()
+        for points in outlines:  # no corner twice, and each of them turns
+            assert len({tuple(point) for point in points}) == len(points)
+            along = np.diff(points, axis=0, append=points[:1]) != 0
+            assert (along.sum(1) == 1).all() and (along[:, 0] != np.roll(along[:, 0], 1)).all()
 
 
 def test_label_maps_refuse_what_they_cannot_hold(tmp_path):

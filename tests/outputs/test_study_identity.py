@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
+import io
 import json
+import re
 import shutil
 import subprocess
 
@@ -14,6 +17,7 @@ from PIL import Image
 from unibiomed_jax import InputError, open_study, write_study
 from unibiomed_jax.config.preprocessing import PREPROCESSING
 from unibiomed_jax.outputs.coded_terms import find_term
+from unibiomed_jax.outputs.study_folder import FORMATS
 from unibiomed_jax.studies.grey import choose_window
 from unibiomed_jax.studies.windows import Window
 
@@ -27,30 +31,85 @@ from dicom_series import PLANTED, MadeSeries  # noqa: E402
 FILED = {"Plantedname", "PLANTED-ID-77", "19010203", "19040506", "PLANTED-ACC"}
 
 
-def test_every_output_is_free_of_planted_names_dates_and_paths(tmp_path, capfd):
-    series = MadeSeries(attributes={"PatientComments": "Plantedtext", "OperatorsName": "Plantedname"})
+ATTRIBUTES = {
+    "PatientComments": "Plantedtext",
+    "OperatorsName": "Plantedname",
+    "OtherPatientIDs": "PLANTED-ID-77",
+    "PatientAddress": "Plantedtext",
+    "ReferringPhysicianName": "Plantedname^Referring",
+    "SeriesDescription": "Plantedtext",
+    "ProtocolName": "Plantedtext",
+    "StationName": "Plantedtext",
+    "RequestedProcedureDescription": "Plantedtext",
+    "DeviceSerialNumber": "Plantedtext",
+    "ClinicalTrialSubjectID": "PLANTED-ID-77",
+    "ImageComments": "Plantedtext",
+    "AcquisitionDateTime": "19040506101112",
+    "PatientAge": "003Y",
+}
+
+
+def readable(path) -> bytes:
+    """All bytes of a file, and those that are packed in it."""
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        data += gzip.decompress(data)
+    if path.suffix == ".png":
+        with Image.open(path) as picture:
+            data += repr(picture.info).encode()
+    if path.suffix == ".html":
+        for encoded in re.findall(rb"[A-Za-z0-9+/=]{200,}", data):
+            with Image.open(io.BytesIO(base64.b64decode(encoded))) as picture:
+                data += repr(picture.info).encode()
+    return data
+
+
+@pytest.mark.parametrize("deidentify", [False, True])
+def test_every_output_is_free_of_planted_names_dates_and_paths(tmp_path, capfd, deidentify):
+    series = MadeSeries(attributes=ATTRIBUTES)
     study = open_study(series.write(tmp_path / "Plantedname_A"))
     mask = np.zeros(study.values.shape, bool)
     mask[2:4, 4:9, 10:13] = True
     window = choose_window(study, PREPROCESSING["tiny"])
     out = tmp_path / "out"
-    formats = ("nifti", "seg", "labelmap", "rtstruct", "sc", "png")
     masks = {"liver in abdomen CT": mask, "spleen": np.zeros_like(mask)}
-    write_study(study, masks, out, formats, window=window)
+    write_study(study, masks, out, FORMATS, window=window, deidentify=deidentify)
     names = sorted(path.name for path in out.iterdir())
     assert names == [
-        "labelmap.dcm", "mask_1_liver_in_abdomen_ct.nii.gz", "mask_2_spleen.nii.gz", "overlay_0003.dcm",
-        "overlay_0003.png", "overlay_0004.dcm", "overlay_0004.png", "rtstruct.dcm", "seg.dcm", "study.json",
+        "labelmap.dcm", "mask_1_liver_in_abdomen_ct.nii.gz", "mask_2_spleen.nii.gz", "masks_coco.json",
+        "overlay_0003.dcm", "overlay_0003.png", "overlay_0004.dcm", "overlay_0004.png", "rtstruct.dcm",
+        "seg.dcm", "study.html", "study.json",
     ]  # fmt: skip
+    uids = {series.uid, series.study, series.frame_of_reference}
+    uids |= {str(frame.file.header.SOPInstanceUID) for frame in study.source.frames}
     for path in out.iterdir():
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
-        allowed = FILED if path.suffix == ".dcm" else set()
-        for word in {*PLANTED, str(tmp_path), "Plantedname_A"} - allowed:
-            assert word.encode() not in data, (path.name, word)
-        if path.suffix != ".dcm":
-            for uid in (series.uid, series.study, series.frame_of_reference):
-                assert uid.encode() not in data, path.name
+        data = readable(path)
+        is_filed = path.suffix == ".dcm" and not deidentify
+        for word in {*PLANTED, str(tmp_path), "Plantedname_A", "003Y", *uids}:
+            if not is_filed or word not in {*FILED, *uids, "003Y"}:
+                assert word.encode() not in data, (path.name, word)
+    objects = {path.stem: pydicom.dcmread(path) for path in out.glob("*.dcm")}
+    if deidentify:
+        assert {str(found.PatientID) for found in objects.values()} == {"study-1"}
+        assert all("no conformance" in found.DeidentificationMethod for found in objects.values())
+    else:
+        assert {str(found.PatientID) for found in objects.values()} == {"PLANTED-ID-77"}
+        assert {found.StudyInstanceUID for found in objects.values()} == {series.study}
+    # They go on belonging together, and to the same images.
+    assert len({found.StudyInstanceUID for found in objects.values()}) == 1
+    assert len({found.SOPInstanceUID for found in objects.values()}) == len(objects)
+    seg, structures = objects["seg"], objects["rtstruct"]
+    assert seg.FrameOfReferenceUID == structures.FrameOfReferenceUID
+    (referenced,) = structures.ReferencedFrameOfReferenceSequence
+    (referenced,) = referenced.RTReferencedStudySequence
+    assert referenced.ReferencedSOPInstanceUID == seg.StudyInstanceUID
+    (referenced,) = referenced.RTReferencedSeriesSequence
+    assert referenced.SeriesInstanceUID == seg.ReferencedSeriesSequence[0].SeriesInstanceUID
+    images = {item.ReferencedSOPInstanceUID for item in referenced.ContourImageSequence}
+    for item in seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence:
+        assert item.ReferencedSOPInstanceUID in images
+    for found in objects.values():
+        assert found.file_meta.MediaStorageSOPInstanceUID == found.SOPInstanceUID
     printed, logged = capfd.readouterr()
     assert not any(word in printed + logged for word in PLANTED)
 
@@ -63,9 +122,11 @@ def test_every_output_is_free_of_planted_names_dates_and_paths(tmp_path, capfd):
         "overlay_0003.dcm",
         "overlay_0004.dcm",
     ]
+    assert ("No conformance" in record["identity"]) == deidentify
     if shutil.which("dciodvfy"):
-        run = subprocess.run(["dciodvfy", out / "overlay_0003.dcm"], capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
+        for name in ("overlay_0003", "seg", "rtstruct"):
+            run = subprocess.run(["dciodvfy", out / f"{name}.dcm"], capture_output=True, text=True)
+            assert run.returncode == 0, run.stderr
     capture = pydicom.dcmread(out / "overlay_0003.dcm")
     assert capture.BurnedInAnnotation == "YES" and "research use" in capture.DerivationDescription
     assert list(capture.PatientOrientation) == ["L", "P"]

@@ -142,11 +142,32 @@ def test_a_real_oblique_volume_and_films_of_nibabel():
     assert np.linalg.norm(found - place, axis=1).min() < 0.01
 
 
-def test_volumes_that_begin_with_the_same_air_have_names_of_their_own(tmp_path):
-    values = np.zeros((64, 128, 96), np.int16)
-    first = open_study(make(tmp_path / "a.nii", values))
-    values[-1, -1, -1] = 100
-    assert open_study(make(tmp_path / "b.nii", values)).series_alias != first.series_alias
+def test_volumes_are_told_apart_by_numbers_in_the_order_of_their_names(tmp_path):
+    for number in (10, 2, 1):
+        make(tmp_path / f"{number}.nii", np.full((4, 3, 2), number, np.int16))
+    found = list_series(tmp_path).series
+    assert [series.alias for series in found] == ["series-1", "series-2", "series-3"]
+    studies = [open_study(tmp_path, f"series-{number}") for number in (1, 2, 3)]
+    assert [study.values.max() for study in studies] == [1, 2, 10]
+    assert [study.study_alias for study in studies] == ["study-1", "study-2", "study-3"]
+
+
+def test_a_grid_whose_rows_and_columns_are_not_perpendicular_is_refused(tmp_path):
+    import SimpleITK
+
+    affine = np.diag([1.0, 1.0, 4.0, 1.0])
+    affine[0, 1] = 0.1
+    make(tmp_path / "a.nii", affine=affine)
+    image = SimpleITK.GetImageFromArray(np.zeros((3, 4, 5), np.int16))
+    direction = np.eye(3)
+    direction[0, 1] = 0.1
+    image.SetDirection(direction.ravel().tolist())
+    SimpleITK.WriteImage(image, tmp_path / "b.nrrd")
+    for path in (tmp_path / "a.nii", tmp_path / "b.nrrd"):
+        (series,) = list_series(path).series
+        assert series.refusal
+        with pytest.raises(InputError, match="not perpendicular; resample it"):
+            open_study(path)
 
 
 @pytest.mark.parametrize("modality", ["ct", "MRI", "PET"])

@@ -302,7 +302,7 @@ def _settings(options: PredictOptions, paths: list[Path]) -> dict:
     return {
         "volume": options.volume,
         "conditioning": None if options.conditioning is None else list(options.conditioning),
-        "regions": [shown(path) for path in options.region],
+        "regions": [shown(path.name) for path in options.region],
         "hide_absent": options.hide_absent,
         "max_new_tokens": options.max_new_tokens,
         "precision": options.precision,

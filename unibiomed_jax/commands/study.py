@@ -68,6 +68,9 @@ class StudyOptions:
     # What to write: nifti, seg, labelmap, rtstruct, sc, png, coco, html. By default nifti, seg (of DICOM) and
     # html, as far as the study allows.
     formats: tuple[str, ...] = ()
+    # Take the patient out of the DICOM objects written, too: they then refer to images no archive has. This
+    # claims no conformance to a de-identification profile.
+    deidentify: bool = False
     # Keep so many connected parts of a mask, the largest ones.
     parts: int | None = None
     # Leave out connected parts of less volume, ml.
@@ -203,6 +206,7 @@ def _answer_series(
         DiskFullError: no space is left.
     """
     from unibiomed_jax.inference.study_asking import hash_of, request_of
+    from unibiomed_jax.outputs.deidentify import identity_of
     from unibiomed_jax.outputs.study_folder import write_study
     from unibiomed_jax.studies.opening import open_series
 
@@ -212,6 +216,7 @@ def _answer_series(
         "request": request_of(model, opened, options.ask or "", question),
         "checkpoint": model.checkpoint_hash,
         "study_hash": hash_of(opened),
+        "identity": identity_of(options.deidentify),
     }
     if _is_done(folder, wanted, formats):
         _say(f"{series.alias} is answered already; the same request changes nothing.")
@@ -229,7 +234,7 @@ def _answer_series(
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt("Stopped; the same command goes on from here.") from None
-    write_study(opened, answer, folder, formats, overwrite=True)
+    write_study(opened, answer, folder, formats, overwrite=True, deidentify=options.deidentify)
     delete_folder(partial)
     _show(opened, answer, formats)
 

@@ -47,7 +47,8 @@ def record(
             }
             for segment in answer.segments
         ],
-        "preprocessing": [vars(read) | {"source": shown(read.source)} for read in answer.records],
+        # Names alone: the folders above may be named after patients.
+        "preprocessing": [vars(read) | {"source": Path(shown(read.source)).name} for read in answer.records],
         "checkpoint": checkpoint_hash,
         "precision": to_dict(precision),
         "versions": {name: version(name) for name in ("unibiomed-jax", "jax", "flax", "numpy", "pillow")},

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.outputs.deidentify import Deidentifier
 from unibiomed_jax.studies.dicom_files import EXTRA, Frame, quietly
 from unibiomed_jax.studies.study import DicomSource, Study
 
@@ -25,6 +27,7 @@ _LEFT_OUT = {
     "InstitutionName", "InstitutionAddress", "InstitutionalDepartmentName", "StationName",
     "StudyDescription", "PatientComments", "ImageComments", "AdditionalPatientHistory", "Occupation",
     "EthnicGroup", "AdmittingDiagnosesDescription", "PhysiciansOfRecord", "NameOfPhysiciansReadingStudy",
+    "ContributingEquipmentSequence",
 }  # fmt: skip
 
 
@@ -85,12 +88,20 @@ def written(study: Study, what: str) -> Iterator[None]:
         ) from None
 
 
-def save(dataset: Dataset, path: Path) -> None:
+def save(dataset: Dataset, path: Path, deidentify: Deidentifier | None) -> None:
     """Write an object with a preamble and its meta group, without the texts that no archive needs."""
-    dataset.walk(_leave_out)
-    dataset.save_as(path, enforce_file_format=True)
+    from pydicom.dataset import Dataset
+
+    written = Dataset()
+    written.update({tag: dataset[tag] for tag in dataset.keys()})
+    written = deepcopy(written)  # it shares elements with the headers of the study
+    written.file_meta = deepcopy(dataset.file_meta)
+    written.walk(_leave_out)
+    if deidentify is not None:
+        deidentify(written)
+    written.save_as(path, enforce_file_format=True)
 
 
 def _leave_out(dataset: Dataset, element: DataElement) -> None:
-    if element.keyword in _LEFT_OUT:
+    if element.keyword in _LEFT_OUT or element.keyword.startswith("ClinicalTrial"):
         del dataset[element.tag]

@@ -14,6 +14,7 @@ from unibiomed_jax.errors import InputError
 from unibiomed_jax.masks.overlay import NOTICE
 from unibiomed_jax.outputs import dicom_objects
 from unibiomed_jax.outputs.coded_terms import Code, find_term
+from unibiomed_jax.outputs.deidentify import Deidentifier
 from unibiomed_jax.studies.dicom_files import Frame
 from unibiomed_jax.studies.study import Study
 
@@ -24,7 +25,12 @@ _BY_FRAME = ("NumberOfFrames", "PerFrameFunctionalGroupsSequence")
 
 
 def write_dicom_seg(
-    path: Path, study: Study, masks: Mapping[str, np.ndarray], *, labelmap: bool = False
+    path: Path,
+    study: Study,
+    masks: Mapping[str, np.ndarray],
+    *,
+    labelmap: bool = False,
+    deidentify: Deidentifier | None = None,
 ) -> None:
     """Write a Segmentation with a segment for each phrase.
 
@@ -34,6 +40,7 @@ def write_dicom_seg(
         masks: phrase -> (slices, rows, columns) bool, none of them empty.
         labelmap: one number a pixel (Label Map Segmentation, which older viewers do not show) instead of one
             bit for each pixel and segment.
+        deidentify: takes the patient out of it.
 
     Raises:
         InputError: the study is not from DICOM, its attributes are incomplete, or masks of a label map
@@ -78,7 +85,7 @@ def write_dicom_seg(
         )
         if frames[0].file.frames > 1:
             _name_frames(segmentation, frames)
-        dicom_objects.save(segmentation, path)
+        dicom_objects.save(segmentation, path, deidentify)
 
 
 def _shortened(frames: Sequence[Frame]) -> Dataset:

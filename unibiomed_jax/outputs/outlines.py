@@ -13,7 +13,7 @@ _STEPS = ((0, 1), (1, 0), (0, -1), (-1, 0))
 def trace(mask: np.ndarray) -> list[np.ndarray]:
     """Closed outlines of a (rows, columns) mask, of its regions and of the holes in them.
 
-    Regions that touch at a corner alone get outlines of their own.
+    Regions that touch at a corner alone get outlines of their own, as do holes; no outline meets itself.
 
     Returns:
         For each (points, 2) rows and columns of its corners, in pixels (a pixel reaches from -0.5 to 0.5
@@ -52,8 +52,24 @@ def trace(mask: np.ndarray) -> list[np.ndarray]:
             direction = _turn(edges[corner], direction)
         if before == _direction(points[0], points[1]):  # the walk began in the middle of an edge
             points.pop(0)
-        outlines.append(np.array(points, np.float64) - 0.5)
+        outlines += [np.array(loop, np.float64) - 0.5 for loop in _apart(points)]
     return outlines
+
+
+def _apart(points: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """A closed walk as loops that pass each of their corners once."""
+    loops: list[list[tuple[int, int]]] = []
+    walk: list[tuple[int, int]] = []
+    passed: dict[tuple[int, int], int] = {}
+    for corner in points:
+        if corner in passed:
+            loops.append(walk[passed[corner] :])
+            del walk[passed[corner] :]
+            for other in loops[-1]:
+                del passed[other]
+        passed[corner] = len(walk)
+        walk.append(corner)
+    return [*loops, walk]
 
 
 def _turn(directions: set[int], before: int) -> int | None:

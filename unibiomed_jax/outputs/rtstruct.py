@@ -13,6 +13,7 @@ import numpy as np
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.masks.overlay import NOTICE, PALETTE
 from unibiomed_jax.outputs import dicom_objects
+from unibiomed_jax.outputs.deidentify import Deidentifier
 from unibiomed_jax.outputs.outlines import trace
 from unibiomed_jax.studies.dicom_files import Frame
 from unibiomed_jax.studies.study import Study
@@ -30,7 +31,9 @@ _KEPT = (
 )  # fmt: skip
 
 
-def write_rtstruct(path: Path, study: Study, masks: Mapping[str, np.ndarray]) -> None:
+def write_rtstruct(
+    path: Path, study: Study, masks: Mapping[str, np.ndarray], *, deidentify: Deidentifier | None = None
+) -> None:
     """Write a structure set with a region of interest for each phrase.
 
     Outlines run along the edges of pixels, each in the plane of its own slice; holes are outlines of their
@@ -40,6 +43,7 @@ def write_rtstruct(path: Path, study: Study, masks: Mapping[str, np.ndarray]) ->
         path: of the new file.
         study: a CT, MR or PET volume from DICOM.
         masks: phrase -> (slices, rows, columns) bool, none of them empty.
+        deidentify: takes the patient out of it.
 
     Raises:
         InputError: the study is another one, or its attributes are incomplete.
@@ -89,7 +93,7 @@ def write_rtstruct(path: Path, study: Study, masks: Mapping[str, np.ndarray]) ->
         for number, (phrase, mask) in enumerate(masks.items(), 1):
             _add(structures, number, phrase, mask, study, frames)
         structures.ApprovalStatus = "UNAPPROVED"
-        dicom_objects.save(structures, path)
+        dicom_objects.save(structures, path, deidentify)
 
 
 def _references(frames: tuple[Frame, ...]) -> Dataset:

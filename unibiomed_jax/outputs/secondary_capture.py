@@ -10,6 +10,7 @@ from PIL import Image
 
 from unibiomed_jax.masks.overlay import NOTICE, overlay
 from unibiomed_jax.outputs import dicom_objects
+from unibiomed_jax.outputs.deidentify import Deidentifier
 from unibiomed_jax.studies.grey import require_window, to_grey
 from unibiomed_jax.studies.study import Study
 from unibiomed_jax.studies.views import View, toward
@@ -38,9 +39,16 @@ def draw_slices(
 
 
 def write_secondary_captures(
-    folder: Path, study: Study, masks: Mapping[str, np.ndarray], window: Window | None
+    folder: Path,
+    study: Study,
+    masks: Mapping[str, np.ndarray],
+    window: Window | None,
+    *,
+    deidentify: Deidentifier | None = None,
 ) -> list[str]:
     """Write a Secondary Capture for each slice with a mask; returns their names.
+
+    `deidentify` takes the patient out of their attributes; pixels stay as they are.
 
     Raises:
         InputError: the study is not from DICOM or its attributes are incomplete; as `draw_slices`.
@@ -73,5 +81,5 @@ def write_secondary_captures(
             capture.BurnedInAnnotation = "YES"
             capture.DerivationDescription = NOTICE
             names.append(f"overlay_{index + 1:04d}.dcm")
-            dicom_objects.save(capture, folder / names[-1])
+            dicom_objects.save(capture, folder / names[-1], deidentify)
     return names

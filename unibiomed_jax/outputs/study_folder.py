@@ -15,6 +15,7 @@ from unibiomed_jax.errors import InputError
 from unibiomed_jax.files import new_folder
 from unibiomed_jax.inference.study_answer import StudyAnswer
 from unibiomed_jax.outputs.coco import write_coco
+from unibiomed_jax.outputs.deidentify import Deidentifier, identity_of
 from unibiomed_jax.outputs.dicom_seg import write_dicom_seg
 from unibiomed_jax.outputs.nifti_mask import write_nifti_mask
 from unibiomed_jax.outputs.rtstruct import write_rtstruct
@@ -41,6 +42,7 @@ def write_study(
     formats: Sequence[Format] = ("nifti", "seg"),
     *,
     window: Window | None = None,
+    deidentify: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Write masks as a folder, which appears whole or not at all.
@@ -59,6 +61,8 @@ def write_study(
         formats: what to write.
         window: for "sc", "png" and "html": values that become black and white. By default those of the
             answer.
+        deidentify: take the patient's identity and dates out of DICOM objects, too, and replace UIDs, alike
+            in all of them. It claims no conformance to a profile; pixels stay as they are.
         overwrite: replace what lies there.
 
     Raises:
@@ -80,7 +84,8 @@ def write_study(
         if name not in FORMATS:
             raise InputError(f"There is no format {name!r}; choose of {', '.join(FORMATS)}.")
     found = {phrase: mask for phrase, mask in masks.items() if mask.any()}
-    record = describe_study(study, masks, answer, window)
+    record = describe_study(study, masks, answer, window) | {"identity": identity_of(deidentify)}
+    deidentifier = Deidentifier(study.study_alias) if deidentify else None
     files: dict[str, list[str]] = {}
     try:
         with new_folder(out, overwrite=overwrite) as folder:
@@ -89,7 +94,7 @@ def write_study(
                     write_page(folder / PAGE, study, masks, record, answer=answer, window=window)
                     files[name] = [PAGE]
                 else:
-                    files[name] = _write(name, folder, study, masks, found, window)
+                    files[name] = _write(name, folder, study, masks, found, window, deidentifier)
             text = json.dumps(record | {"files": files}, indent=2, ensure_ascii=False)
             (folder / (RECORD if answer is None else ANSWER)).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
@@ -103,6 +108,7 @@ def _write(
     masks: Mapping[str, np.ndarray],
     found: Mapping[str, np.ndarray],
     window: Window | None,
+    deidentify: Deidentifier | None,
 ) -> list[str]:
     """The names of the files of one format; none where it needs a mask and there is none."""
     if name == "nifti":
@@ -116,13 +122,14 @@ def _write(
     if not found:
         return []
     if name in ("seg", "labelmap"):
-        write_dicom_seg(folder / f"{name}.dcm", study, found, labelmap=name == "labelmap")
+        labelmap = name == "labelmap"
+        write_dicom_seg(folder / f"{name}.dcm", study, found, labelmap=labelmap, deidentify=deidentify)
         return [f"{name}.dcm"]
     if name == "rtstruct":
-        write_rtstruct(folder / "rtstruct.dcm", study, found)
+        write_rtstruct(folder / "rtstruct.dcm", study, found, deidentify=deidentify)
         return ["rtstruct.dcm"]
     if name == "sc":
-        return write_secondary_captures(folder, study, found, window)
+        return write_secondary_captures(folder, study, found, window, deidentify=deidentify)
     names = []
     for index, picture in draw_slices(study, found, window, upright(study)):
         names.append(f"overlay_{index + 1:04d}.png")

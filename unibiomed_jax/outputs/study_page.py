@@ -382,6 +382,7 @@ def _facts(record: Mapping, size: tuple[float, float]) -> str:
             ("Model", f"sha256 {record['checkpoint']}"),
             ("Data", f"sha256 {record['study_hash']}"),
         ]
+    facts.append(("Identity", record["identity"]))
     facts.append(("Versions", ", ".join(f"{name} {number}" for name, number in record["versions"].items())))
     return (
         "<dl>"

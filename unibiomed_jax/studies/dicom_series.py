@@ -12,7 +12,15 @@ from unibiomed_jax.errors import InputError
 from unibiomed_jax.studies.dicom_files import DicomFile, Frame
 from unibiomed_jax.studies.dicom_pixels import own_windows, read_values
 from unibiomed_jax.studies.series import Series
-from unibiomed_jax.studies.study import NO_AIR, SAME_PLACE, DicomSource, Geometry, Study, alias
+from unibiomed_jax.studies.study import (
+    NO_AIR,
+    PERPENDICULAR,
+    SAME_PLACE,
+    Aliases,
+    DicomSource,
+    Geometry,
+    Study,
+)
 from unibiomed_jax.studies.suv import suv_factor
 
 # Directions of an orientation that differ by less are one.
@@ -34,7 +42,7 @@ _CONTENTS = (
 )
 
 
-def find_dicom_series(files: Sequence[DicomFile], left_out: list[str]) -> list[Series]:
+def find_dicom_series(files: Sequence[DicomFile], aliases: Aliases, left_out: list[str]) -> list[Series]:
     """The volumes, films and pictures that objects with images make, in the order of the files.
 
     A series that cannot be understood is told in `left_out`, a sentence each.
@@ -44,10 +52,11 @@ def find_dicom_series(files: Sequence[DicomFile], left_out: list[str]) -> list[S
         groups.setdefault(str(file.header.get("SeriesInstanceUID") or f"no UID {number}"), []).append(file)
     found: list[Series] = []
     for uid, members in groups.items():
+        name = aliases.series(uid)
         try:
-            found += _series_of(uid, members)
+            found += _series_of(name, members, aliases)
         except Exception as error:  # an attribute of an impossible value raises wherever it is used
-            left_out.append(impossible(alias("series", uid), error))
+            left_out.append(impossible(name, error))
     return found
 
 
@@ -56,9 +65,8 @@ def impossible(name: str, error: Exception) -> str:
     return f"{name} has attributes that cannot be understood ({type(error).__name__}); export it again."
 
 
-def _series_of(uid: str, files: list[DicomFile]) -> list[Series]:
+def _series_of(name: str, files: list[DicomFile], aliases: Aliases) -> list[Series]:
     """All series that one SeriesInstanceUID stands for."""
-    name = alias("series", uid)
     notes: list[str] = []
     single: dict[str, DicomFile] = {}
     for number, file in enumerate(files):
@@ -88,12 +96,17 @@ def _series_of(uid: str, files: list[DicomFile]) -> list[Series]:
         else:
             parts += [(_join(word, content), volume) for content, volume in _split_repeated(stack)]
     return [
-        _part(name if len(parts) == 1 else f"{name}/{number}", [*([words] if words else []), *notes], part)
+        _part(
+            name if len(parts) == 1 else f"{name}/{number}",
+            aliases,
+            [*([words] if words else []), *notes],
+            part,
+        )
         for number, (words, part) in enumerate(parts, 1)
     ]
 
 
-def _part(name: str, notes: list[str], frames: list[Frame]) -> Series:
+def _part(name: str, aliases: Aliases, notes: list[str], frames: list[Frame]) -> Series:
     """One volume, film or picture as a line of the list and a way to open it."""
     first = frames[0]
     header = first.file.header
@@ -114,7 +127,7 @@ def _part(name: str, notes: list[str], frames: list[Frame]) -> Series:
     if modality in ("US", "XC", "ES", "OT", "SC") and header.get("BurnedInAnnotation") != "NO":
         notes.append("text in the pixels may name the patient")
     body_part = str(header.get("BodyPartExamined") or "")
-    study_alias = alias("study", str(header.get("StudyInstanceUID") or name))
+    study_alias = aliases.study(str(header.get("StudyInstanceUID") or name))
 
     def load() -> Study:
         return _open(frames, geometry, name, study_alias, modality, body_part, tuple(notes))
@@ -195,7 +208,7 @@ def _stack(name: str, frames: list[Frame]) -> tuple[list[Frame], Geometry, list[
     if (
         abs(np.linalg.norm(rows) - 1) > 0.01
         or abs(np.linalg.norm(columns) - 1) > 0.01
-        or abs(rows @ columns) > 0.01
+        or abs(rows @ columns) > PERPENDICULAR
         or not (first.spacing > 0).all()
     ):
         raise InputError(
@@ -263,7 +276,7 @@ def _without_doubles(frames: list[Frame], name: str) -> tuple[np.ndarray, np.nda
 
 
 def _alike(frames: list[Frame]) -> list[list[Frame]]:
-    """Frames by kind, size, spacing, orientation and frame of reference."""
+    """Frames by patient, study, kind, size, spacing, orientation and frame of reference."""
     groups: list[tuple[tuple, np.ndarray, list[Frame]]] = []
     for frame in frames:
         header = frame.file.header
@@ -271,6 +284,8 @@ def _alike(frames: list[Frame]) -> list[list[Frame]]:
             header.get("SOPClassUID"), header.get("Modality"), header.Rows, header.Columns,
             header.get("SamplesPerPixel"), header.get("PhotometricInterpretation"),
             header.get("FrameOfReferenceUID"), frame.origin is None or frame.cosines is None,
+            # Copied or made-up series UIDs must not mix patients.
+            header.get("PatientID"), header.get("StudyInstanceUID"),
         )  # fmt: skip
         place = np.r_[
             np.zeros(6) if frame.cosines is None else frame.cosines,

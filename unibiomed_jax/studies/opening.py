@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ from unibiomed_jax.studies.dicom_files import (
 from unibiomed_jax.studies.dicom_series import find_dicom_series, impossible
 from unibiomed_jax.studies.place import Place
 from unibiomed_jax.studies.series import Series
-from unibiomed_jax.studies.study import NO_AIR, Study, alias
+from unibiomed_jax.studies.study import NO_AIR, Aliases, Study
 from unibiomed_jax.studies.volume_files import (
     ITK_SUFFIXES,
     NIFTI_SUFFIXES,
@@ -147,28 +148,38 @@ def list_series(path: str | os.PathLike) -> Listing:
     left_out: list[str] = []
     damaged: list[str] = []
     dicom: list[DicomFile] = []
-    others: list[Series] = []
+    rest: list[Place] = []
     for place in _places(path, left_out, damaged):
-        try:
-            if is_dicom(place.path):
-                require_pydicom()
-                header = read_header(place)
-                if "DirectoryRecordSequence" not in header:
-                    dicom.append(as_image(place, header))
-                elif place.number is None:  # in a folder its files are found without it
-                    dicom += _recorded(place, header.DirectoryRecordSequence, left_out, damaged)
-            else:
-                others += _others(place)
-        except OSError as error:
-            damaged.append(f"{place} cannot be read ({error.strerror}); change its permissions.")
-            left_out.append(damaged[-1])
-        except InputError as error:
-            left_out.append(str(error))
-            damaged += [str(error)] if isinstance(error, DamagedError) else []
+        with _told(place, left_out, damaged):
+            if not is_dicom(place.path):
+                rest.append(place)
+                continue
+            require_pydicom()
+            header = read_header(place)
+            if "DirectoryRecordSequence" not in header:
+                dicom.append(as_image(place, header))
+            elif place.number is None:  # in a folder its files are found without it
+                dicom += _recorded(place, header.DirectoryRecordSequence, left_out, damaged)
+    aliases, broken = Aliases(), list[str]()
     with quietly():
-        broken: list[str] = []
-        found = find_dicom_series(dicom, broken)
-    return Listing((*found, *others), (*left_out, *broken), (*damaged, *broken))
+        found = find_dicom_series(dicom, aliases, broken)
+    for place in rest:
+        with _told(place, left_out, damaged):
+            found += _others(place, aliases)
+    return Listing(tuple(found), (*left_out, *broken), (*damaged, *broken))
+
+
+@contextmanager
+def _told(place: Place, left_out: list[str], damaged: list[str]) -> Iterator[None]:
+    """Note why a file cannot be used, and go on."""
+    try:
+        yield
+    except OSError as error:
+        damaged.append(f"{place} cannot be read ({error.strerror}); change its permissions.")
+        left_out.append(damaged[-1])
+    except InputError as error:
+        left_out.append(str(error))
+        damaged += [str(error)] if isinstance(error, DamagedError) else []
 
 
 def _places(path: Path, left_out: list[str], damaged: list[str]) -> Iterator[Place]:
@@ -216,22 +227,16 @@ def _recorded(
         if not path.is_file():
             missing += 1
             continue
-        try:
-            listed = Place(path, number)
+        listed = Place(path, number, listed=True)
+        with _told(listed, left_out, damaged):
             files.append(as_image(listed, read_header(listed)))
-        except (InputError, OSError) as error:
-            left_out.append(
-                str(error) if isinstance(error, InputError) else f"Record {number} cannot be read."
-            )
-            if not isinstance(error, InputError) or isinstance(error, DamagedError):
-                damaged.append(left_out[-1])
     if missing:
         damaged.append(f"{missing} files that the DICOMDIR lists are missing; copy them beside it.")
         left_out.append(damaged[-1])
     return files
 
 
-def _others(place: Place) -> list[Series]:
+def _others(place: Place, aliases: Aliases) -> list[Series]:
     """The series of a file that is not DICOM.
 
     Raises:
@@ -241,20 +246,20 @@ def _others(place: Place) -> list[Series]:
     if place.path.stat().st_size == 0:
         raise DamagedError(f"{place} is empty; copy it again from its source.")
     if name.endswith(NIFTI_SUFFIXES):
-        return find_nifti_series(place)
+        return find_nifti_series(place, aliases)
     if name.endswith(ITK_SUFFIXES):
-        return find_itk_series(place)
+        return find_itk_series(place, aliases)
     try:
         with Image.open(place.path) as image:
             width, height = image.size
     except Exception:  # Pillow's plugins raise whatever their parser met
         raise InputError(f"{place} is no DICOM, volume or picture; leave it out.") from None
-    return [_picture(place, width, height)]
+    return [_picture(place, aliases, width, height)]
 
 
-def _picture(place: Place, width: int, height: int) -> Series:
+def _picture(place: Place, aliases: Aliases, width: int, height: int) -> Series:
     """A picture, without a place in the patient."""
-    name = alias("series", place.path.read_bytes())
+    name, study_alias = aliases.series(str(place.path)), aliases.study(str(place.path))
 
     def load() -> Study:
         try:
@@ -267,7 +272,7 @@ def _picture(place: Place, width: int, height: int) -> Series:
             modality="unknown",
             unit="",
             geometry=None,
-            study_alias=name.replace("series", "study"),
+            study_alias=study_alias,
             series_alias=name,
             notes=("a picture of no known place", *record.steps),
         )
@@ -287,7 +292,12 @@ def _picture(place: Place, width: int, height: int) -> Series:
 
 
 def _find(found: tuple[Series, ...], wanted: str) -> Series:
-    named = [series for series in found if wanted in (series.alias, series.uid) and wanted]
+    # One that has parts is named by what stands before their numbers, too.
+    named = [
+        series
+        for series in found
+        if wanted and wanted in (series.alias, series.alias.split("/")[0], series.uid)
+    ]
     if wanted.isdecimal() and 1 <= int(wanted) <= len(found):
         named = [found[int(wanted) - 1]]
     if not named:

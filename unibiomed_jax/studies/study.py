@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,8 @@ if TYPE_CHECKING:
 
 # Positions closer than this, mm, are one.
 SAME_PLACE = 0.01
+# Cosine of the angle between directions that are taken as perpendicular.
+PERPENDICULAR = 0.01
 # The note of a CT that may have been saved with another zero.
 NO_AIR = "no value lies below 0, as that of air would: its scale may not be HU"
 # The note of a volume that may lie in the patient either way.
@@ -24,13 +25,26 @@ _PLANES = ("sagittal", "coronal", "axial")
 _UPRIGHT = np.cos(np.deg2rad(10))
 
 
-def alias(kind: str, identity: bytes | str) -> str:
-    """A name for a study or series without its identity, the same in every run.
+class Aliases:
+    """Names of studies and series in all that is printed or written: they are numbered as they are met.
 
-    Only who has the identity itself, such as the archive, can tell what it stands for.
+    A number says nothing of what it stands for, where a hash would give away an identity that is guessed.
     """
-    data = identity.encode() if isinstance(identity, str) else identity
-    return f"{kind}-{hashlib.blake2b(data, digest_size=5, person=b'unibiomed-alias').hexdigest()}"
+
+    def __init__(self):
+        self._met: dict[str, list[str]] = {}
+
+    def study(self, identity: str) -> str:
+        return self._name("study", identity)
+
+    def series(self, identity: str) -> str:
+        return self._name("series", identity)
+
+    def _name(self, kind: str, identity: str) -> str:
+        met = self._met.setdefault(kind, [])
+        if identity not in met:
+            met.append(identity)
+        return f"{kind}-{met.index(identity) + 1}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +87,12 @@ class Geometry:
     @property
     def is_tilted(self) -> bool:
         return self.tilt > SAME_PLACE
+
+    @property
+    def is_sheared(self) -> bool:
+        """Whether rows and columns are not perpendicular, so that a pixel is no rectangle."""
+        lengths = np.linalg.norm(self.across) * np.linalg.norm(self.down)
+        return bool(abs(self.across @ self.down) > PERPENDICULAR * lengths)
 
     @property
     def spacing(self) -> tuple[float, float, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from unibiomed_jax.errors import DamagedError, InputError
 from unibiomed_jax.studies.place import Place
 from unibiomed_jax.studies.series import Series
-from unibiomed_jax.studies.study import NO_SIDES, Geometry, GridSource, Study, alias
+from unibiomed_jax.studies.study import NO_SIDES, Aliases, Geometry, GridSource, Study
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
@@ -23,7 +22,7 @@ _DIFFERENT = 0.1
 _ANISOTROPY = 1.2
 
 
-def find_nifti_series(place: Place) -> list[Series]:
+def find_nifti_series(place: Place, aliases: Aliases) -> list[Series]:
     """The volume of a NIfTI file, or one for each of its time points; none of its voxels are read."""
     try:
         import nibabel
@@ -58,10 +57,11 @@ def find_nifti_series(place: Place) -> list[Series]:
         except Exception as error:  # as above
             raise _damaged(place, error) from None
 
-    name = _alias(place.path)
+    name, study_alias = aliases.series(str(place.path)), aliases.study(str(place.path))
     return [
         _series(
             name if times == 1 else f"{name}/{time + 1}",
+            study_alias,
             place,
             grid,
             affine,
@@ -74,7 +74,7 @@ def find_nifti_series(place: Place) -> list[Series]:
     ]
 
 
-def find_itk_series(place: Place) -> list[Series]:
+def find_itk_series(place: Place, aliases: Aliases) -> list[Series]:
     """The volume of a file that SimpleITK reads."""
     try:
         import SimpleITK
@@ -106,11 +106,13 @@ def find_itk_series(place: Place) -> list[Series]:
         except RuntimeError as error:
             raise _damaged(place, error) from None
 
-    return [_series(_alias(place.path), place, grid, affine, (), grid, voxels, None)]
+    name, study_alias = aliases.series(str(place.path)), aliases.study(str(place.path))
+    return [_series(name, study_alias, place, grid, affine, (), grid, voxels, None)]
 
 
 def _series(
     name: str,
+    study_alias: str,
     place: Place,
     grid: tuple[int, ...],
     affine: np.ndarray,
@@ -122,6 +124,9 @@ def _series(
     axes, geometry, reversed_slices = _slices(grid, affine)
     if geometry.is_tilted:
         notes = (*notes, f"tilted: each slice is shifted by {geometry.tilt:.2f} mm in its plane")
+    refusal = None
+    if geometry.is_sheared:
+        refusal = f"{name} has rows and columns that are not perpendicular; resample it to a straight grid."
     source = GridSource(affine, axes, reversed_slices, shape, header)
 
     def load() -> Study:
@@ -140,7 +145,7 @@ def _series(
             modality="unknown",
             unit="",
             geometry=geometry,
-            study_alias=name.replace("series", "study").split("/")[0],
+            study_alias=study_alias,
             series_alias=name,
             notes=tuple(found),
             padding=padding,
@@ -156,7 +161,7 @@ def _series(
         plane=geometry.plane,
         spacing=geometry.spacing,
         notes=notes,
-        refusal=None,
+        refusal=refusal,
         load=load,
     )
 
@@ -221,11 +226,6 @@ def _nameless(header: Any) -> Any:
             header[text] = b""
     header.extensions.clear()
     return header
-
-
-def _alias(path: Path) -> str:
-    with open(path, "rb") as file:  # all of it: volumes of one size begin with the same air
-        return alias("series", hashlib.file_digest(file, "sha256").digest())
 
 
 def _zipped(path: Path) -> bool:
