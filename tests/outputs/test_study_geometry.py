@@ -22,6 +22,11 @@ from dicom_series import MR, ORIENTATIONS, MadeSeries, save  # noqa: E402
 # Slices, rows and columns of a box that is nowhere symmetric.
 BOX = (slice(1, 3), slice(4, 9), slice(10, 13))
 MIDDLE = (1.5, 6.0, 11.0)
+# Shown inverted; signed values with a border that was not measured.
+ODD_PIXELS = {
+    "white_is_low": {"PhotometricInterpretation": "MONOCHROME1"},
+    "padded": {"PixelPaddingValue": -2000},
+}
 
 
 def box(shape) -> np.ndarray:
@@ -52,11 +57,17 @@ def box_in(study, series: MadeSeries) -> np.ndarray:
     return mask
 
 
-@pytest.fixture(scope="module", params=[*ORIENTATIONS, "enhanced", "tilted"])
+@pytest.fixture(scope="module", params=[*ORIENTATIONS, "enhanced", "tilted", *ODD_PIXELS])
 def written(request, tmp_path_factory):
     """A series, the study read from it, and the folder of all forms of its box."""
     kind, tmp_path = request.param, tmp_path_factory.mktemp(request.param)
-    series = MadeSeries(ORIENTATIONS.get(kind, ORIENTATIONS["axial"]), tilt=0.3 if kind == "tilted" else 0.0)
+    series = MadeSeries(
+        ORIENTATIONS.get(kind, ORIENTATIONS["axial"]),
+        tilt=0.3 if kind == "tilted" else 0.0,
+        attributes=ODD_PIXELS.get(kind, {}),
+    )
+    if kind == "padded":
+        series.stored[:, :2] = -2000
     folder = tmp_path / "in"
     if kind == "enhanced":
         save(series.enhanced(), folder / "file")

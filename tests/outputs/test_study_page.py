@@ -164,6 +164,32 @@ def test_plain_masks_and_single_pictures_in_colour_have_a_page_too(study, tmp_pa
     assert "There are no masks." in (tmp_path / "nothing" / "study.html").read_text()
 
 
+def test_low_values_are_white_in_every_picture_where_they_are_meant_to_be(tmp_path):
+    pytest.importorskip("highdicom")
+    import pydicom
+    from dicom_series import MadeSeries
+
+    series = MadeSeries(attributes={"PhotometricInterpretation": "MONOCHROME1"})
+    study = open_study(series.write(tmp_path / "in"))
+    mask = np.zeros(study.values.shape, bool)
+    mask[2, 4, 5] = True
+    window = Window(-1024, 1000, "stated")
+    write_study(study, {"x": mask}, tmp_path / "out", ["html", "png", "sc"], window=window)
+    page = _Page((tmp_path / "out" / "study.html").read_text())
+    slices = json.loads(page.texts["script"][0])["slices"]
+    pictures = [
+        Image.open(io.BytesIO(base64.b64decode(slices[2]))),
+        Image.open(tmp_path / "out" / "overlay_0003.png"),
+        Image.fromarray(pydicom.dcmread(tmp_path / "out" / "overlay_0003.dcm").pixel_array),
+    ]
+    for picture in pictures:
+        # Under the pictures with a legend lie rows of another kind.
+        whole = picture.convert("L").crop((0, 0, picture.width, picture.width * 20 // 16))
+        whole = whole.crop((0, 0, whole.width, min(whole.height, picture.height)))
+        shown = np.asarray(whole.resize((16, 20), Image.Resampling.BOX), float)
+        assert np.corrcoef(shown.ravel(), study.values[2].ravel())[0, 1] < -0.9
+
+
 def test_coco_is_read_by_its_own_tools(study, tmp_path, capsys):
     from pycocotools.coco import COCO
 
