@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from unibiomed_jax.commands.run import DONE, FAILED_IN_PART
 from unibiomed_jax.config.precision import PrecisionName, find_precision
@@ -112,8 +112,9 @@ def _list(options: StudyOptions) -> int:
     if not listing.series:
         _say_left_out(listing)
         raise InputError("No series lies there; give a folder or a file with images.")
-    table = Table(
-        "", "series", "modality", "plane", "slices", "rows x columns", "spacing, mm", "window", "notes"
+    table = Table(  # numbers and aliases, which --series takes, stay whole on narrow terminals
+        *(Column(name, no_wrap=True) for name in ("", "series")),
+        *("modality", "plane", "slices", "rows x columns", "spacing, mm", "window", "notes"),
     )
     for number, series in enumerate(listing.series, 1):
         slices, height, width = series.shape
