@@ -132,10 +132,8 @@ def main(args: Args) -> None:
         )
     write_study(study, answer, args.out / SCAN.name, ("html", "nifti"), overwrite=True)
     show(console, SCAN, answer)
-    console.print(
-        f"Written to {args.out}: for each image answer.json, a PNG per mask, overlay.png; for the scan"
-    )
-    console.print(f"answer.json, the mask as NIfTI and a page: {args.out / SCAN.name / 'study.html'}")
+    console.print(f"Written to {args.out}: for each image answer.json, a PNG per mask, overlay.png;")
+    console.print(f"for the scan a page to look at it: {args.out / SCAN.name / 'study.html'}")
     console.print(
         "[bold]unibiomed-tiny is a small teaching model:[/bold] docs/unibiomed_tiny.md says what it was "
         "trained on, what was measured and what it cannot do."
