@@ -194,6 +194,32 @@ def test_a_dicomdir_stands_for_the_files_it_lists(tmp_path):
         open_study(tmp_path / "DICOMDIR")
 
 
+def test_a_file_of_a_dicomdir_is_named_by_its_number_there(tmp_path):
+    folder = Path(get_testdata_file("DICOMDIR")).parent
+    shutil.copytree(folder, tmp_path / "in")
+    listed = [
+        record.ReferencedFileID
+        for record in pydicom.dcmread(folder / "DICOMDIR").DirectoryRecordSequence
+        if "ReferencedFileID" in record
+    ]
+    (tmp_path / "in").joinpath(*listed[2]).write_bytes(b"Plantedname" * 30)
+    (reason,) = list_series(tmp_path / "in" / "DICOMDIR").left_out
+    assert reason.startswith("File 3 of the DICOMDIR ")
+
+
+def test_a_series_uid_that_two_patients_share_does_not_mix_them(tmp_path):
+    first, second = MadeSeries(), MadeSeries(attributes={"PatientID": "other"})
+    second.uid, second.study = first.uid, first.study
+    second.frame_of_reference = first.frame_of_reference
+    first.write(tmp_path / "in" / "a")
+    second.corner = (-31.5, 12.25, -200.0)  # its slices would go on where the others end
+    second.stored = second.stored + 1
+    second.write(tmp_path / "in" / "b")
+    with pytest.raises(InputError, match="2 series"):
+        open_study(tmp_path / "in")
+    np.testing.assert_array_equal(open_study(tmp_path / "in", 2).values, second.values)
+
+
 def test_links_out_of_the_folder_are_not_followed(tmp_path):
     series = MadeSeries()
     outside = save(series.slice(0), tmp_path / "Plantedname" / "x")
