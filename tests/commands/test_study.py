@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
 
@@ -161,3 +162,40 @@ def test_something_else_is_never_replaced(ask, tmp_path, capsys):
     assert ask(folder, tmp_path / "out") == 2
     assert "holds something else than an answer" in capsys.readouterr().err
     assert (tmp_path / "out" / "mine").read_text() == "kept"
+
+
+@pytest.mark.slow
+def test_inputs_as_they_come(ask, tmp_path, capsys, monkeypatch):
+    """One slice is answered; time points are a choice; truncated pixels and a full disk are a sentence."""
+    single = MadeSeries(shape=(1, 20, 16)).write(tmp_path / "single")
+    assert ask(single, tmp_path / "a", formats=("seg",), conditioning=("auto",)) == 0
+    record = json.loads((tmp_path / "a" / "answer.json").read_text())
+    assert record["conditioning"]["choice"] == "each" and record["conditioning"]["slices"] == [1]
+    assert "there is only one slice" in capsys.readouterr().out
+
+    nibabel = pytest.importorskip("nibabel")
+    film = np.zeros((16, 20, 3, 2), np.int16) - 200
+    nibabel.save(nibabel.Nifti1Image(film, np.diag([1, 1, 3, 1])), tmp_path / "film.nii")
+    assert ask(tmp_path / "film.nii", tmp_path / "b", modality="CT") == 2
+    assert "2: series-1/2 (unknown axial, 3 x 20 x 16)" in capsys.readouterr().err
+    assert ask(tmp_path / "film.nii", tmp_path / "b", modality="CT", series=("2",), formats=("coco",)) == 0
+
+    folder = MadeSeries(shape=(3, 20, 16)).write(tmp_path / "in" / "truncated")
+    MadeSeries(shape=(3, 20, 16)).write(tmp_path / "in" / "whole")
+    file = folder / "IM00001"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert ask(tmp_path / "in", tmp_path / "c", series=("all",), formats=("seg",)) == 1
+    said = capsys.readouterr()
+    assert "truncated or damaged pixels" in said.err and "1 of 2 series answered" in said.out
+    assert ask(single, tmp_path / "d", modality="MR") == 1
+    assert "is CT, not MR" in capsys.readouterr().err
+    assert ask(single, tmp_path / "d", smallest_ml=0.0) == 1
+    assert "give a volume above 0" in capsys.readouterr().err
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    assert ask(single, tmp_path / "d") == 2
+    error = capsys.readouterr().err
+    assert "The disk is full" in error and error.count("\n") == 1 and not (tmp_path / "d").exists()

@@ -55,6 +55,7 @@ def answer(talking, study):
     return talking.ask_study(study, QUESTION, conditioning=[4, 2], max_new_tokens=8)
 
 
+@pytest.mark.slow
 def test_it_follows_as_an_opened_volume_is_followed(talking, answer, study):
     """Another path to the same: slices turned and padded by hand, all in one program."""
     grey = np.floor(np.clip((study.values + 150) / 400, 0, 1) * 255 + 1e-4).astype(np.uint8)
@@ -88,6 +89,7 @@ def test_agreement_is_the_dice_with_both_neighbours():
     assert study_asking._agreement([np.packbits(masks[0])]) == [1]
 
 
+@pytest.mark.slow
 def test_every_slice_by_itself_is_what_predict_says_of_it(talking, study):
     """A planted mark comes back to its pixel, through the window, the turning and the borders."""
     alone = talking.ask_study(study, QUESTION, conditioning="each", max_new_tokens=8, batch_size=1)
@@ -128,6 +130,7 @@ def test_a_view_that_cannot_be_undone_is_refused():
         study_asking.require_inverse(Shifted(4, 6))
 
 
+@pytest.mark.slow
 def test_what_was_done_is_not_done_again(talking, study, tmp_path, monkeypatch):
     """A run that ends at any moment, and one that goes on from there, say the same as one in one go."""
     monkeypatch.setattr(study_asking, "KEEP_EVERY", 0.0)
@@ -164,6 +167,7 @@ def test_what_was_done_is_not_done_again(talking, study, tmp_path, monkeypatch):
         talking.ask_study(study, "And the spleen?", **ask, state=state, progress=until("first pass", 0))
 
 
+@pytest.mark.slow
 def test_parts_of_masks_are_left_out_when_asked_for(talking, answer, study):
     ask = {"conditioning": [4, 2], "max_new_tokens": 8, "parts": 1}
     whole = answer.segments[0]
@@ -227,6 +231,7 @@ def test_what_cannot_be_asked_is_one_sentence(talking, study, changes, options, 
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_folder_of_something_else_is_left_alone(talking, study, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="holds something else"):
