@@ -86,9 +86,18 @@ class Answerer(Protocol):
 
     def open(self, image: Image.Image) -> OpenedImage: ...
 
-    def predict_batch(self, requests: Sequence[Request], **options) -> list[Answer]: ...
+    def predict_batch(
+        self,
+        requests: Sequence[Request],
+        *,
+        max_new_tokens: int,
+        max_masks: int | None,
+        hide_absent: bool,
+    ) -> list[Answer]: ...
 
-    def say(self, request: Request, **options) -> tuple[str, np.ndarray]: ...
+    def say(
+        self, request: Request, *, max_new_tokens: int, max_masks: int | None
+    ) -> tuple[str, np.ndarray]: ...
 
 
 @dataclasses.dataclass
