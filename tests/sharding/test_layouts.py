@@ -314,6 +314,12 @@ def test_devices_encode_their_own_images_without_talking(eight_devices):
 
 
 @pytest.mark.scale
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_adapters_drop_the_same_bits_under_every_strategy(eight_devices, strategy):
+    assert eight_devices["dropped"][strategy]
+
+
+@pytest.mark.scale
 def test_a_program_knows_what_it_is_compiled_for(eight_devices):
     assert eight_devices["targets"] == {"none": [None, 1], "one": ["cpu", 1], "eight": ["cpu", 8]}
 

@@ -15,7 +15,9 @@ from small import IDS, MODEL, STEP, build, random_batch
 
 from unibiomed_jax.config.model import HieraConfig
 from unibiomed_jax.models.hiera import Hiera
+from unibiomed_jax.models.layers import Lora
 from unibiomed_jax.sharding.axes import logical_axes
+from unibiomed_jax.sharding.constraints import constrain
 from unibiomed_jax.sharding.layout import Layout
 from unibiomed_jax.sharding.strategies import STRATEGIES
 from unibiomed_jax.sharding.target import target
@@ -138,6 +140,19 @@ def targets():
     return seen
 
 
+def dropped(name):
+    """What an adapter under a strategy makes of ones."""
+    layout = layout_of(name)
+    graphdef, lora = nnx.split(Lora(16, 16, 16, 1.0, 0.25, nnx.Rngs(0)))
+
+    def drop(lora, x, key):
+        x = constrain(x, "batch", "language.tokens", None)
+        return nnx.merge(graphdef, jax.tree.map(lambda _: jnp.eye(16), lora))(x, key)
+
+    x = jax.device_put(jnp.ones((BATCH, 12, 16)), layout.batch)
+    return np.asarray(layout.jit(drop)(lora, x, jax.random.key(3)))
+
+
 def main(folder):
     assert len(jax.devices()) == 8
     graphdef, state, frozen = build(CONFIG)
@@ -159,6 +174,8 @@ def main(folder):
             "flops": program.cost_analysis()["flops"] / share,
         }
 
+    kept = np.asarray(jax.random.bernoulli(jax.random.key(3), 0.75, (BATCH, 12, 16))) / np.float32(0.75)
+    found["dropped"] = {name: np.array_equal(dropped(name), kept) for name in STRATEGIES}
     found["batch"] = BATCH
     found["stacks"] = [
         (value.shape, path in frozen)
