@@ -18,7 +18,6 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr
 
-import unibiomed_jax
 from unibiomed_jax.config.fields import to_dict
 from unibiomed_jax.planning import arithmetic, program_text
 from unibiomed_jax.planning.program_text import Collective
@@ -158,7 +157,11 @@ def _idle(jaxpr: ClosedJaxpr, program: Program) -> int:
     used |= {id(variable) for variable in inside.outvars}
     leaves = jax.tree.leaves(program.arguments)
     return device_bytes(
-        [leaf for leaf, var in zip(leaves, inside.invars, strict=True) if id(var) not in used and leaf.sharding]
+        [
+            leaf
+            for leaf, var in zip(leaves, inside.invars, strict=True)
+            if id(var) not in used and leaf.sharding
+        ]
     )
 
 
@@ -199,7 +202,7 @@ def compile_program(lowered: Any, program: Program) -> tuple[Compiled, str]:
 @functools.cache
 def made_by() -> dict[str, str]:
     """Versions of the compilers, and a hash of the code on which programs depend."""
-    package, digest = Path(unibiomed_jax.__file__).parent, hashlib.sha256()
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
     for place in MADE_OF:
         for path in sorted((package / place).rglob("*.py")) or [package / place]:
             digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())

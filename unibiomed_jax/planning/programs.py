@@ -270,4 +270,3 @@ def _answer(case: AnswerCase, layout: Layout) -> Program:
         every_token,
         {"objects": objects} if case.program == "ground" else {},
     )
-

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from rich.table import Table
 
 from unibiomed_jax.planning.facts import Facts
-from unibiomed_jax.planning.roofline import SAMPLES, UPDATES, Estimate, estimate
+from unibiomed_jax.planning.roofline import SAMPLES, UPDATES, estimate
 from unibiomed_jax.planning.topologies import find_topology
 
 # Where a number is from. The first three are facts.
@@ -88,7 +88,9 @@ def lines(facts: Facts) -> list[Line]:
     if compiled.unknown_loops:
         said = f"{compiled.unknown_loops}, taken to run {max(1, facts.said // facts.samples):,} times"
         found.append(Line("loops of unknown length", said, COMPILER))
-    found += [Line("large array", f"{_bytes(size)} {shape}", COMPILER) for size, shape, _ in compiled.largest[:3]]
+    found += [
+        Line("large array", f"{_bytes(size)} {shape}", COMPILER) for size, shape, _ in compiled.largest[:3]
+    ]
     return [*found, Line("compilation", _compilation(facts), COMPILER)]
 
 
@@ -201,8 +203,8 @@ def as_html(plans: Sequence[Facts]) -> str:
         "<style>body{font:14px sans-serif;margin:2em;max-width:75em}td,th{padding:2px 10px;text-align:left}"
         "tr:nth-child(even){background:#f3f5f7}.bar{height:18px;background:#eef1f4;display:flex}"
         ".bar i{display:block;height:18px}.estimate{color:#8a4b12}small i{padding:0 .6em;margin-right:.3em}"
-        "</style><h1>unibiomed plan</h1><p>Brown lines are estimates, the others facts of the compiler, of the "
-        "layout or of the program.</p>",
+        "</style><h1>unibiomed plan</h1><p>Brown lines are estimates, the others facts of the compiler, of "
+        "the layout or of the program.</p>",
     ]
     for facts in plans:
         parts.append(f"<h2>{html.escape(title(facts))}</h2>")
@@ -231,12 +233,15 @@ def as_html(plans: Sequence[Facts]) -> str:
 
 
 def _bar(values: dict[str, float], most: float, colours: Sequence[str] = COLOURS, said=_bytes) -> str:
-    shown = [(name, value, colours[place % len(colours)]) for place, (name, value) in enumerate(values.items())]
+    shown = [
+        (name, value, colours[place % len(colours)]) for place, (name, value) in enumerate(values.items())
+    ]
     bars = "".join(
         f"<i style='width:{100 * value / most:.2f}%;background:{colour}' title='{html.escape(name)}'></i>"
         for name, value, colour in shown
     )
     key = " ".join(
-        f"<i style='background:{colour}'></i>{html.escape(name)} {said(value)}" for name, value, colour in shown
+        f"<i style='background:{colour}'></i>{html.escape(name)} {said(value)}"
+        for name, value, colour in shown
     )
     return f"<div class=bar>{bars}</div><small>{key}</small>"

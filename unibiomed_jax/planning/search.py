@@ -19,7 +19,7 @@ def largest_batches(
     case: Callable[[str, int], Case],
     find_all: Callable[[list[Case]], list[Facts | InputError]],
 ) -> dict[str, Facts | InputError]:
-    """The plan of the largest batch that fits, by strategy; what never fits as the plan of one sample a share.
+    """The plan of the largest batch that fits, by strategy; of what never fits, that of one sample a share.
 
     Doubled until it does not fit, then halved in between, for all strategies at a time.
 

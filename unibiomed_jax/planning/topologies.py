@@ -168,9 +168,7 @@ def _described(topology: Topology) -> Any:
         options["chip_config_name"] = "megacore"  # both cores of a chip as one device
     family, _, sizes = topology.name.partition("@")[0].partition(":")
     try:
-        return topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{family}:{sizes}", **options
-        )
+        return topologies.get_topology_desc(platform="tpu", topology_name=f"{family}:{sizes}", **options)
     except Exception as error:  # jaxlib's own type, which has no public name in every version
         reason = str(error).splitlines()[0].partition(": ")[2]
         raise InputError(

@@ -50,7 +50,7 @@ def abstract_batch(config: TrainConfig, layout: Layout, shape: Shape) -> dict[st
 def update_program(
     config: TrainConfig, step: TrainStep, abstract: dict, batch: dict, layout: Layout
 ) -> tuple[Any, tuple, dict[str, Any]]:
-    """The jitted function that a batch goes through, its abstract arguments, and what a device holds by part."""
+    """The function that a batch goes through, its abstract arguments, and what a device holds by part."""
     state, frozen = abstract["train"], abstract["frozen"]
     parts = {
         "trainable parameters": state.trainable,
