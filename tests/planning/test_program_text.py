@@ -7,8 +7,9 @@ import pytest
 from unibiomed_jax.planning import program_text
 
 MESH = {"replica": 2, "fsdp": 4}
-# A loop of three over a body that gathers a slice of a stack and updates another stack in place; before it an
-# exchange that starts in one fusion and ends in another, under one channel; after it a loop of unknown length.
+# A loop of three over a body that gathers a slice of a stack and updates another stack in place; before it
+# an exchange that starts in one fusion and ends in another, under one channel; after it a loop of unknown
+# length.
 TEXT = """HloModule jit_step, is_scheduled=true
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -34,13 +35,13 @@ TEXT = """HloModule jit_step, is_scheduled=true
 
 %begins (q: bf16[8,16]) -> (bf16[8,16], bf16[16,16]) {
   %q = bf16[8,16]{1,0} parameter(0)
-  %g1 = bf16[16,16]{1,0} all-gather(%q), channel_id=7, replica_groups={{0,4},{1,5},{2,6},{3,7}}, dimensions={0}
+  %g1 = bf16[16,16]{1,0} all-gather(%q), channel_id=7, replica_groups={{0,4},{1,5},{2,6},{3,7}}
   ROOT %t1 = (bf16[8,16]{1,0}, bf16[16,16]{1,0}) tuple(%q, %g1)
 }
 
 %ends (q.1: bf16[8,16]) -> bf16[16,16] {
   %q.1 = bf16[8,16]{1,0} parameter(0)
-  ROOT %g2 = bf16[16,16]{1,0} all-gather(%q.1), channel_id=7, replica_groups={{0,4},{1,5},{2,6},{3,7}}, dimensions={0}
+  ROOT %g2 = bf16[16,16]{1,0} all-gather(%q.1), channel_id=7, replica_groups={{0,4},{1,5},{2,6},{3,7}}
 }
 
 %body (state: (s32[], f32[3,256], f32[3,1024])) -> (s32[], f32[3,256], f32[3,1024]) {
@@ -148,11 +149,11 @@ def test_groups_are_named_by_the_axes_along_which_they_differ(groups, axes, size
 
 
 def test_of_a_stack_that_is_sliced_or_updated_a_part_is_moved(program):
-    """In the loop: a slice read and written, a gather read and written, an update read and written, a counter."""
+    """In the loop: a slice, a gather and an update, each read and written, and a counter."""
     body = 2 * 1024 + 4 + (1024 + 4096) + (2 * 4096 + 4) + 8 + 4
     said = 2 * 128
-    # Start and end of the exchange, a copy into the compiler's own memory, a permutation, the result's room, the
-    # last instruction, and the constants of which both are made.
+    # Start and end of the exchange, a copy into the compiler's own memory, a permutation, the result's room
+    # and the number that it is filled with, the last instruction.
     rest = (256 + 256 + 512) + (256 + 512) + 512 + 2 * 128 + (4 + 12_288) + 2 * 12_288
     assert program_text.traffic(program) == 3 * body + 10 * said + rest
 

@@ -16,12 +16,16 @@ from small import IDS, MODEL, STEP, build, random_batch
 from unibiomed_jax.config.model import HieraConfig
 from unibiomed_jax.models.hiera import Hiera
 from unibiomed_jax.models.layers import Lora
+from unibiomed_jax.planning import program_text
+from unibiomed_jax.planning.facts import idle_bytes
+from unibiomed_jax.planning.programs import Program
 from unibiomed_jax.sharding.axes import logical_axes
 from unibiomed_jax.sharding.constraints import constrain
 from unibiomed_jax.sharding.layout import Layout
 from unibiomed_jax.sharding.strategies import STRATEGIES
 from unibiomed_jax.sharding.target import target
 from unibiomed_jax.training.config import CheckpointConfig
+from unibiomed_jax.training.footprint import device_bytes, update_program
 from unibiomed_jax.training.initialise import structure
 from unibiomed_jax.training.snapshot import Checkpointer
 from unibiomed_jax.training.start import Start, abstract_state, summary
@@ -90,6 +94,23 @@ def difference(found, expected):
 
     pairs = [(long(a), long(b)) for a, b in zip(found, expected, strict=True)]
     return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
+
+
+def mesh_of(name):
+    return dict(layout_of(name).mesh.shape)
+
+
+def held_by(graphdef, state, frozen, layout):
+    """Bytes that a plan says a device reads of the arguments of an update."""
+    shapes = {"train": layout.abstract(state, "optimizer"), "frozen": layout.abstract(frozen)}
+    batch = {
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=layout.batch)
+        for name, value in random_batch(0, size=BATCH).items()
+    }
+    step = TrainStep(graphdef, CONFIG, IDS, layout)
+    function, arguments, held = update_program(CONFIG, step, shapes, batch, layout)
+    program = Program(function, arguments, layout, held, 0.0, BATCH)
+    return device_bytes(arguments) - idle_bytes(function.trace(*arguments).jaxpr, program)
 
 
 def bytes_on_first_device(state):
@@ -165,7 +186,14 @@ def main(folder):
         print(name, "is compiled", file=sys.stderr)
         program, states[name], own_losses, own_gradients = run(graphdef, state, frozen, layout_of(name))
         text = program.as_text()
+        memory = program.memory_analysis()
+        parsed = program_text.parse(text)
         found[name] = {
+            "held": [held_by(graphdef, state, frozen, layout_of(name)), memory.argument_size_in_bytes],
+            "kept": [program_text.kept_for_backward(parsed), memory.temp_size_in_bytes],
+            "axes": sorted(
+                {axis for one in program_text.collectives(parsed, mesh_of(name)) for axis in one.axes}
+            ),
             "loss": float(np.abs(own_losses / losses - 1).max()),
             "gradient": difference(own_gradients, gradients),
             "bytes": bytes_on_first_device(states[name]),

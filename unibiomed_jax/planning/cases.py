@@ -9,10 +9,10 @@ from unibiomed_jax.config.precision import BFLOAT16
 from unibiomed_jax.config.presets import MODELS
 from unibiomed_jax.data.pipeline import PipelineConfig
 from unibiomed_jax.data.plan import Shape
-from unibiomed_jax.planning.programs import AnswerCase, AnswerProgram, TrainCase, default_mesh
+from unibiomed_jax.planning.programs import AnswerCase, AnswerProgram, TrainCase, mesh_on
 from unibiomed_jax.planning.roofline import SAMPLES, UPDATES
 from unibiomed_jax.planning.topologies import find_topology
-from unibiomed_jax.sharding.layout import Layout, parse_mesh
+from unibiomed_jax.sharding.layout import Layout
 from unibiomed_jax.sharding.strategies import find_strategy
 from unibiomed_jax.training.config import FreezeConfig, LoraConfig, OptimConfig, TrainConfig
 
@@ -56,7 +56,7 @@ def train_case(
     """
     sizes = model_of(model)
     place, table = find_topology(topology), find_strategy(strategy)
-    spread = parse_mesh(mesh) if mesh else default_mesh(place, strategy)
+    spread = mesh_on(place, strategy, mesh)
     rows = per_share * Layout.abstractly(table, sizes, spread).batch_shares
     config = TrainConfig(
         model=sizes,
@@ -93,7 +93,7 @@ def answer_case(
         InputError: an unknown topology or strategy.
     """
     place = find_topology(topology)
-    spread = parse_mesh(mesh) if mesh else default_mesh(place, strategy)
+    spread = mesh_on(place, strategy, mesh)
     return AnswerCase(
         f"unibiomed-{model} {program}",
         model_of(model),

@@ -25,9 +25,11 @@ from unibiomed_jax.planning.programs import Case, Program, TrainCase, build
 from unibiomed_jax.planning.topologies import find_topology
 from unibiomed_jax.training.footprint import device_bytes
 
-# "Used 20.50G of 15.75G hbm": what the compiler asks for where it finds no room.
-_REFUSED = re.compile(r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm")
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+# What the compiler asks for where it finds no room: "Used 20.50G of 15.75G hbm", or, where temporaries alone
+# are too much, "HLO temporaries (310.42G) exceeds available HBM (15.75G)".
+_SIZE = r"([\d.]+)([KMGT]?)"
+_REFUSED = re.compile(rf"Used {_SIZE} of {_SIZE} hbm|\({_SIZE}\) exceeds available HBM \({_SIZE}\)")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Files of this package that make programs.
 MADE_OF = (
     *("config", "sharding", "masks", "models", "parameters.py", "training", "inference"),
@@ -139,7 +141,7 @@ def find(case: Case, folder: Path) -> Facts:
         samples=program.samples,
         said=program.said,
         held={part: device_bytes(tree) for part, tree in program.held.items()},
-        idle=_idle(traced.jaxpr, program),
+        idle=idle_bytes(traced.jaxpr, program),
         operations={arithmetic.text(kind): count for kind, count in counted.items()},
         useful=program.useful,
         every_token=program.every_token,
@@ -150,7 +152,7 @@ def find(case: Case, folder: Path) -> Facts:
     return facts
 
 
-def _idle(jaxpr: ClosedJaxpr, program: Program) -> int:
+def idle_bytes(jaxpr: ClosedJaxpr, program: Program) -> int:
     """Bytes of a device's arguments that a program does not read."""
     inside = jaxpr.jaxpr
     used = {id(variable) for equation in inside.eqns for variable in equation.invars}
@@ -174,7 +176,8 @@ def compile_program(lowered: Any, program: Program) -> tuple[Compiled, str]:
         refused = _REFUSED.search(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or refused is None:
             raise
-        asked, there = (float(refused[i]) * _UNITS[refused[i + 1]] for i in (1, 3))
+        said = [part for part in refused.groups() if part is not None]
+        asked, there = (float(said[i]) * _UNITS[said[i + 1]] for i in (0, 2))
         seconds, memory = time.process_time() - started, _most_memory()
         return Compiled(0, 0, 0, 0, 0, (asked, there), (), 0.0, 0, (), 0, seconds, memory), ""
     seconds = time.process_time() - started

@@ -110,11 +110,19 @@ def layout_on(topology: Topology, strategy: str, mesh: str | None, model: ModelC
     Raises:
         InputError: the strategy does not fit it.
     """
-    table = find_strategy(strategy)
+    sizes = mesh_on(topology, strategy, mesh)
+    return Layout.over(topology.devices(), find_strategy(strategy), model, sizes)
+
+
+def mesh_on(topology: Topology, strategy: str, mesh: str | None) -> dict[str, int]:
+    """Devices along the axes of a mesh, as said or as the strategy asks.
+
+    Raises:
+        InputError: the mesh has another number of devices, or cannot be read.
+    """
     sizes = parse_mesh(mesh) if mesh else default_mesh(topology, strategy)
-    devices = topology.chips * topology.chip.devices_per_chip
-    mesh_sizes(sizes, table, devices)  # before devices are made
-    return Layout.over(topology.devices(), table, model, sizes)
+    mesh_sizes(sizes, find_strategy(strategy), topology.chips * topology.chip.devices_per_chip)
+    return sizes
 
 
 def default_mesh(topology: Topology, strategy: str) -> dict[str, int]:
