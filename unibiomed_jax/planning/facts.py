@@ -153,18 +153,14 @@ def find(case: Case, folder: Path) -> Facts:
 
 
 def idle_bytes(jaxpr: ClosedJaxpr, program: Program) -> int:
-    """Bytes of a device's arguments that a program does not read."""
+    """Bytes of a device's arguments that no result of a program depends on: they are left out of it."""
     inside = jaxpr.jaxpr
-    used = {id(variable) for equation in inside.eqns for variable in equation.invars}
-    used |= {id(variable) for variable in inside.outvars}
-    leaves = jax.tree.leaves(program.arguments)
-    return device_bytes(
-        [
-            leaf
-            for leaf, var in zip(leaves, inside.invars, strict=True)
-            if id(var) not in used and leaf.sharding
-        ]
-    )
+    needed = {id(variable) for variable in inside.outvars}
+    for equation in reversed(inside.eqns):
+        if equation.effects or any(id(variable) in needed for variable in equation.outvars):
+            needed |= {id(variable) for variable in equation.invars}
+    leaves = zip(jax.tree.leaves(program.arguments), inside.invars, strict=True)
+    return device_bytes([leaf for leaf, variable in leaves if id(variable) not in needed and leaf.sharding])
 
 
 def compile_program(lowered: Any, program: Program) -> tuple[Compiled, str]:
