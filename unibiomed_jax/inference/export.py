@@ -15,9 +15,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from unibiomed_jax.config.model import ModelConfig
-from unibiomed_jax.config.precision import Precision, find_precision
 from unibiomed_jax.checkpoint import Checkpoint
+from unibiomed_jax.config.model import ModelConfig
+from unibiomed_jax.config.precision import Precision
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.inference.generate import Decoding, Limits
 from unibiomed_jax.inference.network import build_network
@@ -44,16 +44,22 @@ def load(folder=pathlib.Path(__file__).parent):
     """Functions by name, each of a dict of arrays (see about["programs"]), and what manifest.json says."""
     about = json.loads((folder / "manifest.json").read_text())
     with np.load(folder / "parameters.npz") as stored:
-        weights = {name: jax.numpy.asarray(stored[name].view(kind)) for name, kind in about["parameters"].items()}
+        kinds = about["parameters"].items()
+        weights = {name: jax.numpy.asarray(stored[name].view(kind)) for name, kind in kinds}
     read = lambda name: jax.export.deserialize(bytearray((folder / f"{name}.stablehlo").read_bytes()))
     return {name: functools.partial(jax.jit(read(name).call), weights) for name in about["programs"]}, about
 '''
 
 
-class Sizes(NamedTuple):
-    """Of what an exported program takes; a batch of None: any."""
+# Programs that take any number of rows; the shapes of the others' loops depend on it.
+ANY_BATCH = ("encode_tiles", "prefill", "segment")
 
-    batch: int | None
+
+class Sizes(NamedTuple):
+    """Of what an exported program takes."""
+
+    # Rows, where a program does not take any number of them.
+    batch: int
     # Tiles, tokens of the question, tokens of the answer, masks of an answer.
     tiles: int
     tokens: int
@@ -61,11 +67,13 @@ class Sizes(NamedTuple):
     objects: int
 
 
-def export(loaded: Checkpoint, folder: Path, target: Target, sizes: Sizes, precision: Precision | None) -> None:
+def export_folder(
+    loaded: Checkpoint, folder: Path, target: Target, sizes: Sizes, precision: Precision
+) -> None:
     """Write programs, weights, tokenizer and a loader into a folder that is not there yet.
 
     Raises:
-        InputError: the folder is there, or the context is too short for the sizes.
+        InputError: the model's context is too short for the sizes.
     """
     config, tokenizer = loaded.config, Tokenizer.from_folder(loaded.tokenizer)
     context = config.language.max_position_embeddings
@@ -74,13 +82,10 @@ def export(loaded: Checkpoint, folder: Path, target: Target, sizes: Sizes, preci
             f"{sizes.tokens} tokens and {sizes.new_tokens} new ones are more than the model's context, "
             f"{context}; lower --tokens or --new-tokens."
         )
-    if folder.exists():
-        raise InputError(f"{folder} is there already; choose another folder.")
     device = AbstractDevice(PLATFORMS[target], None, PLATFORMS[target])
     axes = (AxisType.Auto,) * len(MESH_AXES)
     mesh = AbstractMesh((1,) * len(MESH_AXES), MESH_AXES, axis_types=axes, abstract_device=device)
     layout = Layout(mesh, DATA_PARALLEL, {})
-    precision = precision or find_precision("auto", PLATFORMS[target])
     graphdef, state = build_network(config, loaded.params, precision, layout)
     parameters = {path: np.asarray(value) for path, value in flatten(state).items()}
     shapes = {path: jax.ShapeDtypeStruct(value.shape, value.dtype) for path, value in parameters.items()}
@@ -133,10 +138,13 @@ class Programs:
 
     def all(self) -> dict[str, tuple[Any, dict]]:
         """Functions with their abstract inputs, by name."""
+        (symbolic,) = jax.export.symbolic_shape("batch")
+        fixed, free = self._of_rows(self.sizes.batch), self._of_rows(symbolic)
+        return {name: (free if name in ANY_BATCH else fixed)[name] for name in fixed}
+
+    def _of_rows(self, rows: Any) -> dict[str, tuple[Any, dict]]:
+        """As `all`, with so many rows."""
         config, sizes = self.config, self.sizes
-        rows: Any = sizes.batch
-        if rows is None:
-            (rows,) = jax.export.symbolic_shape("batch")
         side, size, width = config.vision.image_size, config.sam2.image_size, config.language.hidden_size
         array = jax.ShapeDtypeStruct
         tiles = array((rows, sizes.tiles, side, side, 3), np.uint8)
@@ -153,13 +161,17 @@ class Programs:
         asked = prompt | {"visual": visual}
         shapes = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), flatten(self._state))
         state = jax.eval_shape(self.prefill, shapes, asked)
-        features = jax.eval_shape(self.encode_image, shapes, {"image": image})
+        one = jax.eval_shape(self.encode_image, shapes, {"image": array((1, *image.shape[1:]), np.uint8)})
+        features = {name: array((rows, *leaf.shape[1:]), leaf.dtype) for name, leaf in one.items()}
         hidden = array((rows, sizes.objects, width), state["hidden"].dtype)
         return {
             "ground": (self.ground, prompt | {"tiles": tiles, "image": image}),
             "encode_tiles": (self.encode_tiles, {"tiles": tiles}),
             "prefill": (self.prefill, asked),
-            "advance": (self.advance, state | {"done": array((rows,), np.bool_), "limit": array((), np.int32)}),
+            "advance": (
+                self.advance,
+                state | {"done": array((rows,), np.bool_), "limit": array((), np.int32)},
+            ),
             "encode_image": (self.encode_image, {"image": image}),
             "segment": (self.segment, features | {"hidden": hidden}),
         }
@@ -221,4 +233,3 @@ def _plain(state: Decoding) -> dict:
     """A state as a dict of arrays."""
     named = {name: getattr(state, name) for name in ("lengths", "ids", "hidden", "step", "forced")}
     return state.cache | named | {"limit_tokens": state.limits.tokens, "limit_segs": state.limits.segs}
-
