@@ -30,7 +30,7 @@ def test_the_lines_of_python_make_the_picture(tmp_path, monkeypatch, capsys):
 def test_its_commands_are_understood():
     commands = [shlex.split(command) for command in re.findall(r"`unibiomed ([^`]*)`", README)]
     whole = [command for command in commands if "--help" not in command and "..." not in command]
-    names = {"predict", "study", "data", "convert", "eval", "explain-sharding"}
+    names = {"predict", "study", "data", "convert", "eval", "explain-sharding", "plan", "export"}
     assert {command[0] for command in whole} == names
     understood = {type(cli.parse(command)) for command in whole}
     assert understood == set(cli.PLACES) - {cli.BuildOptions}  # of which the README shows the help
