@@ -78,6 +78,14 @@ def test_the_roofline_of_an_update():
     assert times.chip_hours == pytest.approx(times.days * 24 * 8)
 
 
+def test_a_loop_over_tokens_is_held_against_what_it_cannot_but_read():
+    said = dataclasses.replace(FACTS, program="advance", devices=1, said=16 * 10, every_token=8.19e8 / 1.1)
+    times = estimate(said)
+    assert times.reads_per_token == pytest.approx(1.1) and times.days is None
+    assert times.tokens_per_second == pytest.approx(160 / times.seconds)
+    assert estimate(dataclasses.replace(said, program="ground")).reads_per_token is None
+
+
 def test_every_line_says_whether_it_is_a_fact():
     said = {line.name: line for line in report.lines(FACTS)}
     assert {line.source for line in said.values()} == {

@@ -37,7 +37,7 @@ class Estimate:
     # Of the paper's run, if this is an update.
     days: float | None
     chip_hours: float | None
-    # Bytes that a token reads over those that it cannot but read; None where nothing is said.
+    # Of a loop over tokens on one device: bytes that a token reads over those that it cannot but read.
     reads_per_token: float | None
 
 
@@ -64,9 +64,8 @@ def estimate(facts: Facts) -> Estimate:
     rate = facts.samples / seconds
     days = UPDATES * SAMPLES / rate / 86_400 if facts.program == "update" else None
     reads = None
-    if facts.every_token:
-        per_token = facts.compiled.traffic * facts.devices / (facts.said / facts.samples)
-        reads = per_token / facts.every_token if facts.program == "advance" else None
+    if facts.program == "advance" and facts.devices == 1:
+        reads = facts.compiled.traffic / (facts.said / facts.samples) / facts.every_token
     return Estimate(
         **parts,
         seconds=seconds,
