@@ -15,7 +15,7 @@ from unibiomed_jax.errors import InputError
 from unibiomed_jax.planning import report
 from unibiomed_jax.planning.cases import answer_case, train_case
 from unibiomed_jax.planning.facts import Compiled, Facts
-from unibiomed_jax.planning.page import page
+from unibiomed_jax.planning.page import answers, page, training
 from unibiomed_jax.planning.program_text import Collective
 from unibiomed_jax.planning.roofline import estimate
 from unibiomed_jax.planning.search import best, largest_batches
@@ -208,6 +208,14 @@ def test_the_page_lists_what_was_not_compiled(tmp_path):
     text = page(tmp_path)
     assert "- unibiomed-1b LoRA, update, v5e:2x4, data_parallel" in text
     assert "| unibiomed" not in text and "| v5e | 16 GiB | 819 GB/s | 197.0 TFLOP/s |" in text
+
+
+def test_the_command_compiles_the_rows_of_the_page():
+    first = command._case(PlanOptions(), "v5e:2x4", "1b", "lora", "data_parallel", program="update", batch=1)
+    assert first == next(training())
+    asked = PlanOptions(tiles=5, tokens=1536)
+    stage = command._case(asked, "v5e:1x1", "1b", "lora", "data_parallel", program="encode_tiles", batch=1)
+    assert stage == next(answers())
 
 
 @pytest.fixture

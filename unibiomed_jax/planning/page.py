@@ -67,6 +67,9 @@ An "update" row is the program that a batch goes through: bfloat16, one sample a
 image of one tile, 1,280 tokens and four masks, if nothing else is said). Days and chip-hours are those of
 the paper's 100,000 updates of 128 samples. LoRA is the published recipe; full trains everything that a loss
 reaches and computes every block again on the way back.
+
+A row is filled by compiling it, `unibiomed plan --topology v5p:4x4x4 --mode full --strategy fsdp --kept
+FOLDER`, and writing the page again, `unibiomed plan --page docs/plans.md --kept FOLDER`.
 """
 
 
