@@ -25,6 +25,12 @@ TEXT = """HloModule jit_step, is_scheduled=true
   ROOT %part = f32[1,256]{1,0} dynamic-slice(%p, %i, %zero), dynamic_slice_sizes={1,256}
 }
 
+%within (p.3: f32[3,256], i.3: s32[]) -> f32[1,256] {
+  %p.3 = f32[3,256]{1,0} parameter(0)
+  %i.3 = s32[] parameter(1)
+  ROOT %inner = f32[1,256]{1,0} fusion(%p.3, %i.3), kind=kLoop, calls=%slice_of
+}
+
 %put (p.1: f32[3,1024], u: f32[1,1024], i.1: s32[]) -> f32[3,1024] {
   %p.1 = f32[3,1024]{1,0} parameter(0)
   %u = f32[1,1024]{1,0} parameter(1)
@@ -49,7 +55,7 @@ TEXT = """HloModule jit_step, is_scheduled=true
   %n = s32[] get-tuple-element(%state), index=0
   %w = f32[3,256]{1,0} get-tuple-element(%state), index=1
   %o = f32[3,1024]{1,0} get-tuple-element(%state), index=2
-  %part.1 = f32[1,256]{1,0} fusion(%w, %n), kind=kLoop, calls=%slice_of
+  %part.1 = f32[1,256]{1,0} fusion(%w, %n), kind=kLoop, calls=%within
   %whole = f32[1,1024]{1,0} all-gather(%part.1), channel_id=1, replica_groups=[2,4]<=[8], dimensions={1}
   %o.1 = f32[3,1024]{1,0} fusion(%o, %whole, %n), kind=kLoop, calls=%put
   %one = s32[] constant(1)
@@ -85,6 +91,9 @@ ENTRY %main (w.1: f32[3,256], x: bf16[8,16], v.1: f32[32], g: pred[]) -> f32[3,1
   %start = (bf16[8,16]{1,0}, bf16[16,16]{1,0}) fusion(%x), kind=kCustom, calls=%begins
   %done = bf16[16,16]{1,0} fusion(%x), kind=kCustom, calls=%ends
   %scratch = bf16[16,16]{1,0:T(8,128)S(1)} copy(%done)
+  %early = ((f32[3,256]{1,0}), f32[1,256]{1,0:T(8,128)S(1)}, s32[]) slice-start(%w.1), slice={[0:1], [0:256]}
+  %late = f32[1,256]{1,0:T(8,128)S(1)} slice-done(%early)
+  %away = (f32[32]{0:S(1)}, f32[32]{0}, u32[]{:S(2)}) copy-start(%v.1)
   %moved = f32[32]{0} collective-permute(%v.1), channel_id=3, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
   %nothing = f32[] constant(0)
   %room = f32[3,1024]{1,0} broadcast(%nothing), dimensions={}, metadata={op_name="jit(step)/jvp()/broadcast"}
@@ -154,7 +163,8 @@ def test_of_a_stack_that_is_sliced_or_updated_a_part_is_moved(program):
     said = 2 * 128
     # Start and end of the exchange, a copy into the compiler's own memory, a permutation, the result's room
     # and the number that it is filled with, the last instruction.
-    rest = (256 + 256 + 512) + (256 + 512) + 512 + 2 * 128 + (4 + 12_288) + 2 * 12_288
+    # Copies that start early, into the compiler's own memory, read alone.
+    rest = (256 + 256 + 512) + (256 + 512) + 512 + 2 * 128 + 1024 + 128 + (4 + 12_288) + 2 * 12_288
     assert program_text.traffic(program) == 3 * body + 10 * said + rest
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -289,23 +289,26 @@ def _moved(program: ProgramText, line: Instruction, shapes: Mapping[str, str]) -
         return 0
     result = shape_bytes(line.shape, on_chip=False)
     operands = [shape_bytes(shapes.get(name, ""), on_chip=False) for name in line.operands]
-    if operation.endswith("-start"):  # its result repeats its operand, beside the copy
-        return sum(operands) + max(0, result - sum(operands))
+    if operation == "slice-start":  # its result is ((all), slice, flag)
+        dtype, sizes, layout = _SHAPE.findall(line.shape)[-2]
+        return _array_bytes(dtype, sizes) * (1 if _ON_CHIP.search(layout) else 2)
+    if operation.endswith("-start"):  # its result is (from, to, flag)
+        return result
     if operation in ("dynamic-slice", "slice", "gather"):
         return 2 * result
     if operation == "dynamic-update-slice":
         return 2 * (operands[1] if len(operands) > 1 else 0)
     called = re.search(r"\bcalls=%?([\w.\-]+)", line.text) if operation == "fusion" else None
     if called:
-        inside = program.computations.get(called[1], ())
-        reads, in_place = _of_fusion(inside)
+        reads, in_place = _of_fusion(program, called[1])
         operands = [min(size, reads.get(number, size)) for number, size in enumerate(operands)]
         result = max(0, result - in_place)
     return result + sum(operands)
 
 
-def _of_fusion(instructions: Sequence[Instruction]) -> tuple[dict[int, int], int]:
+def _of_fusion(program: ProgramText, name: str) -> tuple[dict[int, int], int]:
     """Bytes that a fusion reads of operands that it only slices; bytes of its result that it leaves alone."""
+    instructions = program.computations.get(name, ())
     made = {line.name: line for line in instructions}
     users: dict[str, list[Instruction]] = defaultdict(list)
     for line in instructions:
@@ -335,6 +338,12 @@ def _of_fusion(instructions: Sequence[Instruction]) -> tuple[dict[int, int], int
                 sizes.append(shape_bytes(user.shape))
             elif user.operation == "dynamic-update-slice" and user.operands[0] == name:
                 sizes.append(0)  # where the update goes, counted with the result
+            elif user.operation == "fusion":  # in which it may be sliced
+                within, _ = _of_fusion(program, re.search(r"\bcalls=%?([\w.\-]+)", user.text)[1])
+                places = [place for place, operand in enumerate(user.operands) if operand == name]
+                if not all(place in within for place in places):
+                    break
+                sizes += [within[place] for place in places]
             else:
                 break
         else:
