@@ -150,7 +150,8 @@ def _number(value: float) -> str:
 
 
 def title(facts: Facts) -> str:
-    return f"{facts.title}, {facts.program} on {facts.topology}, {facts.strategy}"
+    name = facts.title if facts.title.endswith(facts.program) else f"{facts.title}, {facts.program}"
+    return f"{name} on {facts.topology}, {facts.strategy}"
 
 
 def table(facts: Facts) -> Table:
