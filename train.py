@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from unibiomed_jax import distributed, runtime
+from unibiomed_jax.commands.plan import plan_run
 from unibiomed_jax.commands.run import run
 from unibiomed_jax.config.fields import to_dict
 from unibiomed_jax.data.pipeline import Batch
@@ -54,6 +55,10 @@ def main() -> int:
     distributed.require_equal("program", distributed.code_version())
     distributed.require_equal("configuration", settings(config))
     console.quiet = not distributed.is_first()
+    if acts.topology:
+        if not acts.dry_run:
+            raise InputError("--topology plans a run for chips that are not here; add --dry-run.")
+        return plan_run(config, acts.topology)
     runtime.prepare()
     start = prepare(config)
     config, layout, folder = start.config, start.layout, locate(config.folder)

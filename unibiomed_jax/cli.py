@@ -11,6 +11,8 @@ import tyro
 
 from unibiomed_jax.commands.eval import CompareOptions, EvalOptions
 from unibiomed_jax.commands.explain_sharding import ExplainShardingOptions
+from unibiomed_jax.commands.export import ExportOptions
+from unibiomed_jax.commands.plan import PlanOptions
 from unibiomed_jax.commands.predict import PredictOptions
 from unibiomed_jax.commands.run import run
 from unibiomed_jax.commands.study import StudyOptions
@@ -36,6 +38,8 @@ _Eval = (
 Command = (
     Annotated[PredictOptions, tyro.conf.subcommand("predict")]
     | Annotated[ExplainShardingOptions, tyro.conf.subcommand("explain-sharding")]
+    | Annotated[PlanOptions, tyro.conf.subcommand("plan")]
+    | Annotated[ExportOptions, tyro.conf.subcommand("export")]
     | Annotated[StudyOptions, tyro.conf.subcommand("study")]
     | Annotated[_Convert, tyro.conf.subcommand("convert", description="PyTorch checkpoints in and out.")]
     | Annotated[_Data, tyro.conf.subcommand("data", description="Make, check and pack datasets to train on.")]
@@ -45,6 +49,8 @@ Command = (
 PLACES = {
     PredictOptions: ("predict", "predict"),
     ExplainShardingOptions: ("explain_sharding", "explain_sharding"),
+    PlanOptions: ("plan", "plan"),
+    ExportOptions: ("export", "export"),
     StudyOptions: ("study", "study"),
     FromTorchOptions: ("convert", "from_torch"),
     ToTorchOptions: ("convert", "to_torch"),

@@ -30,7 +30,7 @@ def test_the_lines_of_python_make_the_picture(tmp_path, monkeypatch, capsys):
 def test_its_commands_are_understood():
     commands = [shlex.split(command) for command in re.findall(r"`unibiomed ([^`]*)`", README)]
     whole = [command for command in commands if "--help" not in command and "..." not in command]
-    names = {"predict", "study", "data", "convert", "eval", "explain-sharding"}
+    names = {"predict", "study", "data", "convert", "eval", "explain-sharding", "plan", "export"}
     assert {command[0] for command in whole} == names
     understood = {type(cli.parse(command)) for command in whole}
     assert understood == set(cli.PLACES) - {cli.BuildOptions}  # of which the README shows the help
@@ -51,7 +51,7 @@ def test_links_lead_somewhere(page):
 def test_files_to_open_are_there():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     table = re.findall(r"^\| (?!to change|-)[^|]*\| `(\w+)` \| (.*) \|$", text, re.MULTILINE)
-    assert len(table) == 15
+    assert len(table) == 18
     for room, files in table:
         first, *_ = named(files)
         assert first.startswith(f"{room}/")

@@ -314,6 +314,26 @@ def test_devices_encode_their_own_images_without_talking(eight_devices):
 
 
 @pytest.mark.scale
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_adapters_drop_the_same_bits_under_every_strategy(eight_devices, strategy):
+    assert eight_devices["dropped"][strategy]
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_plan_says_what_the_compiled_update_takes(eight_devices, strategy):
+    """Bytes of arguments as the layout has them and as the compiler does; which mesh axes are talked over."""
+    planned, compiled = eight_devices[strategy]["held"]
+    assert planned == compiled
+    kept, temporaries = eight_devices[strategy]["kept"]
+    assert 0 < kept < temporaries
+    used = {
+        axis for axes in STRATEGIES[strategy].values() for axis in ([axes] if isinstance(axes, str) else axes)
+    }
+    assert set(eight_devices[strategy]["axes"]) <= used and eight_devices[strategy]["axes"]
+
+
+@pytest.mark.scale
 def test_a_program_knows_what_it_is_compiled_for(eight_devices):
     assert eight_devices["targets"] == {"none": [None, 1], "one": ["cpu", 1], "eight": ["cpu", 8]}
 

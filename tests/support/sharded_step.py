@@ -15,11 +15,17 @@ from small import IDS, MODEL, STEP, build, random_batch
 
 from unibiomed_jax.config.model import HieraConfig
 from unibiomed_jax.models.hiera import Hiera
+from unibiomed_jax.models.layers import Lora
+from unibiomed_jax.planning import program_text
+from unibiomed_jax.planning.facts import idle_bytes
+from unibiomed_jax.planning.programs import Program
 from unibiomed_jax.sharding.axes import logical_axes
+from unibiomed_jax.sharding.constraints import constrain
 from unibiomed_jax.sharding.layout import Layout
 from unibiomed_jax.sharding.strategies import STRATEGIES
 from unibiomed_jax.sharding.target import target
 from unibiomed_jax.training.config import CheckpointConfig
+from unibiomed_jax.training.footprint import device_bytes, update_program
 from unibiomed_jax.training.initialise import structure
 from unibiomed_jax.training.snapshot import Checkpointer
 from unibiomed_jax.training.start import Start, abstract_state, summary
@@ -90,6 +96,23 @@ def difference(found, expected):
     return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
 
 
+def mesh_of(name):
+    return dict(layout_of(name).mesh.shape)
+
+
+def held_by(graphdef, state, frozen, layout):
+    """Bytes that a plan says a device reads of the arguments of an update."""
+    shapes = {"train": layout.abstract(state, "optimizer"), "frozen": layout.abstract(frozen)}
+    batch = {
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=layout.batch)
+        for name, value in random_batch(0, size=BATCH).items()
+    }
+    step = TrainStep(graphdef, CONFIG, IDS, layout)
+    function, arguments, held = update_program(CONFIG, step, shapes, batch, layout)
+    program = Program(function, arguments, layout, held, 0.0, BATCH)
+    return device_bytes(arguments) - idle_bytes(function.trace(*arguments).jaxpr, program)
+
+
 def bytes_on_first_device(state):
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
 
@@ -138,6 +161,19 @@ def targets():
     return seen
 
 
+def dropped(name):
+    """What an adapter under a strategy makes of ones."""
+    layout = layout_of(name)
+    graphdef, lora = nnx.split(Lora(16, 16, 16, 1.0, 0.25, nnx.Rngs(0)))
+
+    def drop(lora, x, key):
+        x = constrain(x, "batch", "language.tokens", None)
+        return nnx.merge(graphdef, jax.tree.map(lambda _: jnp.eye(16), lora))(x, key)
+
+    x = jax.device_put(jnp.ones((BATCH, 12, 16)), layout.batch)
+    return np.asarray(layout.jit(drop)(lora, x, jax.random.key(3)))
+
+
 def main(folder):
     assert len(jax.devices()) == 8
     graphdef, state, frozen = build(CONFIG)
@@ -150,7 +186,14 @@ def main(folder):
         print(name, "is compiled", file=sys.stderr)
         program, states[name], own_losses, own_gradients = run(graphdef, state, frozen, layout_of(name))
         text = program.as_text()
+        memory = program.memory_analysis()
+        parsed = program_text.parse(text)
         found[name] = {
+            "held": [held_by(graphdef, state, frozen, layout_of(name)), memory.argument_size_in_bytes],
+            "kept": [program_text.kept_for_backward(parsed), memory.temp_size_in_bytes],
+            "axes": sorted(
+                {axis for one in program_text.collectives(parsed, mesh_of(name)) for axis in one.axes}
+            ),
             "loss": float(np.abs(own_losses / losses - 1).max()),
             "gradient": difference(own_gradients, gradients),
             "bytes": bytes_on_first_device(states[name]),
@@ -159,6 +202,8 @@ def main(folder):
             "flops": program.cost_analysis()["flops"] / share,
         }
 
+    kept = np.asarray(jax.random.bernoulli(jax.random.key(3), 0.75, (BATCH, 12, 16))) / np.float32(0.75)
+    found["dropped"] = {name: np.array_equal(dropped(name), kept) for name in STRATEGIES}
     found["batch"] = BATCH
     found["stacks"] = [
         (value.shape, path in frozen)

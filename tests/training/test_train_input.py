@@ -373,6 +373,33 @@ def test_a_dry_run_shows_the_program_that_sums_gradients(data, tmp_path, monkeyp
     assert rows["gradient total"] == rows["running average"] == rows["trainable parameters"]
 
 
+def test_a_dry_run_for_chips_that_are_not_here_plans_the_heaviest_batch(data, tmp_path, monkeypatch, capsys):
+    planned = []
+
+    def find_all(cases, folder, memory):
+        planned.extend(cases)
+        return [InputError("That is what would be compiled.")]
+
+    monkeypatch.setattr("unibiomed_jax.planning.worker.find_all", find_all)
+    monkeypatch.setattr(train.runtime, "prepare", lambda: None)
+    run = f"--folder={tmp_path / 'run'}"
+    monkeypatch.setattr(
+        "sys.argv", ["train.py", str(CONFIG), run, "--dry-run", "--topology=v5e:2x2", "--strategy=fsdp"]
+    )
+    with pytest.raises(InputError, match="what would be compiled"):
+        train.main()
+    (case,) = planned
+    assert (case.topology, case.config.strategy, case.config.folder) == (
+        "v5e:2x2",
+        "fsdp",
+        str(tmp_path / "run"),
+    )
+    assert case.shape.tokens >= 512 and case.config.model.language.vocab_size == 292
+    monkeypatch.setattr("sys.argv", ["train.py", str(CONFIG), run, "--topology=v5e:2x2"])
+    with pytest.raises(InputError, match="--topology plans a run .*; add --dry-run"):
+        train.main()
+
+
 def test_a_run_stops_after_too_many_losses_that_are_not_finite(tmp_path, capsys):
     log = RunLog(tmp_path, tensorboard=False)
     batches = [Batch({}, ("liver/3", ""), 0), Batch({}, ("liver/7",), 1)]

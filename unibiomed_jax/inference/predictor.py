@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 import time
@@ -41,8 +42,8 @@ from unibiomed_jax.inference.generate import Decoding, Draw, Limits
 from unibiomed_jax.inference.network import build_network
 from unibiomed_jax.inference.phrases import Phrase, parse_answer
 from unibiomed_jax.inference.segments import full_size
-from unibiomed_jax.inference.stages import Stages
-from unibiomed_jax.inference.stopping import end_of
+from unibiomed_jax.inference.stages import StageIds, Stages
+from unibiomed_jax.inference.stopping import end_of, stop_text
 from unibiomed_jax.inference.study_answer import StudyAnswer
 from unibiomed_jax.inference.study_asking import Conditions, Progress, StudyQuestion, ask_study
 from unibiomed_jax.inputs.images import ImageRecord, ImageSource, open_frames, open_image
@@ -98,7 +99,8 @@ class UniBiomed:
         self.checkpoint_hash = checkpoint_hash
         self.layout = layout = dataclasses.replace(layout, units=axis_units(config))
         self.graphdef, self.params = build_network(config, params, self.precision, layout)
-        self.stages = Stages(self.graphdef, tokenizer, config.language.vocab_size, layout)
+        self._stop_text = functools.cache(lambda: stop_text(tokenizer, config.language.vocab_size))
+        self.stages = Stages(self.graphdef, StageIds.of(tokenizer), layout)
 
     @classmethod
     def from_pretrained(
@@ -348,7 +350,7 @@ class UniBiomed:
             tiles = tile_arrays(self.config, opened, len(ids))
         with _timed(seconds, "ground"):
             inputs = (tiles, ids, source, lengths, frames, forced, limits, drawn(sampling))
-            inputs = (*inputs, self.stages.stop_text(), plan)
+            inputs = (*inputs, self._stop_text(), plan)
             result = jax.device_get(self.stages.ground(self.params, *inputs, objects=objects))
 
         answers, size = [], self.config.sam2.image_size

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
 from unibiomed_jax.inference import generate
-from unibiomed_jax.inference.stopping import stop_text
 from unibiomed_jax.inputs.prompt import STOP_TEXT
 from unibiomed_jax.inputs.tokenizer import Tokenizer
 from unibiomed_jax.models.unibiomed import UniBiomedModel
 from unibiomed_jax.sharding.constraints import gather_unstacked
 from unibiomed_jax.sharding.layout import Layout
+
+
+class StageIds(NamedTuple):
+    """Ids of the tokens at which the compiled functions do something."""
+
+    # Ends an answer.
+    end: int
+    # Asks for a mask.
+    seg: int
+    # The last of the stop text: the host looks at the text.
+    pause: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> StageIds:
+        return cls(tokenizer.eos_id, tokenizer.seg_id, tokenizer.encode(STOP_TEXT)[-1])
 
 
 class Stages:
@@ -25,12 +39,11 @@ class Stages:
     others are its stages.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, tokenizer: Tokenizer, vocab_size: int, layout: Layout):
+    def __init__(self, graphdef: nnx.GraphDef, ids: StageIds, layout: Layout):
         """`layout` says what is compiled for."""
         self._graphdef, self._layout = graphdef, layout
-        end_id, pause_id = tokenizer.eos_id, tokenizer.encode(STOP_TEXT)[-1]
-        ends = {"end_id": end_id, "seg_id": tokenizer.seg_id}
-        advance = functools.partial(generate.advance, **ends, pause_id=pause_id)
+        ends = {"end_id": ids.end, "seg_id": ids.seg}
+        advance = functools.partial(generate.advance, **ends, pause_id=ids.pause)
         self.encode_tiles = self._compiled(UniBiomedModel.encode_tiles)
         self.blank_rows = self._compiled(generate.blank_rows, static_argnames=("batch", "length"))
         self.lay_tile = layout.jit(generate.lay_tile, donate_argnums=0)
@@ -44,7 +57,6 @@ class Stages:
         self.segment_step = self._compiled(UniBiomedModel.segment_step, donate_argnums=1)
         ground = functools.partial(generate.ground, **ends)
         self.ground = self._compiled(ground, static_argnames="objects")
-        self.stop_text = functools.cache(lambda: stop_text(tokenizer, vocab_size))
 
     def programs(self) -> int:
         """How many programs have been compiled so far."""

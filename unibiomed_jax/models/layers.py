@@ -62,7 +62,8 @@ class Lora(nnx.Module):
 
     def __call__(self, x: Float[Array, "... in"], key: Array | None) -> Float[Array, "... out"]:
         if key is not None and self.dropout:
-            keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+            # A TPU's compiler would draw the bits inside of the product, which it takes a minute to compile.
+            keep = jax.lax.optimization_barrier(jax.random.bernoulli(key, 1 - self.dropout, x.shape))
             x = jnp.where(keep, x / (1 - self.dropout), 0)
         down = matmul(x, self.a[...].astype(x.dtype)).astype(x.dtype)
         return self.scale * matmul(down, self.b[...].astype(x.dtype))

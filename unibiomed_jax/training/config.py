@@ -192,6 +192,9 @@ class Acts(Processes):
 
     # Compile the step of the heaviest batch and print the memory it needs, without training.
     dry_run: bool = False
+    # With --dry-run: compile for these chips instead, which need not exist, and print the plan of the run
+    # (v5p:4x4x4, v5e:16x16@2, h100:8; see `unibiomed plan --help`).
+    topology: str | None = None
     # Record a trace of updates 10 to 14 for TensorBoard or Perfetto.
     profile: bool = False
     # Write the model of a checkpoint ("last", "best" or a step) and stop.

@@ -21,6 +21,8 @@ PEAKS = {
     "H200": 989e12,
     "H100": 989e12,
     "A100": 312e12,
+    # Half a chip: JAX sees two devices on it.
+    "TPU7x": 1153.5e12,
     "TPU v6": 918e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,

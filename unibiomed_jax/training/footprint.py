@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +13,8 @@ from rich.table import Table
 
 from unibiomed_jax.data.pipeline import Pipeline, collate
 from unibiomed_jax.data.plan import Shape
+from unibiomed_jax.data.transforms import SampleSizes
+from unibiomed_jax.sharding.layout import Layout
 from unibiomed_jax.training import flops
 from unibiomed_jax.training.config import TrainConfig
 from unibiomed_jax.training.start import Start
@@ -21,28 +24,9 @@ from unibiomed_jax.training.step import TrainStep
 def footprint(start: Start, step: TrainStep, data: Pipeline) -> tuple[Table, float]:
     """Compile the step for the heaviest batch: MiB a device by part, and the seconds it took to compile."""
     config, layout = start.config, start.layout
-    state, frozen = start.abstract["train"], start.abstract["frozen"]
-    shape = heaviest(config, data.plan.shapes, state.trainable)
-    blank = collate([None] * config.data.batch_size, shape, data.sizes)
-    batch = {
-        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=layout.batch)
-        for name, value in blank.items()
-    }
-    parts = {
-        "trainable parameters": state.trainable,
-        "optimiser": state.moments,
-        "frozen parameters": frozen,
-        "batch": batch,
-    }
-    if state.average is not None:
-        parts["running average"] = state.average
-    if config.optim.accumulate == 1:
-        program, arguments = step.whole, (state, frozen, batch)
-    else:
-        total = layout.abstract(jax.eval_shape(step.nothing, state.trainable), "optimizer")
-        parts["gradient total"] = total
-        counts, index = jax.eval_shape(step.count, batch), jax.ShapeDtypeStruct((), np.int32)
-        program, arguments = step.accumulate, (total, state, frozen, batch, counts, index)
+    shape = heaviest(config, data.plan.shapes, start.trainable)
+    batch = abstract_batch(config, layout, shape)
+    program, arguments, parts = update_program(config, step, start.abstract, batch, layout)
     started = time.perf_counter()
     compiled = program.lower(*arguments).compile()
     seconds = time.perf_counter() - started
@@ -52,6 +36,36 @@ def footprint(start: Start, step: TrainStep, data: Pipeline) -> tuple[Table, flo
     temporaries = compiled.memory_analysis().temp_size_in_bytes
     table.add_row("gradients and activations", f"{temporaries / 2**20:,.1f}")
     return table, seconds
+
+
+def abstract_batch(config: TrainConfig, layout: Layout, shape: Shape) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of a batch of a shape, and where they lie."""
+    blank = collate([None] * config.data.batch_size, shape, SampleSizes.of(config.model))
+    return {
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=layout.batch)
+        for name, value in blank.items()
+    }
+
+
+def update_program(
+    config: TrainConfig, step: TrainStep, abstract: dict, batch: dict, layout: Layout
+) -> tuple[Any, tuple, dict[str, Any]]:
+    """The function that a batch goes through, its abstract arguments, and what a device holds by part."""
+    state, frozen = abstract["train"], abstract["frozen"]
+    parts = {
+        "trainable parameters": state.trainable,
+        "optimiser": state.moments,
+        "frozen parameters": frozen,
+        "batch": batch,
+    }
+    if state.average is not None:
+        parts["running average"] = state.average
+    if config.optim.accumulate == 1:
+        return step.whole, (state, frozen, batch), parts
+    total = layout.abstract(jax.eval_shape(step.nothing, state.trainable), "optimizer")
+    parts["gradient total"] = total
+    counts, index = jax.eval_shape(step.count, batch), jax.ShapeDtypeStruct((), np.int32)
+    return step.accumulate, (total, state, frozen, batch, counts, index), parts
 
 
 def heaviest(config: TrainConfig, shapes: Sequence[Shape], trainable: Collection[str]) -> Shape:
