@@ -27,14 +27,15 @@ from unibiomed_jax.evaluation.text import TextScores, score_texts
 from unibiomed_jax.files import read_json, shown, write_beside
 
 RESULTS = "results.json"
-VERSIONS = ("unibiomed-jax", "numpy", "scipy", "pillow")
+VERSIONS = ("unibiomed-jax", "jax", "numpy", "scipy", "pillow")
 # Text metrics that are means over the texts; the others are of all texts together.
 MEANS = ("ROUGE_L", "CIDEr")
 # The dataset and target of records that name none.
 UNNAMED = "unnamed"
 # Columns of results.csv.
 COLUMNS = (
-    "task protocol dataset target score value low high micro micro_low micro_high n patients checkpoint data"
+    "task protocol dataset target score value low high micro micro_low micro_high n patients checkpoint data "
+    "versions"
 ).split()
 
 
@@ -122,11 +123,14 @@ def _score_samples(
 ) -> dict[str, dict[str, float]]:
     """The scores by doc_id; what has none goes to `unscored` with its reason."""
 
+    def judged(sample: Sample) -> bool:
+        return bool(sample.truth_masks) and TASKS[task].masks  # the mask of a region is what is shown
+
     def of_one(sample: Sample) -> dict[str, float] | str:
         if sample.reason is not None:
             return sample.reason
         try:
-            found = strict.score_masks(sample, tolerances) if sample.truth_masks else {}
+            found = strict.score_masks(sample, tolerances) if judged(sample) else {}
         except strict.NotComparable as error:
             return str(error)
         if TASKS[task].right and sample.answer is not None:
@@ -195,7 +199,7 @@ def write_results(
     stamp = {"checkpoint": checkpoint, "data": data}
     content = {
         **stamp,
-        "versions": {name: version(name) for name in VERSIONS},
+        "versions": versions(),
         "results": [vars(result) for result in results],
     }
     text = json.dumps(_finite(content), indent=1, ensure_ascii=False)
@@ -204,8 +208,13 @@ def write_results(
     writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in rows(results):
-        writer.writerow(row | stamp)
+        writer.writerow(row | stamp | {"versions": ", ".join(map(" ".join, versions().items()))})
     write_beside(run / "results.csv", table.getvalue().encode("utf-8", "backslashreplace"))
+
+
+def versions() -> dict[str, str]:
+    """What computed, by package."""
+    return {name: version(name) for name in VERSIONS}
 
 
 def _finite(value: Any) -> Any:
