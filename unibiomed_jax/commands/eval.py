@@ -83,6 +83,8 @@ class CompareOptions:
     second: Annotated[Path, tyro.conf.Positional]
     # Write the table there, as CSV.
     csv: Path | None = None
+    # Write a page about it there, such as compare.html.
+    page: Path | None = None
     # Every target, not the means over them alone.
     targets: bool = False
 
@@ -106,7 +108,7 @@ def evaluate(options: EvalOptions) -> int:
 
 
 def _score(options: EvalOptions) -> int:
-    from unibiomed_jax.evaluation import paper, records, reference_samples, scoring
+    from unibiomed_jax.evaluation import page, paper, records, reference_samples, scoring
     from unibiomed_jax.evaluation.repairs import Repairs
 
     repairs, results = Repairs(options.repair), []
@@ -138,7 +140,9 @@ def _score(options: EvalOptions) -> int:
         meta = "meta_" if options.task == ("seg3d",) else ""
         data = scoring.hash_table(options.data / f"{meta}{options.split}.json")
     options.out.mkdir(parents=True, exist_ok=True)
-    scoring.write_results(options.out, results, checkpoint=_checkpoint(options.out), data=data)
+    about = _about(options)
+    scoring.write_results(options.out, results, checkpoint=about.get("checkpoint"), data=data)
+    page.write_page(options.out / page.PAGE, results, samples, about | {"data": data})
     for result in results:
         _show(result, scoring.rows([result]))
     console.print(f"Written: {escape(shown(options.out / scoring.RESULTS))}", soft_wrap=True)
@@ -286,10 +290,13 @@ def _check(options: EvalOptions) -> None:
         )
 
 
-def _checkpoint(run: Path) -> str | None:
-    """Hash of what answered, from the run's config.json, if it has one."""
-    path = run / CONFIG
-    return read_json(path).get("checkpoint") if path.exists() else None
+def _about(options: EvalOptions) -> dict:
+    """What is known about who answered: the run's config.json, if it has one."""
+    from unibiomed_jax.evaluation import scoring
+
+    path = options.out / CONFIG
+    known = {"versions": scoring.versions(), "folder": None if options.data is None else str(options.data)}
+    return read_json(path) if path.exists() else known
 
 
 def _show(result, rows: list[dict]) -> None:
@@ -326,6 +333,7 @@ def compare(options: CompareOptions) -> int:
     from unibiomed_jax.evaluation import scoring
     from unibiomed_jax.evaluation.compare import compare as compare_runs
     from unibiomed_jax.evaluation.compare import write_csv
+    from unibiomed_jax.evaluation.page import write_comparison
 
     runs = [scoring.read_run(run, ()) for run in (options.first, options.second)]
     differences, alone = compare_runs(*runs, (options.first, options.second))
@@ -370,4 +378,6 @@ def compare(options: CompareOptions) -> int:
             console.print(f"{task}: {number} records were scored in one run only, and are left out.")
     if options.csv is not None:
         write_csv(options.csv, differences)
+    if options.page is not None:
+        write_comparison(options.page, differences, (options.first, options.second))
     return DONE

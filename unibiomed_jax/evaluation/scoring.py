@@ -19,6 +19,7 @@ from typing import Any
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.evaluation import paper, records, strict
 from unibiomed_jax.evaluation.bootstrap import Case, Estimate, estimate
+from unibiomed_jax.evaluation.object_score import object_score_table
 from unibiomed_jax.evaluation.paper_text import TextItem, one_line
 from unibiomed_jax.evaluation.records import Sample
 from unibiomed_jax.evaluation.repairs import Repairs
@@ -110,6 +111,9 @@ def score_strict(
         if task in texts:  # of the whole, not means of the records
             whole = texts[task].whole.items()
             numbers["corpus"] = {name: value for name, value in whole if name not in MEANS}
+        if (found := object_score_table(scored[task])) is not None:
+            numbers["object_score"] = found
+            notes.append(_about_object_score(found))
         numbers["n"] = len(scores[task])
         results[task] = TaskResult(task, "strict", numbers, unscored[task], notes)
     return results, scored
@@ -172,6 +176,29 @@ def to_json(found: Estimate) -> dict[str, Any]:
 
 def _notes(texts: TextScores | None) -> list[str]:
     return [] if texts is None else [f"Tokens of the texts: {texts.tokens}.", *texts.missing]
+
+
+def _about_object_score(found: Mapping[str, Any]) -> str:
+    """Whether masks may be hidden by the object score, in a sentence."""
+    if found["constant"]:
+        return (
+            f"The object score is {found['highest']:.3f} for every mask: the head that gives it was never "
+            "trained, and --hide-absent must not be used with this checkpoint."
+        )
+    if found["auroc"] is None:
+        kinds = "present" if found["present"] else "absent"
+        return (
+            f"All targets are {kinds}: the object score cannot be judged; ask about both kinds before "
+            "hiding masks by it."
+        )
+    low, high = found["auroc_interval"] or (math.nan, math.nan)
+    middle = next(row for row in found["thresholds"] if row["above"] == 0)
+    return (
+        f"Object score: AUROC {found['auroc']:.3f} ({low:.3f} to {high:.3f}) over {found['present']} present "
+        f"and {found['absent']} absent targets; hide_absent would hide {middle['absent_hidden']:.0%} of the "
+        f"absent and {middle['present_hidden']:.0%} of the present ones, Dice over all {found['dice']:.3f} "
+        f"becomes {middle['dice']:.3f}."
+    )
 
 
 def hash_table(path: Path) -> str | None:
