@@ -20,7 +20,7 @@ from unibiomed_jax.evaluation.tasks import TASKS
 from unibiomed_jax.files import locate, shown, write_beside
 from unibiomed_jax.inference.answer import INTENDED_USE
 from unibiomed_jax.inputs.images import open_image
-from unibiomed_jax.masks.overlay import overlay
+from unibiomed_jax.masks.overlay import outline
 
 PAGE = "index.html"
 # Cases of each kind (worst, median, best) that are shown of a task.
@@ -75,7 +75,8 @@ th { font-weight: 600; color: var(--muted); } th.l, td.l { text-align: left; }
 .case { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem;
   font-size: .9rem; min-width: 0; } .case header { display: flex;
   justify-content: space-between; gap: .5rem; }
-.pictures { display: grid; grid-auto-columns: 1fr; grid-auto-flow: column; gap: .5rem; margin: .6rem 0; }
+.pictures { display: grid; grid-auto-columns: 1fr; grid-auto-flow: column; gap: .5rem;
+  margin: .6rem 0; align-items: start; }
 figure { margin: 0; } figure img { width: 100%; display: block; border-radius: 4px; } figcaption {
   color: var(--muted); font-size: .8rem; } details { margin: .8rem 0; } summary { cursor: pointer; }
 @media (max-width: 36rem) { .bars { grid-template-columns: 1fr max-content; } .bars > :nth-child(3n+2) {
@@ -408,16 +409,9 @@ def _pictures(sample: Sample, folder: Path | None) -> dict[str, str]:
     if TASKS[sample.task].masks:
         sides[f"answer{title}"] = masks
     return {
-        side: _data_url(_drawn(image, [m for m in found if m.shape == image.size[::-1]], sample.category))
+        side: _data_url(outline(image, [mask for mask in found if mask.shape == image.size[::-1]]))
         for side, found in sides.items()
     }
-
-
-def _drawn(image: Image.Image, masks: Sequence[np.ndarray], label: str) -> Image.Image:
-    if not masks:
-        return image.convert("RGB")
-    several = [f"{label} {number}" if len(masks) > 1 else label for number in range(1, len(masks) + 1)]
-    return overlay(image, masks, several)
 
 
 def _image(sample: Sample, folder: Path | None, number: int | None) -> Image.Image | None:
