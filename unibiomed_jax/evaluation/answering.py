@@ -33,7 +33,7 @@ from unibiomed_jax.inputs.images import open_image
 
 # Masks that an answer has room for where all of it is one compiled call; one with more is asked by itself.
 OBJECTS = 4
-_MARKS = re.compile(r"<\|end\|>|</?p>|\[SEG\]")
+_MARKS = re.compile(r"<\|\w+\|>|</?p>|\[SEG\]")
 
 
 class Asker:
