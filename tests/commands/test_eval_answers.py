@@ -64,6 +64,7 @@ def options(data, out, **more):
     return EvalOptions(out, checkpoint=MICRO, data=data, max_new_tokens=24, batch_size=2, **more)
 
 
+@pytest.mark.slow
 def test_a_run_from_images_to_a_page(data, asked, tmp_path, capsys):
     out = tmp_path / "run"
     assert evaluate(options(data, out)) == 1
@@ -103,6 +104,7 @@ class Links(HTMLParser):
         self.found += [value for name, value in attributes if name in ("src", "href", "srcset", "action")]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_asks_what_failed_again(data, asked, tmp_path, capsys):
     out = tmp_path / "run"
     evaluate(options(data, out, mode="infer", task=("seg2d",)))
@@ -135,6 +137,7 @@ def test_a_run_has_one_model(data, asked, tmp_path):
         evaluate(replace(options(data, tmp_path, task=("region",)), max_new_tokens=25))
 
 
+@pytest.mark.slow
 def test_two_runs_are_compared_on_a_page(data, asked, tmp_path):
     for name in ("first", "second"):
         evaluate(options(data, tmp_path / name, task=("seg2d",)))
