@@ -295,7 +295,9 @@ def _about(options: EvalOptions) -> dict:
     from unibiomed_jax.evaluation import scoring
 
     path = options.out / CONFIG
-    known = {"versions": scoring.versions(), "folder": None if options.data is None else str(options.data)}
+    known: dict = {"versions": scoring.versions()}
+    if options.data is not None:
+        known |= {"folder": str(options.data), "split": options.split}
     return read_json(path) if path.exists() else known
 
 

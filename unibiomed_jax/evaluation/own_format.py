@@ -81,7 +81,7 @@ def _read(config: DatasetConfig, data: Path) -> Iterator[Sample]:
         more = f" ({len(problems)} such entries)" if len(problems) > 1 else ""
         raise InputError(problems[0] + more)
     rows = _rows(config, table)
-    inside = PurePosixPath(Path(config.root).relative_to(data).as_posix())
+    inside = PurePosixPath(str(locate(config.root).relative_to(data)))
     for record in records:
         yield _sample(config, record, rows, inside, "" if inside.name else data.resolve().name)
 
@@ -107,7 +107,7 @@ def _sample(
         str(inside / local.name),
         _question(task, record),
         answer=_answer(task, record),
-        category="" if task in ("report", "caption", "vqa") else " and ".join(record.texts[:1]),
+        category="" if task in ("report", "caption", "vqa") else record.texts[0],
         dataset=alone or str(inside),
         patient=record.patient or None,
         image=str(inside / (image.parent if volume else image)),
@@ -163,11 +163,11 @@ def _volume(record: Record, slices: Sequence[str]) -> list[np.ndarray]:
 def _rows(config: DatasetConfig, table: Any) -> dict[str, Any]:
     """What a table says about its images and volumes, by their path from the dataset's folder."""
     root = locate(config.root)
-    folder = config.image_folder.relative_to(root)
+    folder = PurePosixPath(str(config.image_folder.relative_to(root)))
     if config.kind is Kind.SEQUENCE:
         named = table["volumes"].items()
     elif config.kind in (Kind.VQA, Kind.REPORT):
         named = [(entry["image_file"], entry) for entry in table.values()]
     else:
         named = [(image["file_name"], image) for image in table.get("images", ())]
-    return {spelled((folder / name).as_posix()): row for name, row in named}
+    return {spelled(str(folder / name)): row for name, row in named}

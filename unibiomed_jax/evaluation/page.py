@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -114,7 +115,9 @@ def write_page(
         samples: the records with their scores, by task; empty where folders were scored without records.
         about: what the run's config.json says, and the hash of the data.
     """
-    folder = about.get("folder")
+    folders = [] if about.get("folder") is None else [Path(about["folder"])]
+    # A table may name its images from the folder of the split on.
+    folders += [folder / about["split"] for folder in folders if "split" in about]
     body = [_head("Evaluation", about)]
     titles = [f"{result.task}, {result.protocol} protocol" for result in results]
     links = (f'<a href="#{number}">{escape(title)}</a>' for number, title in enumerate(titles))
@@ -124,7 +127,7 @@ def write_page(
         body += _task(result)
         of_task = samples.get(result.task, ())
         if result.protocol == "strict" and of_task:
-            body += _cases(result.task, of_task, None if folder is None else Path(folder))
+            body += _cases(result.task, of_task, folders)
     _write(path, "Evaluation", body)
 
 
@@ -194,7 +197,7 @@ def _task(result: TaskResult) -> list[str]:
     whole = [row for row in found if row.get("target") is None and row.get("dataset") is None]
     body.append(_score_table(whole, "Means over the targets"))
     explained = [f"<dt>{name}</dt><dd>{_DEFINITIONS[name]}</dd>" for name in _DEFINITIONS
-                 if any(row["score"].replace("px", "mm") == name for row in whole)]  # fmt: skip
+                 if any(re.sub("(px|voxel)$", "mm", row["score"]) == name for row in whole)]  # fmt: skip
     if explained:
         body.append(f"<details><summary>What the scores are</summary><dl>{''.join(explained)}</dl></details>")
     if len(datasets) > 1:
@@ -324,7 +327,7 @@ def _object_score(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _cases(task: str, samples: Sequence[Sample], folder: Path | None) -> list[str]:
+def _cases(task: str, samples: Sequence[Sample], folders: Sequence[Path]) -> list[str]:
     """The distribution of Dice, and the worst, median and best cases."""
     name = "dice" if TASKS[task].masks else next((n for n in HEADLINES if _has(samples, n)), None)
     scored = [sample for sample in samples if name in sample.scores.get("strict", {})]
@@ -345,7 +348,7 @@ def _cases(task: str, samples: Sequence[Sample], folder: Path | None) -> list[st
         kept = [number for number in chosen if 0 <= number < len(scored) and number not in shown_already]
         shown_already.update(kept)
         if kept:
-            cards = "".join(_card(scored[number], name, folder) for number in kept)
+            cards = "".join(_card(scored[number], name, folders) for number in kept)
             body.append(f"<h3>{title} cases</h3><div class=cases>{cards}</div>")
     return body
 
@@ -368,12 +371,12 @@ def _histogram(values: Sequence[float]) -> str:
     )
 
 
-def _card(sample: Sample, name: str, folder: Path | None) -> str:
+def _card(sample: Sample, name: str, folders: Sequence[Path]) -> str:
     """One case: pictures of truth and answer, the words of both."""
     pictures = "".join(
         f'<figure><img alt="{escape(title)}" loading=lazy src="{source}">'
         f"<figcaption>{escape(title)}</figcaption></figure>"
-        for title, source in _pictures(sample, folder).items()
+        for title, source in _pictures(sample, folders).items()
     )
     texts = {
         "question": sample.question.replace("<image>", "").strip(),
@@ -389,7 +392,7 @@ def _card(sample: Sample, name: str, folder: Path | None) -> str:
     )
 
 
-def _pictures(sample: Sample, folder: Path | None) -> dict[str, str]:
+def _pictures(sample: Sample, folders: Sequence[Path]) -> dict[str, str]:
     """Truth and answer on the image, as data URLs; on black, where the image is not at hand."""
     truths, masks = (
         [mask for mask in decode_masks(found, sample.doc_id)] for found in (sample.truth_masks, sample.masks)
@@ -400,7 +403,7 @@ def _pictures(sample: Sample, folder: Path | None) -> dict[str, str]:
         number = int(areas.argmax())
         title = f", slice {number + 1} of {len(areas)}"
         truths, masks = ([mask[number] for mask in found] for found in (truths, masks))
-    image = _image(sample, folder, number)
+    image = _image(sample, folders, number)
     if image is None and not truths:
         return {}
     if image is None:
@@ -414,16 +417,16 @@ def _pictures(sample: Sample, folder: Path | None) -> dict[str, str]:
     }
 
 
-def _image(sample: Sample, folder: Path | None, number: int | None) -> Image.Image | None:
-    if folder is None or not sample.image:
-        return None
-    path = locate(folder) / sample.image
-    if number is not None and len(sample.slices) > number:
-        path = path / sample.slices[number]
-    try:
-        return open_image(path)[0]
-    except InputError:  # moved since it was asked about
-        return None
+def _image(sample: Sample, folders: Sequence[Path], number: int | None) -> Image.Image | None:
+    for folder in folders if sample.image else ():
+        path = locate(folder) / sample.image
+        if number is not None and len(sample.slices) > number:
+            path = path / sample.slices[number]
+        try:
+            return open_image(path)[0]
+        except InputError:  # not here, or moved since it was asked about
+            continue
+    return None
 
 
 def _data_url(image: Image.Image) -> str:
