@@ -58,8 +58,9 @@ caption { text-align: left; padding-bottom: .3rem; }
 th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right;
   font-variant-numeric: tabular-nums; white-space: nowrap; }
 th { font-weight: 600; color: var(--muted); } th.l, td.l { text-align: left; }
-.bars { display: grid; grid-template-columns: minmax(9rem, 20rem) 1fr max-content; gap: .3rem .8rem;
-  align-items: center; font-size: .92rem; } .bars > :nth-child(3n) { font-variant-numeric: tabular-nums; }
+.bar { display: grid; grid-template-columns: minmax(9rem, 20rem) 1fr 7.5rem; gap: .1rem .8rem;
+  align-items: center; font-size: .92rem; margin: .3rem 0; } .bar > :last-child {
+  font-variant-numeric: tabular-nums; white-space: nowrap; }
 .track { position: relative; height: 1rem; background: var(--track); border-radius: 3px; }
 .track i { position: absolute; top: 0; bottom: 0; background: var(--bar); border-radius: 3px; }
 .track b { position: absolute; top: calc(50% - 1px); height: 2px; background: var(--whisker); }
@@ -75,13 +76,14 @@ th { font-weight: 600; color: var(--muted); } th.l, td.l { text-align: left; }
 .cases { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
 .case { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem;
   font-size: .9rem; min-width: 0; } .case header { display: flex;
-  justify-content: space-between; gap: .5rem; }
+  justify-content: space-between; gap: .5rem; } .case header strong { overflow-wrap: anywhere; min-width: 0; }
+.case header span { white-space: nowrap; }
 .pictures { display: grid; grid-auto-columns: 1fr; grid-auto-flow: column; gap: .5rem;
   margin: .6rem 0; align-items: start; }
 figure { margin: 0; } figure img { width: 100%; display: block; border-radius: 4px; } figcaption {
   color: var(--muted); font-size: .8rem; } details { margin: .8rem 0; } summary { cursor: pointer; }
-@media (max-width: 36rem) { .bars { grid-template-columns: 1fr max-content; } .bars > :nth-child(3n+2) {
-  grid-column: 1 / -1; order: 0; } .bars > :nth-child(3n) { grid-row: auto; } body { padding-top: 1rem; }
+@media (max-width: 36rem) { .bar { grid-template-columns: 1fr max-content; } .bar > .track {
+  grid-column: 1 / -1; grid-row: 2; } body { padding-top: 1rem; }
   .histogram span { display: none; } dl { grid-template-columns: 1fr; } dt { margin-top: .3rem; } }
 """
 
@@ -210,7 +212,8 @@ def _task(result: TaskResult) -> list[str]:
     if targets:
         body.append(f"<h3>{escape(str(headline))}, target by target</h3>")
         body.append(_bars(targets, several=len(datasets) > 1))
-    if (scores := result.numbers.get("object_score")) is not None:
+    scores = result.numbers.get("object_score")
+    if scores is not None and scores["auroc"] is not None:
         body += _object_score(scores)
     if result.unscored:
         items = [f"<li>{escape(shown(n))}: {escape(why)}</li>" for n, why in result.unscored.items()]
@@ -275,10 +278,10 @@ def _bars(targets: Sequence[Mapping[str, Any]], *, several: bool) -> str:
                 f'<b style="left:{100 * row["low"]:.2f}%;width:{100 * (row["high"] - row["low"]):.2f}%"></b>'
             )
         parts.append(
-            f"<div>{escape(shown(row['target']))}{where}</div><div class=track>{inner}</div>"
-            f"<div>{value:.3f} <span class=muted>n={row['n']}</span></div>"
+            f"<div class=bar><div>{escape(shown(row['target']))}{where}</div><div class=track>{inner}</div>"
+            f"<div>{value:.3f} <span class=muted>n={row['n']}</span></div></div>"
         )
-    return f"<div class=bars>{''.join(parts)}</div>"
+    return "".join(parts)
 
 
 def _difference_bars(targets: Sequence[Difference]) -> str:
@@ -293,10 +296,10 @@ def _difference_bars(targets: Sequence[Difference]) -> str:
             inner += f'<b style="left:{50 + 50 * low:.2f}%;width:{50 * (high - low):.2f}%"></b>'
         name = f"{found.difference.target} ({found.difference.dataset})"
         parts.append(
-            f"<div>{escape(shown(name))}</div><div class=track>{inner}</div>"
-            f"<div>{_signed(found)} <span class=muted>n={found.difference.cases}</span></div>"
+            f"<div class=bar><div>{escape(shown(name))}</div><div class=track>{inner}</div>"
+            f"<div>{_signed(found)} <span class=muted>n={found.difference.cases}</span></div></div>"
         )
-    return f"<div class=bars>{''.join(parts)}</div>"
+    return "".join(parts)
 
 
 def _object_score(found: Mapping[str, Any]) -> list[str]:
