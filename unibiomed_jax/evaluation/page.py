@@ -135,7 +135,7 @@ def write_page(
 
 def write_comparison(path: Path, differences: Sequence[Difference], names: tuple[Path, Path]) -> None:
     """The page of `eval compare`: what the second run has more than the first, with intervals."""
-    first, second = (escape(shown(name)) for name in names)
+    first, second = (shown(name) for name in names)
     about = {"first run": names[0], "second run": names[1]}
     body = [_head("Comparison", about)]
     body.append(
