@@ -250,6 +250,11 @@ def is_first() -> bool:
     return _joined is None or _joined.job.process == 0
 
 
+def process() -> int:
+    """The number of this process in its job."""
+    return 0 if _joined is None else _joined.job.process
+
+
 def is_alone() -> bool:
     """Whether there is no other process, or what this one does is its own affair (`apart`)."""
     return _joined is None

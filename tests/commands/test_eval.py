@@ -245,7 +245,7 @@ def test_options_that_do_not_fit(golden, tmp_path):
     for wrong, complaint in (
         (EvalOptions(tmp_path), "holds no samples_TASK.jsonl"),
         (EvalOptions(tmp_path, task=("vqa",)), "samples_vqa.jsonl is missing"),
-        (EvalOptions(tmp_path, data=tmp_path), "--data belongs to --predictions"),
+        (EvalOptions(tmp_path, data=tmp_path), "--data belongs to --checkpoint or --predictions"),
         (EvalOptions(tmp_path, predictions=tmp_path, folders=tmp_path), "--folders writes"),
         (EvalOptions(tmp_path, predictions=tmp_path, task=("seg2d",)), "name its folder with --data"),
         (EvalOptions(tmp_path, predictions=tmp_path, data=tmp_path), "name it with --task"),

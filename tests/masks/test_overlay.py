@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.masks.overlay import PALETTE, overlay
+from unibiomed_jax.masks.overlay import PALETTE, outline, overlay
 
 
 def grey(width: int, height: int) -> Image.Image:
@@ -142,3 +142,9 @@ def test_unusable_masks():
         overlay(grey(5, 4), [np.ones((4, 5)), np.ones((5, 4))], ["a", "b"])
     with pytest.raises(InputError, match="There are 1 masks but 2 labels"):
         overlay(grey(5, 4), [np.ones((4, 5))], ["a", "b"])
+
+
+def test_an_outline_is_the_picture_above_the_legend():
+    masks = [disc(800, 600, 300, 200, 80), disc(800, 600, 600, 400, 50), np.zeros((600, 800), bool)]
+    pixels = np.asarray(overlay(grey(800, 600), masks, ["liver", "spleen", "kidney"]))
+    assert (np.asarray(outline(grey(800, 600), masks)) == pixels[:600]).all()

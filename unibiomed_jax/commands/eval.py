@@ -1,52 +1,78 @@
-"""`unibiomed eval`: score answers, and compare two runs."""
+"""`unibiomed eval`: ask the records of a dataset, score the answers, and compare two runs."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from unibiomed_jax import distributed
 from unibiomed_jax.commands.run import DONE, FAILED_IN_PART
+from unibiomed_jax.config.precision import PrecisionName, find_precision
+from unibiomed_jax.distributed import Processes
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import read_json, shown
+from unibiomed_jax.files import read_json, shown, write_beside
 
 console = Console()
 # Names of what was not scored that are printed; all are in results.json.
 NAMED = 5
 
-TaskName = Literal["seg2d", "seg3d", "disease", "region", "gvqa", "report", "caption", "vqa"]
+CONFIG = "config.json"
+# Entries of it that must not change while a run goes on.
+ANSWERS_DEPEND_ON = ("checkpoint", "split", "precision", "max_new_tokens")
+
+TaskName = Literal["seg2d", "seg3d", "disease", "region", "gvqa", "report", "caption", "vqa", "all"]
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalOptions:
-    """Score the answers of a run, or predictions in the folders of UniBiomed's scripts."""
+class EvalOptions(Processes):
+    """Ask a model the records of a dataset and score its answers; or score those of a run, or predictions in
+    the folders of UniBiomed's scripts.
+    """
 
-    # Folder of the run: its samples_TASK.jsonl are scored, and results.json and results.csv written there.
+    # Folder of the run: answers go to samples_TASK.jsonl, numbers to results.json and results.csv.
     out: Path
-    # What to do: "score" the answers that are there.
-    mode: Literal["score"] = "score"
-    # Tasks; by default all that the run has.
+    # A converted or a released folder, or a repository on Hugging Face; without one, what the run has is
+    # scored.
+    checkpoint: Annotated[str | Path | None, tyro.conf.arg(metavar="OWNER/NAME[@REVISION]|PATH")] = None
+    # One act alone: "infer" answers, "score" scores the answers that are there.
+    mode: Literal["infer", "score"] | None = None
+    # Tasks; by default all that the data, or the run, has.
     task: tuple[TaskName, ...] = ()
     # "paper": the numbers that UniBiomed's scripts compute; "strict": definitions of the field, in
     # millimetres, with intervals.
     protocol: Literal["paper", "strict", "both"] = "strict"
     # Folder of predictions as UniBiomed's scripts write them, of a single --task; its records go to --out.
     predictions: Path | None = None
-    # Folder of the dataset that they are about.
+    # Folder of the dataset that is asked, or that predictions are about.
     data: Path | None = None
     # Part of it.
     split: str = "test"
+    # Ask only the datasets in folders of these names.
+    datasets: tuple[str, ...] = ()
     # Under "paper": do sensibly, and note, what the reference fails at.
     repair: bool = False
     # Write the run's predictions there too, in the folders of UniBiomed's scripts.
     folders: Path | None = None
     # Under "strict": a JSON file of tolerances of the surface Dice by target, mm.
     tolerances: Path | None = None
+    # Images asked about in one go; takes the memory of the next power of two.
+    batch_size: int = 8
+    # Longest answer, tokens.
+    max_new_tokens: int = 2048
+    # "auto": bfloat16, as the reference; float32 on a CPU. "fast": coarser, where a CPU multiplies bfloat16.
+    precision: PrecisionName = "auto"
+    # Divide the model over all devices of a process: a strategy of unibiomed_jax/sharding/strategies.py.
+    strategy: str | None = None
+    # With a strategy: devices along the axes of the mesh, such as fsdp=4,tensor=2.
+    mesh: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +83,34 @@ class CompareOptions:
     second: Annotated[Path, tyro.conf.Positional]
     # Write the table there, as CSV.
     csv: Path | None = None
+    # Write a page about it there, such as compare.html.
+    page: Path | None = None
     # Every target, not the means over them alone.
     targets: bool = False
 
 
 def evaluate(options: EvalOptions) -> int:
-    """Run `unibiomed eval`; FAILED_IN_PART if something could not be scored."""
-    from unibiomed_jax.evaluation import paper, records, reference_samples, scoring
+    """Run `unibiomed eval`; FAILED_IN_PART if something could not be answered or scored.
+
+    Every process of a job has the model on devices of its own and answers its share; the first one scores.
+    """
+    distributed.join(options)
+    console.quiet = not distributed.is_first()
+    if "all" in options.task:
+        options = dataclasses.replace(options, task=())
+    _check(options)
+    failed = 0
+    if options.checkpoint is not None:
+        failed = _answer(options)
+    if options.mode == "infer" or not distributed.is_first():
+        return FAILED_IN_PART if failed else DONE
+    return _score(options)
+
+
+def _score(options: EvalOptions) -> int:
+    from unibiomed_jax.evaluation import page, paper, records, reference_samples, scoring
     from unibiomed_jax.evaluation.repairs import Repairs
 
-    _check(options)
     repairs, results = Repairs(options.repair), []
     samples = scoring.read_run(options.out, options.task) if options.predictions is None else {}
     if options.folders is not None:
@@ -96,11 +140,117 @@ def evaluate(options: EvalOptions) -> int:
         meta = "meta_" if options.task == ("seg3d",) else ""
         data = scoring.hash_table(options.data / f"{meta}{options.split}.json")
     options.out.mkdir(parents=True, exist_ok=True)
-    scoring.write_results(options.out, results, checkpoint=_checkpoint(options.out), data=data)
+    about = _about(options)
+    scoring.write_results(options.out, results, checkpoint=about.get("checkpoint"), data=data)
+    page.write_page(options.out / page.PAGE, results, samples, about | {"data": data})
     for result in results:
         _show(result, scoring.rows([result]))
     console.print(f"Written: {escape(shown(options.out / scoring.RESULTS))}", soft_wrap=True)
     return FAILED_IN_PART if any(result.unscored for result in results) else DONE
+
+
+def _answer(options: EvalOptions) -> int:
+    """Ask what has no answer yet; how many have none in the end."""
+    import jax  # which starts only when it is needed
+
+    from unibiomed_jax.conversion import loading
+    from unibiomed_jax.evaluation import answering, own_format, scoring
+    from unibiomed_jax.inference.answer import INTENDED_USE
+    from unibiomed_jax.inference.predictor import UniBiomed
+    from unibiomed_jax.sharding.layout import Layout, parse_mesh
+    from unibiomed_jax.sharding.strategies import find_strategy
+
+    samples = own_format.read_own_format(options.data, options.split, options.task, options.datasets)
+    asked = dataclasses.asdict(options)
+    del asked["process"]
+    data = scoring.hash_data(answering.by_task(samples))
+    distributed.require_equal("program", distributed.code_version())
+    distributed.require_equal("command", asked)
+    distributed.require_equal("dataset", {"number": len(samples), "hash": data})
+    layout = None
+    if options.strategy is not None:
+        mesh = None if options.mesh is None else parse_mesh(options.mesh)
+        layout = Layout.over(jax.local_devices(), find_strategy(options.strategy), mesh=mesh)
+    loading.fetch(options.checkpoint)  # with a progress bar of its own, which the spinner would garble
+    with console.status(f"Loading {escape(shown(options.checkpoint))}"):
+        precision = find_precision(options.precision, layout and layout.platform)
+        model = UniBiomed.from_pretrained(options.checkpoint, precision=precision, layout=layout)
+    config = {
+        "checkpoint": model.checkpoint_hash,
+        "path": shown(options.checkpoint),
+        "data": data,
+        "folder": shown(options.data),
+        "split": options.split,
+        "precision": dataclasses.asdict(model.precision),
+        "max_new_tokens": options.max_new_tokens,
+        "strategy": options.strategy,
+        "mesh": options.mesh,
+        "device": jax.local_devices()[0].device_kind,
+        "versions": scoring.versions(),
+    }
+    done = distributed.first_says(lambda: _begin(options, config, samples))
+    own = set(distributed.share(list(dict.fromkeys(sample.image for sample in samples))))
+    todo = [s for s in samples if s.image in own and s.doc_id not in done.get(s.task, ())]
+    count = sum(map(len, done.values()))
+    if count:
+        _say(f"{count} of {len(samples)} already answered in {shown(options.out)}.")
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    asker = answering.Asker(
+        model,
+        options.data,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        grounded=layout is not None,
+    )
+    with bar:
+        for _ in bar.track(
+            answering.answer_all(asker, options.out, todo), total=len(todo), description="Answering"
+        ):
+            pass
+    distributed.wait_for_all()
+    failed = 0
+    if distributed.is_first():
+        merged = answering.merge(options.out, samples)
+        failures = [s for of_task in merged.values() for s in of_task if s.reason is not None]
+        failed = len(failures)
+        for sample in failures[:NAMED]:
+            _say(f"Not answered: {shown(sample.doc_id)} ({sample.reason})")
+        more = f", {failed} not; the same command asks them again" if failed else ""
+        _say(f"{len(samples) - failed} answered{more}.")
+    console.print(INTENDED_USE, style="italic")
+    return distributed.first_says(lambda: failed)
+
+
+def _begin(options: EvalOptions, config: dict, samples: list) -> dict[str, list[str]]:
+    """Write config.json, and say what of a run is done.
+
+    Raises:
+        InputError: another model answered in this folder, or the same one in another way.
+    """
+    from unibiomed_jax.evaluation import answering
+
+    path = options.out / CONFIG
+    options.out.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        before = read_json(path)
+        for name in ANSWERS_DEPEND_ON:
+            if before.get(name) != config[name]:
+                raise InputError(
+                    f"{shown(options.out)} has answers with the {name} {shown(str(before.get(name)))}, not "
+                    f"{shown(str(config[name]))}; choose another --out."
+                )
+    write_beside(path, json.dumps(config, indent=1).encode())
+    return {task: sorted(names) for task, names in answering.resume(options.out, samples).items()}
+
+
+def _say(sentence: str) -> None:
+    console.print(escape(sentence), highlight=False, soft_wrap=True)
 
 
 def _folders(options: EvalOptions) -> tuple[Path, Path, str]:
@@ -108,9 +258,27 @@ def _folders(options: EvalOptions) -> tuple[Path, Path, str]:
 
 
 def _check(options: EvalOptions) -> None:
+    for name in ("batch_size", "max_new_tokens"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1.")
+    if options.mesh is not None and options.strategy is None:
+        raise InputError(f"--mesh {options.mesh} spreads a strategy over devices; add --strategy.")
+    if options.checkpoint is None:
+        if options.mode == "infer":
+            raise InputError("--mode infer asks a model; name it with --checkpoint.")
+    else:
+        if options.mode == "score":
+            raise InputError("--mode score asks no model; leave out --checkpoint, or --mode.")
+        if options.predictions is not None:
+            raise InputError("--predictions are answers of another system; leave out --checkpoint.")
+        if options.data is None:
+            raise InputError("--checkpoint is asked about a dataset; name its folder with --data.")
+        return
     if options.predictions is None:
         if options.data is not None:
-            raise InputError("--data belongs to --predictions; leave it out, or name the predictions too.")
+            raise InputError(
+                "--data belongs to --checkpoint or --predictions; name one of them, or leave it out."
+            )
         return
     if options.folders is not None:
         raise InputError("--folders writes the predictions of a run; leave out --predictions.")
@@ -122,10 +290,15 @@ def _check(options: EvalOptions) -> None:
         )
 
 
-def _checkpoint(run: Path) -> str | None:
-    """Hash of what answered, from the run's config.json, if it has one."""
-    path = run / "config.json"
-    return read_json(path).get("checkpoint") if path.exists() else None
+def _about(options: EvalOptions) -> dict:
+    """What is known about who answered: the run's config.json, if it has one."""
+    from unibiomed_jax.evaluation import scoring
+
+    path = options.out / CONFIG
+    known: dict = {"versions": scoring.versions()}
+    if options.data is not None:
+        known |= {"folder": str(options.data), "split": options.split}
+    return read_json(path) if path.exists() else known
 
 
 def _show(result, rows: list[dict]) -> None:
@@ -162,6 +335,7 @@ def compare(options: CompareOptions) -> int:
     from unibiomed_jax.evaluation import scoring
     from unibiomed_jax.evaluation.compare import compare as compare_runs
     from unibiomed_jax.evaluation.compare import write_csv
+    from unibiomed_jax.evaluation.page import write_comparison
 
     runs = [scoring.read_run(run, ()) for run in (options.first, options.second)]
     differences, alone = compare_runs(*runs, (options.first, options.second))
@@ -206,4 +380,6 @@ def compare(options: CompareOptions) -> int:
             console.print(f"{task}: {number} records were scored in one run only, and are left out.")
     if options.csv is not None:
         write_csv(options.csv, differences)
+    if options.page is not None:
+        write_comparison(options.page, differences, (options.first, options.second))
     return DONE

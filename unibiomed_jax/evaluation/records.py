@@ -49,8 +49,11 @@ class Sample:
     slices: tuple[str, ...] = ()
     # Of a pixel (y, x) or voxel (z, y, x), mm; None where nobody says.
     spacing: tuple[float, ...] | None = None
+    # Of a region, what the question is about.
     truth_masks: EncodedMasks = ()
     masks: EncodedMasks = ()
+    # Of each mask, the model's own logit that there is such a thing; of a volume the largest of its slices.
+    object_scores: tuple[float, ...] = ()
     # By protocol, scores by name.
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     # Why it was not answered, or cannot be scored.
@@ -132,6 +135,7 @@ def from_json(line: Any, where: str) -> Sample:
     try:
         values["slices"] = tuple(map(str, values.get("slices", ())))
         values["spacing"] = None if spacing is None else tuple(float(size) for size in spacing)
+        values["object_scores"] = tuple(float(score) for score in values.get("object_scores", ()))
         values["response"] = line["resps"][0][0] if line.get("resps", [[]])[0] else None
         values["scores"] = {
             protocol: {name: float(value) for name, value in scores.items()}

@@ -70,7 +70,7 @@ def _seg2d(task: str, data: Path, predictions: Path, split: str) -> Iterator[Sam
             dataset=data.name,
             patient=_patient(image),
             image=annotation.get("file_name", ""),
-            spacing=_spacing(image, 2, path),
+            spacing=read_spacing(image, 2, path),
             truth_masks=encode_masks([_mask(data / f"{split}_mask" / name)]),
             masks=encode_masks([_mask(predicted)]) if predicted.exists() else (),
             reason=None if predicted.exists() else NO_FILE,
@@ -98,7 +98,7 @@ def _seg3d(task: str, data: Path, predictions: Path, split: str) -> Iterator[Sam
                 patient=_patient(content) or volume,
                 image=volume,
                 slices=tuple(names),
-                spacing=_spacing(content, 3, path),
+                spacing=read_spacing(content, 3, path),
                 truth_masks=_stack([of_slice.get(name) for name in names], f"{volume}, {target}"),
                 masks=_stack(files, f"the prediction of {volume}, {target}") if there else (),
                 reason=None if there else "slices without a prediction",
@@ -132,7 +132,7 @@ def _grounded(task: str, data: Path, predictions: Path, split: str) -> Iterator[
             dataset=data.name,
             patient=_patient(image),
             image=name,
-            spacing=_spacing(image, 2, path),
+            spacing=read_spacing(image, 2, path),
             truth_masks=encode_masks(truths),
             masks=encode_masks(masks) if TASKS[task].masks else (),
             reason=NO_FILE if caption is None else None,
@@ -152,7 +152,7 @@ def _patient(row: dict) -> str | None:
     return str(row["patient"]) if row.get("patient") not in (None, "") else None
 
 
-def _spacing(row: dict, axes: int, path: Path) -> tuple[float, ...] | None:
+def read_spacing(row: dict, axes: int, path: Path) -> tuple[float, ...] | None:
     spacing = row.get("spacing")
     if spacing is None:
         return None

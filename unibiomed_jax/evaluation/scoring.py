@@ -19,6 +19,7 @@ from typing import Any
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.evaluation import paper, records, strict
 from unibiomed_jax.evaluation.bootstrap import Case, Estimate, estimate
+from unibiomed_jax.evaluation.object_score import object_score_table
 from unibiomed_jax.evaluation.paper_text import TextItem, one_line
 from unibiomed_jax.evaluation.records import Sample
 from unibiomed_jax.evaluation.repairs import Repairs
@@ -27,14 +28,15 @@ from unibiomed_jax.evaluation.text import TextScores, score_texts
 from unibiomed_jax.files import read_json, shown, write_beside
 
 RESULTS = "results.json"
-VERSIONS = ("unibiomed-jax", "numpy", "scipy", "pillow")
+VERSIONS = ("unibiomed-jax", "jax", "numpy", "scipy", "pillow")
 # Text metrics that are means over the texts; the others are of all texts together.
 MEANS = ("ROUGE_L", "CIDEr")
 # The dataset and target of records that name none.
 UNNAMED = "unnamed"
 # Columns of results.csv.
 COLUMNS = (
-    "task protocol dataset target score value low high micro micro_low micro_high n patients checkpoint data"
+    "task protocol dataset target score value low high micro micro_low micro_high n patients checkpoint data "
+    "versions"
 ).split()
 
 
@@ -109,6 +111,9 @@ def score_strict(
         if task in texts:  # of the whole, not means of the records
             whole = texts[task].whole.items()
             numbers["corpus"] = {name: value for name, value in whole if name not in MEANS}
+        if (found := object_score_table(scored[task])) is not None:
+            numbers["object_score"] = found
+            notes.append(_about_object_score(found))
         numbers["n"] = len(scores[task])
         results[task] = TaskResult(task, "strict", numbers, unscored[task], notes)
     return results, scored
@@ -122,11 +127,14 @@ def _score_samples(
 ) -> dict[str, dict[str, float]]:
     """The scores by doc_id; what has none goes to `unscored` with its reason."""
 
+    def judged(sample: Sample) -> bool:
+        return bool(sample.truth_masks) and TASKS[task].masks  # the mask of a region is what is shown
+
     def of_one(sample: Sample) -> dict[str, float] | str:
         if sample.reason is not None:
             return sample.reason
         try:
-            found = strict.score_masks(sample, tolerances) if sample.truth_masks else {}
+            found = strict.score_masks(sample, tolerances) if judged(sample) else {}
         except strict.NotComparable as error:
             return str(error)
         if TASKS[task].right and sample.answer is not None:
@@ -170,6 +178,29 @@ def _notes(texts: TextScores | None) -> list[str]:
     return [] if texts is None else [f"Tokens of the texts: {texts.tokens}.", *texts.missing]
 
 
+def _about_object_score(found: Mapping[str, Any]) -> str:
+    """Whether masks may be hidden by the object score, in a sentence."""
+    if found["constant"]:
+        return (
+            f"The object score is {found['highest']:.3f} for every mask: the head that gives it was never "
+            "trained, and --hide-absent must not be used with this checkpoint."
+        )
+    if found["auroc"] is None:
+        kinds = "present" if found["present"] else "absent"
+        return (
+            f"All targets are {kinds}: the object score cannot be judged; ask about both kinds before "
+            "hiding masks by it."
+        )
+    low, high = found["auroc_interval"] or (math.nan, math.nan)
+    middle = next(row for row in found["thresholds"] if row["above"] == 0)
+    return (
+        f"Object score: AUROC {found['auroc']:.3f} ({low:.3f} to {high:.3f}) over {found['present']} present "
+        f"and {found['absent']} absent targets; hide_absent would hide {middle['absent_hidden']:.0%} of the "
+        f"absent and {middle['present_hidden']:.0%} of the present ones, Dice over all {found['dice']:.3f} "
+        f"becomes {middle['dice']:.3f}."
+    )
+
+
 def hash_table(path: Path) -> str | None:
     """Of a table that is scored without records; None if there is none."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None
@@ -195,7 +226,7 @@ def write_results(
     stamp = {"checkpoint": checkpoint, "data": data}
     content = {
         **stamp,
-        "versions": {name: version(name) for name in VERSIONS},
+        "versions": versions(),
         "results": [vars(result) for result in results],
     }
     text = json.dumps(_finite(content), indent=1, ensure_ascii=False)
@@ -204,8 +235,13 @@ def write_results(
     writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in rows(results):
-        writer.writerow(row | stamp)
+        writer.writerow(row | stamp | {"versions": ", ".join(map(" ".join, versions().items()))})
     write_beside(run / "results.csv", table.getvalue().encode("utf-8", "backslashreplace"))
+
+
+def versions() -> dict[str, str]:
+    """What computed, by package."""
+    return {name: version(name) for name in VERSIONS}
 
 
 def _finite(value: Any) -> Any:

@@ -4,6 +4,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Bool
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
@@ -64,15 +65,7 @@ def overlay(
     colours = {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(dict.fromkeys(names))}
     found = {name for name, mask in zip(names, masks, strict=True) if mask.any()}
 
-    scale = np.clip(max(image.size), _SMALLEST, _LARGEST) / max(image.size)
-    size = tuple(max(1, round(side * scale)) for side in image.size)
-    canvas = np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS)).astype(np.float32)
-    # Large regions first, so that small ones inside them stay visible.
-    order = sorted(
-        (index for index in range(len(masks)) if masks[index].any()), key=lambda i: -masks[i].sum()
-    )
-    centres = [_draw_mask(canvas, masks[index], colours[names[index]]) for index in order]
-    picture = Image.fromarray(np.rint(canvas).astype(np.uint8))
+    picture, order, centres = _paint(image, masks, [colours[name] for name in names])
     # Where colours repeat, numbers in the regions and in the legend tell them apart.
     if len(colours) > len(PALETTE):
         numbers = {name: str(number) for number, name in enumerate(colours, 1)}
@@ -83,6 +76,27 @@ def overlay(
     else:
         entries = [(name, colour, name in found) for name, colour in colours.items()]
     return _add_legend(picture, entries)
+
+
+def outline(image: Image.Image, masks: Sequence[Bool[np.ndarray, "height width"]]) -> Image.Image:
+    """As `overlay`, without a legend: for pages that say beside the picture what it shows."""
+    colours = [PALETTE[number % len(PALETTE)] for number in range(len(masks))]
+    return _paint(image, masks, colours)[0]
+
+
+def _paint(
+    image: Image.Image, masks: Sequence[np.ndarray], colours: Sequence[tuple[int, int, int]]
+) -> tuple[Image.Image, list[int], list[tuple[int, int]]]:
+    """The enlarged image with masks on it; which of them, in order of drawing, and a point inside of each."""
+    scale = np.clip(max(image.size), _SMALLEST, _LARGEST) / max(image.size)
+    size = tuple(max(1, round(side * scale)) for side in image.size)
+    canvas = np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS)).astype(np.float32)
+    # Large regions first, so that small ones inside them stay visible.
+    order = sorted(
+        (index for index in range(len(masks)) if masks[index].any()), key=lambda i: -masks[i].sum()
+    )
+    centres = [_draw_mask(canvas, masks[index], colours[index]) for index in order]
+    return Image.fromarray(np.rint(canvas).astype(np.uint8)), order, centres
 
 
 def _draw_mask(canvas: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]) -> tuple[int, int]:

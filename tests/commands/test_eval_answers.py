@@ -1,0 +1,176 @@
+"""`unibiomed eval --checkpoint`: which records are asked, what is kept of a run, and what its page shows."""
+
+import json
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from places import MICRO
+from small_datasets import coco_table, save_picture, save_square, write_table
+
+from unibiomed_jax import UniBiomed
+from unibiomed_jax.commands.eval import CompareOptions, EvalOptions, compare, evaluate
+from unibiomed_jax.config.precision import FLOAT32
+from unibiomed_jax.errors import InputError
+from unibiomed_jax.evaluation.own_format import read_own_format
+from unibiomed_jax.evaluation.records import decode_masks, read_samples, samples_file
+
+# What the model is made to say: the micro checkpoint has learned nothing.
+SAID = "a [SEG] b"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return UniBiomed.from_pretrained(MICRO, precision=FLOAT32)
+
+
+@pytest.fixture
+def asked(model, monkeypatch):
+    """The questions of every call of the model, which says SAID to each."""
+    calls = []
+    ids = model.tokenizer.encode(SAID)
+    predict = UniBiomed.predict_batch
+
+    def told(self, requests, **options):
+        calls.append([request.prompt for request in requests])
+        forced = dict(enumerate([*ids, model.tokenizer.eos_id]))
+        return predict(self, [replace(request, forced=forced) for request in requests], **options)
+
+    monkeypatch.setattr(UniBiomed, "from_pretrained", lambda *_, **__: model)
+    monkeypatch.setattr(UniBiomed, "predict_batch", told)
+    return calls
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Five images with a target and a region each; one image is missing, one mask is of another size."""
+    root = tmp_path / "liver"
+    for number in range(5):
+        save_picture(root / "test" / f"{number}.png", seed=number)
+        save_square(root / "test_mask" / f"{number}_liver.png", corner=(number, number))
+    save_square(root / "test_mask" / "4_liver.png", size=(60, 31))
+    table = coco_table(5)
+    for image in table["images"]:
+        image |= {"patient": f"p{image['id']}", "spacing": [0.5, 0.5], "width": 60, "height": 30}
+    write_table(root / "test.json", table)
+    write_table(root / "test_region.json", table)
+    (root / "test" / "3.png").unlink()
+    return root
+
+
+def options(data, out, **more):
+    return EvalOptions(out, checkpoint=MICRO, data=data, max_new_tokens=24, batch_size=2, **more)
+
+
+@pytest.mark.slow
+def test_a_run_from_images_to_a_page(data, asked, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert evaluate(options(data, out)) == 1
+    assert "6 answered, 4 not" in capsys.readouterr().out
+    assert list(map(len, asked)) == [2, 2, 2]  # the last ones of both tasks together
+    samples = read_samples(samples_file(out, "seg2d"), "seg2d")
+    assert [sample.doc_id for sample in samples] == [f"{number}_liver.png" for number in range(5)]
+    first, missing, wrong = samples[0], samples[3], samples[4]
+    assert first.question == "<image>Please segment Liver in abdomen CT."
+    assert (first.response, first.prediction) == (f"{SAID}<|im_end|>", "a b")
+    assert decode_masks(first.masks, "")[0].shape == (30, 60) and len(first.object_scores) == 1
+    assert first.spacing == (0.5, 0.5) and first.patient == "p0" and first.image == "test/0.png"
+    assert "3.png" in missing.reason and "60x31" in wrong.reason.replace(" ", "")
+    content = json.loads((out / "results.json").read_text())
+    config = json.loads((out / "config.json").read_text())
+    assert content["checkpoint"] == config["checkpoint"] and content["data"] == config["data"]
+    found = {result["task"]: result for result in content["results"]}
+    assert found["seg2d"]["numbers"]["n"] == 3 and found["region"]["numbers"]["n"] == 3
+    assert set(found["seg2d"]["unscored"]) == {"3_liver.png", "4_liver.png"}
+    page = (out / "index.html").read_text()
+    assert page.count("data:image/jpeg") == 3 * 2 + 3  # truth and answer; what a region shows
+    links = Links()
+    links.feed(page)
+    assert links.found and all(link.startswith(("#", "data:")) for link in links.found)
+    assert "<script" not in page and "@import" not in page and "qualified expert must review" in page
+    assert "Please segment Liver in abdomen CT." in page and "2 not scored" in page
+
+
+class Links(HTMLParser):
+    """All that a page could load."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attributes):
+        self.found += [value for name, value in attributes if name in ("src", "href", "srcset", "action")]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_asks_what_failed_again(data, asked, tmp_path, capsys):
+    out = tmp_path / "run"
+    evaluate(options(data, out, mode="infer", task=("seg2d",)))
+    assert not (out / "results.json").exists()
+    path = samples_file(out, "seg2d")
+    whole = path.read_bytes().split(b"\n")
+    path.write_bytes(whole[0] + b"\n" + whole[1][:40])  # killed within a line
+    part = path.with_name(path.name + ".part1")
+    part.write_bytes(whole[2] + b"\n" + whole[3][:9])  # and so was another process
+    shutil.copy(data / "test" / "0.png", data / "test" / "3.png")
+    asked.clear()
+    capsys.readouterr()
+    assert evaluate(options(data, out, mode="infer", task=("seg2d",))) == 1
+    assert "2 of 5 already answered" in capsys.readouterr().out
+    assert asked == [["<image>Please segment Liver in abdomen CT."] * 2]  # 1 and 3
+    assert path.read_bytes().split(b"\n")[:3] == whole[:3] and not part.exists()
+    assert [s.reason is None for s in read_samples(path, "seg2d")] == [True] * 4 + [False]
+    save_square(data / "test_mask" / "4_liver.png")
+    assert evaluate(options(data, out, task=("seg2d",))) == 0
+    assert len(asked) == 2
+    # The truth of an image is another one now: it is asked again, and no other.
+    save_square(data / "test_mask" / "2_liver.png", corner=(30, 10))
+    assert evaluate(options(data, out, task=("all",), mode="infer")) == 0
+    assert [len(call) for call in asked[2:]] == [2, 2, 2]
+
+
+def test_a_run_has_one_model(data, asked, tmp_path):
+    evaluate(options(data, tmp_path, task=("region",), mode="infer"))
+    with pytest.raises(InputError, match="max_new_tokens 24, not 25; choose another --out"):
+        evaluate(replace(options(data, tmp_path, task=("region",)), max_new_tokens=25))
+
+
+@pytest.mark.slow
+def test_two_runs_are_compared_on_a_page(data, asked, tmp_path):
+    for name in ("first", "second"):
+        evaluate(options(data, tmp_path / name, task=("seg2d",)))
+    compare(CompareOptions(tmp_path / "first", tmp_path / "second", page=tmp_path / "compare.html"))
+    page = (tmp_path / "compare.html").read_text()
+    assert "Liver in abdomen CT." in page and "+0.0000" in page and "qualified expert" in page
+
+
+def test_every_task_of_the_own_format(volumes, findings):
+    (volume,) = read_own_format(volumes, "train", ["seg3d"])
+    assert volume.question == "<image>Please segment Lung tumor in chest CT."
+    assert len(volume.slices) == 14 and volume.image == "v1" and volume.doc_id == "v1/Lung tumor in chest CT."
+    (truth,) = decode_masks(volume.truth_masks, "")
+    assert [piece.any() for piece in truth] == [False, *[True] * 12, False]
+    reports = read_own_format(findings, "train", ["report"])
+    answers = {sample.doc_id: sample.answer for sample in reports}
+    assert answers["train/0.png[a]"].startswith("Nodule. ") and "5 mm nodule" in answers["train/0.png[a]"]
+    questions = read_own_format(findings, "train", ["gvqa"])
+    assert {len(sample.truth_masks) for sample in questions} == {1, 2}
+    assert any(not np.any(decode_masks(sample.truth_masks, "")[0]) for sample in questions)
+    assert questions == read_own_format(findings, "train", ["gvqa"])
+
+
+def test_what_cannot_be_asked_is_one_sentence(data, tmp_path):
+    for wrong, complaint in (
+        (EvalOptions(tmp_path, mode="infer"), "name it with --checkpoint"),
+        (EvalOptions(tmp_path, checkpoint=MICRO), "name its folder with --data"),
+        (options(data, tmp_path, mode="score"), "leave out --checkpoint"),
+        (options(data, tmp_path, predictions=data), "answers of another system"),
+        (replace(options(data, tmp_path), batch_size=0), "--batch-size 0"),
+        (options(data, tmp_path, mesh="data=2"), "add --strategy"),
+        (options(data, tmp_path, task=("gvqa",)), "no record of gvqa in the split 'test'"),
+        (options(data, tmp_path, datasets=("lung",)), "no dataset lung with a split 'test'"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            evaluate(wrong)

@@ -1,0 +1,246 @@
+"""Ask a model every record of an evaluation, several at a time, and keep each answer as it comes."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from unibiomed_jax import distributed
+from unibiomed_jax.data.transforms import draw_box
+from unibiomed_jax.errors import InputError
+from unibiomed_jax.evaluation.records import (
+    Sample,
+    SampleWriter,
+    decode_masks,
+    encode_masks,
+    read_samples,
+    samples_file,
+    write_samples,
+)
+from unibiomed_jax.evaluation.tasks import TASKS
+from unibiomed_jax.files import locate, shown
+from unibiomed_jax.inference.answer import Answer, OpenedImage, Request
+from unibiomed_jax.inference.buckets import tile_bucket, token_bucket
+from unibiomed_jax.inference.predictor import UniBiomed
+from unibiomed_jax.inputs.images import open_image
+
+# Masks that an answer has room for where all of it is one compiled call; one with more is asked by itself.
+OBJECTS = 4
+_MARKS = re.compile(r"<\|\w+\|>|</?p>|\[SEG\]")
+
+
+class Asker:
+    """Questions on their way to a model: those of one shape are answered together.
+
+    Images are opened and encoded once for all questions that follow each other.
+    """
+
+    def __init__(
+        self, model: UniBiomed, data: Path, *, batch_size: int, max_new_tokens: int, grounded: bool = False
+    ):
+        """`data` is the folder that images' names start from; `grounded` asks by `UniBiomed.ground`."""
+        self.model, self.data = model, locate(data)
+        self.batch_size, self.max_new_tokens, self.grounded = batch_size, max_new_tokens, grounded
+        self._opened: OrderedDict[str, OpenedImage] = OrderedDict()
+
+    def ask(self, samples: Sequence[Sample]) -> Iterator[Sample]:
+        """The records with their answers, or with the reason why they have none, as they come."""
+        waiting: dict[_Shape, list[_Asked]] = {}
+        for sample in samples:
+            if sample.reason is not None:
+                yield sample
+                continue
+            try:
+                asked = _Asked(sample, self._request(sample))
+                tokens = len(self.model.prompt_of(asked.request).ids)
+            except InputError as error:
+                yield replace(sample, reason=str(error))
+                continue
+            shape = _shape(asked.request, tokens)
+            group = waiting.setdefault(shape, [])
+            group.append(asked)
+            if len(group) == self._together(shape):
+                yield from self._answer(waiting.pop(shape))
+        # What is left over of several lengths is answered at the longest: fewer calls, and few new shapes.
+        rest: dict[_Shape, list[_Asked]] = {}
+        for shape in sorted(waiting, key=lambda shape: shape.tokens):
+            rest.setdefault(shape._replace(tokens=0), []).extend(waiting[shape])
+        for shape, group in rest.items():
+            for start in range(0, len(group), self._together(shape)):
+                yield from self._answer(group[start : start + self._together(shape)])
+
+    def _together(self, shape: _Shape) -> int:
+        """How many are asked at a time: every volume by itself, unless they are spread over devices."""
+        shares = self.model.layout.batch_shares
+        if shape.frames:
+            return shares if self.grounded else 1
+        return -(-self.batch_size // shares) * shares
+
+    def _request(self, sample: Sample) -> Request:
+        if sample.slices:
+            return Request(sample.question, self._open_volume(sample))
+        if sample.task == "region" and sample.truth_masks:
+            (region,) = decode_masks(sample.truth_masks[:1], sample.doc_id)
+            pixels = np.asarray(open_image(self.data / sample.image)[0])
+            boxed = Image.fromarray(draw_box(pixels, region, np.random.default_rng(0)))
+            return Request(sample.question, self.model.open(boxed))
+        if sample.image not in self._opened:
+            if len(self._opened) == self.batch_size:
+                self._opened.popitem(last=False)
+            self._opened[sample.image] = self.model.open(self.data / sample.image)
+        return Request(sample.question, self._opened[sample.image])
+
+    def _open_volume(self, sample: Sample) -> OpenedImage:
+        """A volume, with slices that show the target spread over it for the language model to see."""
+        truths = decode_masks(sample.truth_masks[:1], sample.doc_id)
+        shown_in = np.flatnonzero(truths[0].any((1, 2))) if truths else ()
+        if not len(shown_in):  # nowhere, or nobody knows
+            shown_in = np.arange(len(sample.slices))
+        limit = min(self.model.config.sam2.max_conditioning_frames, len(shown_in))
+        chosen = shown_in[np.linspace(0, len(shown_in) - 1, limit + 2).round().astype(int)[1:-1]]
+        paths = [self.data / sample.image / name for name in sample.slices]
+        return self.model.open_volume(paths, conditioning=sorted(set(chosen.tolist())))
+
+    def _answer(self, group: Sequence[_Asked]) -> Iterator[Sample]:
+        requests = [asked.request for asked in group]
+        try:
+            answers = self._said(requests)
+        except (RuntimeError, MemoryError) as error:  # such as too little memory for these images
+            reason = f"not answered: {error or type(error).__name__}; try a smaller --batch-size"
+            yield from (replace(asked.sample, reason=reason) for asked in group)
+            return
+        for asked, answer in zip(group, answers, strict=True):
+            yield _with_answer(asked.sample, answer)
+
+    def _said(self, requests: Sequence[Request]) -> list[Answer]:
+        if self.grounded:
+            try:
+                return self.model.ground(requests, max_new_tokens=self.max_new_tokens, objects=OBJECTS)
+            except InputError:  # more masks than there is room for
+                pass
+        return self.model.predict_batch(requests, max_new_tokens=self.max_new_tokens)
+
+
+class _Asked(NamedTuple):
+    sample: Sample
+    request: Request
+
+
+class _Shape(NamedTuple):
+    """Requests of one shape fit into one call."""
+
+    frames: int
+    tiles: int
+    tokens: int
+
+
+def _shape(request: Request, tokens: int) -> _Shape:
+    image = request.image
+    assert isinstance(image, OpenedImage)
+    frames = len(image.frames) if image.is_volume else 0
+    return _Shape(frames, tile_bucket(len(image.tiles)), token_bucket(tokens))
+
+
+def _with_answer(sample: Sample, answer: Answer) -> Sample:
+    """The record with what was said: the words without marks, and masks if the task has some."""
+    segments = answer.segments if TASKS[sample.task].masks else ()
+    return replace(
+        sample,
+        response=answer.text,
+        prediction=" ".join(_MARKS.sub(" ", answer.text).split()),
+        masks=encode_masks(segment.mask for segment in segments),
+        object_scores=tuple(float(np.max(segment.object_score)) for segment in segments),
+    )
+
+
+# --------------------------------------------------------------------------------------- files of a run
+
+
+def resume(run: Path, samples: Sequence[Sample]) -> dict[str, set[str]]:
+    """The doc_ids, by task, that are answered in a run's folder; what failed, or was asked otherwise, goes.
+
+    Called by the first process alone. Answers of several processes that were killed are taken over.
+    """
+    done: dict[str, set[str]] = {}
+    for task, of_task in by_task(samples).items():
+        keys = {sample.key for sample in of_task}
+        kept: dict[str, Sample] = {}
+        parts = sorted(run.glob(f"{samples_file(run, task).name}.part*"))
+        for path in (samples_file(run, task), *parts):
+            if path.exists() and path.stat().st_size:
+                for sample in _answered(path, task):
+                    if sample.key in keys and sample.reason is None:
+                        kept[sample.doc_id] = sample
+        if kept or samples_file(run, task).exists():
+            write_samples(samples_file(run, task), kept.values())
+        for path in parts:
+            path.unlink()
+        done[task] = set(kept)
+    return done
+
+
+def _answered(path: Path, task: str) -> list[Sample]:
+    """The records of a file that may hold nothing but the beginning of one."""
+    return read_samples(path, task) if b"\n" in path.read_bytes() else []
+
+
+def by_task(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+    found: dict[str, list[Sample]] = {}
+    for sample in samples:
+        found.setdefault(sample.task, []).append(sample)
+    return found
+
+
+def answer_all(asker: Asker, run: Path, samples: Sequence[Sample]) -> Iterator[Sample]:
+    """Ask this process's share, and write each answer down before the next one is asked.
+
+    The first process appends to the files of the run, the others to files beside them (see `merge`).
+    """
+    part = "" if distributed.is_first() else f".part{distributed.process()}"
+    writers: dict[str, SampleWriter] = {}
+    try:
+        for sample in asker.ask(samples):
+            if sample.task not in writers:
+                path = samples_file(run, sample.task)
+                writers[sample.task] = SampleWriter(path.with_name(path.name + part))
+            writers[sample.task].write(sample)
+            yield sample
+    finally:
+        for writer in writers.values():
+            writer.close()
+
+
+def merge(run: Path, samples: Sequence[Sample]) -> Mapping[str, list[Sample]]:
+    """All answers of all processes, in the order of the records; by the first process, when all are done.
+
+    Raises:
+        InputError: answers of a process are missing.
+    """
+    merged = {}
+    for task, of_task in by_task(samples).items():
+        path = samples_file(run, task)
+        parts = sorted(run.glob(f"{path.name}.part*"))
+        found = {
+            sample.doc_id: sample
+            for file in (path, *parts)
+            if file.exists()
+            for sample in _answered(file, task)
+        }
+        missing = [sample.doc_id for sample in of_task if sample.doc_id not in found]
+        if missing:
+            raise InputError(
+                f"{shown(run)} lacks answers such as {shown(missing[0])}; give all processes one folder that "
+                "they share, and start them again."
+            )
+        merged[task] = [found[sample.doc_id] for sample in of_task]
+        write_samples(path, merged[task])
+        for file in parts:
+            file.unlink()
+    return merged
