@@ -28,6 +28,10 @@ CONFIG = "config.json"
 # Entries of it that must not change while a run goes on.
 ANSWERS_DEPEND_ON = ("checkpoint", "split", "precision", "max_new_tokens")
 
+Format = Literal[
+    "unibiomed", "reference", "biomedparse", "mecovqa", "slake", "vqa-rad", "parquet", "omnimedvqa", "table"
+]
+Rule = Literal["medplib", "llava-med", "medevalkit", "lmms-eval"]
 TaskName = Literal["seg2d", "seg3d", "disease", "region", "gvqa", "report", "caption", "vqa", "all"]
 
 
@@ -53,9 +57,11 @@ class EvalOptions(Processes):
     predictions: Path | None = None
     # Folder of the dataset that is asked, or that predictions are about.
     data: Path | None = None
+    # How it is laid out; `unibiomed eval list` says what is known.
+    format: Format = "unibiomed"
     # Part of it.
     split: str = "test"
-    # Ask only the datasets in folders of these names.
+    # Ask only the datasets of these names.
     datasets: tuple[str, ...] = ()
     # Under "paper": do sensibly, and note, what the reference fails at.
     repair: bool = False
@@ -63,6 +69,8 @@ class EvalOptions(Processes):
     folders: Path | None = None
     # Under "strict": a JSON file of tolerances of the surface Dice by target, mm.
     tolerances: Path | None = None
+    # Under "strict": when an answer to a closed or open question is right, as these publish numbers.
+    rule: tuple[Rule, ...] = ("medplib", "lmms-eval")
     # Images asked about in one go; takes the memory of the next power of two.
     batch_size: int = 8
     # Longest answer, tokens.
@@ -130,7 +138,9 @@ def _score(options: EvalOptions) -> int:
         if options.predictions is not None:
             (task,) = options.task
             samples = {task: reference_samples.read_samples(task, *_folders(options))}
-        found, samples = scoring.score_strict(samples, scoring.read_tolerances(options.tolerances))
+        found, samples = scoring.score_strict(
+            samples, scoring.read_tolerances(options.tolerances), options.rule
+        )
         results += found.values()
         for task, of_task in samples.items():
             records.write_samples(records.samples_file(options.out, task), of_task)
@@ -154,13 +164,15 @@ def _answer(options: EvalOptions) -> int:
     import jax  # which starts only when it is needed
 
     from unibiomed_jax.conversion import loading
-    from unibiomed_jax.evaluation import answering, own_format, scoring
+    from unibiomed_jax.evaluation import answering, readers, scoring
     from unibiomed_jax.inference.answer import INTENDED_USE
     from unibiomed_jax.inference.predictor import UniBiomed
     from unibiomed_jax.sharding.layout import Layout, parse_mesh
     from unibiomed_jax.sharding.strategies import find_strategy
 
-    samples = own_format.read_own_format(options.data, options.split, options.task, options.datasets)
+    samples = readers.read_records(
+        options.data, options.split, options.task, options.datasets, options.format
+    )
     asked = dataclasses.asdict(options)
     del asked["process"]
     data = scoring.hash_data(answering.by_task(samples))
@@ -180,6 +192,7 @@ def _answer(options: EvalOptions) -> int:
         "path": shown(options.checkpoint),
         "data": data,
         "folder": shown(options.data),
+        "format": options.format,
         "split": options.split,
         "precision": dataclasses.asdict(model.precision),
         "max_new_tokens": options.max_new_tokens,
@@ -203,7 +216,7 @@ def _answer(options: EvalOptions) -> int:
     )
     asker = answering.Asker(
         model,
-        options.data,
+        readers.image_folder(options.data),
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
         grounded=layout is not None,

@@ -26,6 +26,15 @@ from unibiomed_jax.inputs.prompt import IMAGE
 # As UniBiomed's scripts ask: about regions, reports and captions there is a newline behind the image.
 _PROMPTS = PromptConfig(newline_after_image=False)
 _PROMPTS_WITH_NEWLINE = PromptConfig(newline_after_image=True)
+TASK_OF_KIND = {
+    Kind.SEGMENTATION: "seg2d",
+    Kind.SEQUENCE: "seg3d",
+    Kind.DISEASE: "disease",
+    Kind.REGION: "region",
+    Kind.VQA: "gvqa",
+    Kind.REPORT: "report",
+    Kind.CAPTION: "caption",
+}
 _NEWLINE = ("region", "report", "caption", "vqa")
 
 
@@ -63,7 +72,10 @@ def read_own_format(
             raise InputError(
                 f"{shown(config.root)} is packed; evaluate the folder that it was packed from, --data FOLDER."
             )
-        found += [sample for sample in _read(config, data) if not tasks or sample.task in tasks]
+        table = read_table(config.annotation_path)
+        found += [
+            sample for sample in read_table_records(config, data, table) if not tasks or sample.task in tasks
+        ]
     missing = [task for task in tasks if not any(sample.task == task for sample in found)]
     if missing or not found:
         raise InputError(
@@ -73,8 +85,12 @@ def read_own_format(
     return sorted(found, key=lambda sample: (sample.dataset, sample.image))
 
 
-def _read(config: DatasetConfig, data: Path) -> Iterator[Sample]:
-    table = read_table(config.annotation_path)
+def read_table_records(config: DatasetConfig, data: Path, table: Any) -> Iterator[Sample]:
+    """The records of one dataset's table in a folder `data` of datasets.
+
+    Raises:
+        InputError: the table is damaged.
+    """
     problems: list[str] = []
     records = read_dataset(config, problems, table=table)
     if problems:
@@ -121,14 +137,7 @@ def _sample(
 def _task(record: Record) -> str:
     if record.kind is Kind.CAPTION:
         return "vqa" if record.question else "caption"
-    return {
-        Kind.SEGMENTATION: "seg2d",
-        Kind.SEQUENCE: "seg3d",
-        Kind.DISEASE: "disease",
-        Kind.REGION: "region",
-        Kind.VQA: "gvqa",
-        Kind.REPORT: "report",
-    }[record.kind]
+    return TASK_OF_KIND[record.kind]
 
 
 def _question(task: str, record: Record) -> str:

@@ -42,6 +42,10 @@ class Sample:
     # The target, by which scores are grouped.
     category: str = ""
     dataset: str = ""
+    # What else it can be grouped by: modality, question_type, answer_type ("open" or "closed"), ...
+    groups: dict[str, str] = field(default_factory=dict)
+    # Of a multiple choice question, what can be chosen: A, B, ...
+    choices: tuple[str, ...] = ()
     # Who was imaged; None where nobody says, and then every image is a patient.
     patient: str | None = None
     image: str = ""
@@ -134,6 +138,8 @@ def from_json(line: Any, where: str) -> Sample:
     spacing = values.get("spacing")
     try:
         values["slices"] = tuple(map(str, values.get("slices", ())))
+        values["choices"] = tuple(map(str, values.get("choices", ())))
+        values["groups"] = {name: str(group) for name, group in values.get("groups", {}).items()}
         values["spacing"] = None if spacing is None else tuple(float(size) for size in spacing)
         values["object_scores"] = tuple(float(score) for score in values.get("object_scores", ()))
         values["response"] = line["resps"][0][0] if line.get("resps", [[]])[0] else None
@@ -143,7 +149,7 @@ def from_json(line: Any, where: str) -> Sample:
         }
     except (TypeError, ValueError, LookupError, AttributeError):
         raise InputError(
-            f"{where} has slices, a spacing, resps or scores of another form; correct it."
+            f"{where} has slices, choices, groups, a spacing, resps or scores of another form; correct it."
         ) from None
     for name in _TEXTS_OR_NULL:
         if not isinstance(values.get(name), str | None):

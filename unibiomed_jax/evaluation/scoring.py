@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from unibiomed_jax.evaluation.records import Sample
 from unibiomed_jax.evaluation.repairs import Repairs
 from unibiomed_jax.evaluation.tasks import TASKS
 from unibiomed_jax.evaluation.text import TextScores, score_texts
+from unibiomed_jax.evaluation.vqa_rules import score_answer
 from unibiomed_jax.files import read_json, shown, write_beside
 
 RESULTS = "results.json"
@@ -73,13 +74,21 @@ def score_paper(inputs: Mapping[str, paper.PaperInput], repairs: Repairs) -> dic
 
 
 def score_strict(
-    samples: Mapping[str, Sequence[Sample]], tolerances: Mapping[str, float] | None = None
+    samples: Mapping[str, Sequence[Sample]],
+    tolerances: Mapping[str, float] | None = None,
+    rules: Sequence[str] = (),
 ) -> tuple[dict[str, TaskResult], dict[str, list[Sample]]]:
-    """All tasks by the strict protocol, and the records with their scores."""
+    """All tasks by the strict protocol, and the records with their scores.
+
+    Args:
+        samples: of every task.
+        tolerances: of the surface Dice by target, mm.
+        rules: of `vqa_rules.RULES`, for closed and open questions.
+    """
     unscored: dict[str, dict[str, str]] = {task: {} for task in samples}
     scores: dict[str, dict[str, dict[str, float]]] = {}
     for task, of_task in samples.items():
-        scores[task] = _score_samples(task, of_task, tolerances, unscored[task])
+        scores[task] = _score_samples(task, of_task, tolerances, rules, unscored[task])
     corpora = {
         task: one_line(
             [
@@ -108,6 +117,8 @@ def score_strict(
         if any(found.interval is None for found in estimates):
             notes.append("Means over fewer than 5 patients have no interval.")
         numbers: dict[str, Any] = {"estimates": [to_json(found) for found in estimates]}
+        if groups := [to_json(found) for found in _estimate_groups(scored[task])]:
+            numbers["groups"] = groups
         if task in texts:  # of the whole, not means of the records
             whole = texts[task].whole.items()
             numbers["corpus"] = {name: value for name, value in whole if name not in MEANS}
@@ -123,6 +134,7 @@ def _score_samples(
     task: str,
     samples: Sequence[Sample],
     tolerances: Mapping[str, float] | None,
+    rules: Sequence[str],
     unscored: dict[str, str],
 ) -> dict[str, dict[str, float]]:
     """The scores by doc_id; what has none goes to `unscored` with its reason."""
@@ -138,7 +150,7 @@ def _score_samples(
         except strict.NotComparable as error:
             return str(error)
         if TASKS[task].right and sample.answer is not None:
-            found |= right(sample.answer, sample.prediction or "")
+            found |= right(sample.answer, sample.prediction or "") | score_answer(sample, rules)
         return (
             found if found or sample.answer is not None else "neither a truth mask nor an answer to compare"
         )
@@ -168,6 +180,19 @@ def cases(samples: Sequence[Sample]) -> list[Case]:
         for sample in samples
         if sample.scores.get("strict")
     ]
+
+
+def _estimate_groups(samples: Sequence[Sample]) -> list[Estimate]:
+    """Means by modality, type of question and whatever else the records can be grouped by."""
+    found = []
+    for name in dict.fromkeys(name for sample in samples for name in sample.groups):
+        grouped = [
+            replace(sample, category=f"{name}: {sample.groups[name]}")
+            for sample in samples
+            if name in sample.groups
+        ]
+        found += [each for each in estimate(cases(grouped)) if each.target is not None]
+    return found
 
 
 def to_json(found: Estimate) -> dict[str, Any]:
@@ -264,7 +289,7 @@ def rows(results: Sequence[TaskResult]) -> list[dict[str, Any]]:
             found.append(start | {"score": name, "value": value, "n": n})
         for target, scores in result.numbers.get("classes", {}).items():
             found += [start | {"target": target, "score": name, "value": scores[name]} for name in scores]
-        for one in result.numbers.get("estimates", []):
+        for one in result.numbers.get("estimates", []) + result.numbers.get("groups", []):
             low, high = one["interval"] or (None, None)
             micro_low, micro_high = one["micro_interval"] or (None, None)
             found.append(
