@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from unibiomed_jax.commands.eval import CompareOptions, EvalOptions
+from unibiomed_jax.commands.eval import CompareOptions, EvalOptions, ListOptions, ReproduceOptions
 from unibiomed_jax.commands.explain_sharding import ExplainShardingOptions
 from unibiomed_jax.commands.export import ExportOptions
 from unibiomed_jax.commands.plan import PlanOptions
@@ -34,6 +34,8 @@ _Convert = (
 _Eval = (
     Annotated[EvalOptions, tyro.conf.subcommand("run")]
     | Annotated[CompareOptions, tyro.conf.subcommand("compare")]
+    | Annotated[ListOptions, tyro.conf.subcommand("list")]
+    | Annotated[ReproduceOptions, tyro.conf.subcommand("reproduce")]
 )
 Command = (
     Annotated[PredictOptions, tyro.conf.subcommand("predict")]
@@ -60,13 +62,18 @@ PLACES = {
     PackOptions: ("data", "pack"),
     EvalOptions: ("eval", "evaluate"),
     CompareOptions: ("eval", "compare"),
+    ListOptions: ("eval", "list_known"),
+    ReproduceOptions: ("eval", "reproduce"),
 }
 
 
 def parse(arguments: Sequence[str]) -> Any:
     """The options of a command line."""
     arguments = list(arguments)
-    if arguments[:1] == ["eval"] and arguments[1:2] not in (["run"], ["compare"], ["--help"], ["-h"]):
+    if arguments == ["eval", "--list"]:
+        arguments[1] = "list"
+    others = ("run", "compare", "list", "reproduce", "--help", "-h")
+    if arguments[:1] == ["eval"] and not set(arguments[1:2]) & set(others):
         arguments.insert(1, "run")  # what `unibiomed eval` does, if nothing else is said
     return tyro.cli(Command, prog="unibiomed", description=__doc__, args=arguments)
 

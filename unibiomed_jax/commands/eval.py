@@ -97,6 +97,29 @@ class CompareOptions:
     targets: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class ListOptions:
+    """What can be evaluated, with its licence and where to get it; `unibiomed eval --list` is the same."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReproduceOptions:
+    """Ask a model all of UniBiomed's test sets that are there; set its numbers beside the published ones."""
+
+    # The released checkpoint, as for `unibiomed eval`.
+    checkpoint: Annotated[str | Path, tyro.conf.arg(metavar="OWNER/NAME[@REVISION]|PATH")]
+    # The folder Biomed of the reference's layout.
+    data: Path
+    # Answers go there, published_numbers.md and published_numbers.csv; a second call goes on with the first.
+    out: Path = Path("reproduced")
+    # Tasks; by default all that the data has.
+    task: tuple[Literal["seg2d", "disease", "region", "gvqa", "report", "caption"], ...] = ()
+    # Images asked about in one go.
+    batch_size: int = 8
+    # As for `unibiomed eval`.
+    precision: PrecisionName = "auto"
+
+
 def evaluate(options: EvalOptions) -> int:
     """Run `unibiomed eval`; FAILED_IN_PART if something could not be answered or scored.
 
@@ -341,6 +364,62 @@ def _show(result, rows: list[dict]) -> None:
 
 def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:.4f}"
+
+
+def list_known(options: ListOptions) -> int:
+    """Run `unibiomed eval list`."""
+    from unibiomed_jax.evaluation.readers.known import known_datasets
+
+    del options
+    table = Table()
+    for column in ("--format", "what", "tasks", "--split", "licence", "where"):
+        table.add_column(column, overflow="fold")
+    for known in known_datasets():
+        table.add_row(*map(escape, known))
+    console.print(table)
+    return DONE
+
+
+def reproduce(options: ReproduceOptions) -> int:
+    """Run `unibiomed eval reproduce`; FAILED_IN_PART if something could not be answered or scored."""
+    from unibiomed_jax.evaluation import published, scoring
+    from unibiomed_jax.evaluation.readers.reference import reference_datasets
+
+    there = [
+        dataset
+        for dataset in reference_datasets()
+        if dataset.evaluated
+        and (not options.task or dataset.task in options.task)
+        and dataset.config(options.data, "test").annotation_path.is_file()
+    ]
+    if not there:
+        raise InputError(
+            f"{shown(options.data)} holds no test set of {', '.join(options.task) or 'UniBiomed'} (such as "
+            "ACDC/test.json); name the folder Biomed with --data."
+        )
+    tasks = tuple(dict.fromkeys(dataset.task for dataset in there))
+    evaluate(
+        EvalOptions(
+            out=options.out,
+            checkpoint=options.checkpoint,
+            mode="infer",
+            task=tasks,
+            data=options.data,
+            format="reference",
+            batch_size=options.batch_size,
+            precision=options.precision,
+        )
+    )
+    found = published.reproduce(scoring.read_run(options.out, tasks))
+    about = {"checkpoint": read_json(options.out / CONFIG)["checkpoint"], **scoring.versions()}
+    page, table = options.out / "published_numbers.md", options.out / "published_numbers.csv"
+    write_beside(page, published.render(found, about).encode())
+    write_beside(table, published.to_csv(found, about).encode())
+    for (task, dataset), result in found.items():
+        if result.unscored:
+            _say(f"{task}, {shown(dataset)}: {len(result.unscored)} not scored.")
+    _say(f"{len(found)} tables. Written: {shown(page)}")
+    return FAILED_IN_PART if any(result.unscored for result in found.values()) else DONE
 
 
 def compare(options: CompareOptions) -> int:
