@@ -174,3 +174,23 @@ def test_what_cannot_be_asked_is_one_sentence(data, tmp_path):
     ):
         with pytest.raises(InputError, match=complaint):
             evaluate(wrong)
+
+
+@pytest.mark.slow
+def test_questions_of_a_table_are_answered(data, asked, tmp_path):
+    """Images lie where the table lies, and so do those of all other formats."""
+    table = data / "mine.csv"
+    table.write_text(
+        "image,question,answer,patient,modality\n"
+        'test/0.png,"What, if anything, is there?",a b,p0,CT\n'
+        "test/1.png,Is it a liver?,yes,p1,MR\n"
+        "test/3.png,Is it there?,no,p3,MR\n"
+    )
+    out = tmp_path / "run"
+    assert evaluate(options(table, out, format="table", mode="infer")) == 1
+    questions = {call for calls in asked for call in calls}
+    assert questions == {"<image>\nWhat, if anything, is there?", "<image>\nIs it a liver?"}
+    first, second, missing = read_samples(samples_file(out, "vqa"), "vqa")
+    assert (first.prediction, second.prediction, missing.prediction) == ("a b", "a b", None)
+    assert missing.reason == "the image test/3.png is missing; copy it there"
+    assert first.groups == {"modality": "CT", "answer_type": "open"} and first.patient == "p0"
