@@ -47,3 +47,6 @@ def test_eval_scores_unless_something_else_is_said():
     assert type(cli.parse(["eval", "--out", "run"])) is cli.EvalOptions
     assert type(cli.parse(["eval", "run", "--out", "run"])) is cli.EvalOptions
     assert type(cli.parse(["eval", "compare", "a", "b"])) is cli.CompareOptions
+    assert type(cli.parse(["eval", "--list"])) is type(cli.parse(["eval", "list"])) is cli.ListOptions
+    released = ["eval", "reproduce", "--checkpoint", "released", "--data", "Biomed"]
+    assert type(cli.parse(released)) is cli.ReproduceOptions

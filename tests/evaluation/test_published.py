@@ -106,4 +106,4 @@ def test_every_set_that_the_scripts_evaluate_has_its_rows():
 def test_list(capsys):
     assert command.list_known(ListOptions()) == 0
     shown = capsys.readouterr().out
-    assert "SLAKE" in shown and "CC BY 4.0" in shown
+    assert "SLAKE: --format slake; vqa; --split train validation test\n    licence: CC BY 4.0\n" in shown

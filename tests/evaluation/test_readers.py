@@ -175,9 +175,13 @@ def test_mecovqa(tmp_path):
         (mask,) = decode_masks(found[task].truth_masks, "")
         assert mask.sum() == 144
     assert found["vqa"].groups == {"modality": "ct", "answer_type": "closed"}
-    (tmp_path / "SAMed2Dv1/masks/ct_00--A--1--0001_000.png").write_bytes(b"no mask")
+    mask = tmp_path / "SAMed2Dv1/masks/ct_00--A--1--0001_000.png"
+    mask.write_bytes(b"no mask")
     (damaged,) = read_records(tmp_path, "test", ("seg2d",), format="mecovqa")
-    assert "ct_00--A--1--0001_000.png" in damaged.reason
+    assert mask.name in damaged.reason and damaged.truth_masks == ()
+    mask.unlink()
+    (missing,) = read_records(tmp_path, "test", ("region",), format="mecovqa")
+    assert mask.name in missing.reason and "\n" not in missing.reason
 
 
 OWN = [

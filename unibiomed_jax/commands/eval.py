@@ -57,7 +57,7 @@ class EvalOptions(Processes):
     predictions: Path | None = None
     # Folder of the dataset that is asked, or that predictions are about.
     data: Path | None = None
-    # How it is laid out; `unibiomed eval list` says what is known.
+    # How it is laid out; `unibiomed eval --list` says what is known.
     format: Format = "unibiomed"
     # Part of it.
     split: str = "test"
@@ -371,12 +371,10 @@ def list_known(options: ListOptions) -> int:
     from unibiomed_jax.evaluation.readers.known import known_datasets
 
     del options
-    table = Table()
-    for column in ("--format", "what", "tasks", "--split", "licence", "where"):
-        table.add_column(column, overflow="fold")
     for known in known_datasets():
-        table.add_row(*map(escape, known))
-    console.print(table)
+        _say(f"{known.name}: --format {known.format}; {known.tasks}; --split {known.splits}")
+        _say(f"    licence: {known.licence}")
+        _say(f"    from: {known.where}")
     return DONE
 
 
