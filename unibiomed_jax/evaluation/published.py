@@ -10,7 +10,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
+from pathlib import Path
 from typing import NamedTuple
 
 from unibiomed_jax.data.prompts import (
@@ -92,7 +92,7 @@ the tables: the scripts name no list of them.
 
 def published_numbers() -> list[PublishedNumber]:
     """The table `published.csv`."""
-    with (resources.files(__package__) / "published.csv").open(encoding="utf-8") as file:
+    with Path(__file__).with_name("published.csv").open(encoding="utf-8") as file:
         return [PublishedNumber(**row) for row in csv.DictReader(file)]
 
 

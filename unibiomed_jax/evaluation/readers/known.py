@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from importlib import resources
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -19,5 +19,5 @@ class KnownDataset(NamedTuple):
 
 def known_datasets() -> list[KnownDataset]:
     """The table `known.csv`."""
-    with (resources.files(__package__) / "known.csv").open(encoding="utf-8") as file:
+    with Path(__file__).with_name("known.csv").open(encoding="utf-8") as file:
         return [KnownDataset(**row) for row in csv.DictReader(file)]

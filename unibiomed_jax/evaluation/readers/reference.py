@@ -8,7 +8,6 @@ One table (`test.json`) serves several tasks, so that they cannot be told by the
 from __future__ import annotations
 
 import csv
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +40,7 @@ class ReferenceDataset(NamedTuple):
 
 def reference_datasets() -> list[ReferenceDataset]:
     """All of them, in the order of the training."""
-    with (resources.files(__package__) / "reference.csv").open(encoding="utf-8") as file:
+    with Path(__file__).with_name("reference.csv").open(encoding="utf-8") as file:
         return [
             ReferenceDataset(
                 row["name"],
