@@ -12,6 +12,7 @@ The parts are separate Orbax checkpoints so that saving and loading need little 
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import math
@@ -46,6 +47,9 @@ Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 # Bytes of parameters that are read at once, unless one has more.
 READ_TOGETHER = 64 << 20
+
+# Bytes of a parameter that are written, and read, at once: while one is read, a few of them exist beside it.
+CHUNK = 8 << 20
 
 # Threads that hash what was read; hashlib lets go of the interpreter meanwhile.
 HASHERS = 4
@@ -200,6 +204,7 @@ def _weights() -> ocp.Context:
     context = saving_options()
     # Weights do not compress; and the arrays are not changed while they are written, so they need no copy.
     context.array.saving.use_compression = False
+    context.array.saving.storage_options.chunk_byte_size = CHUNK
     context.memory.deepcopy_host_arrays = False
     return context
 
@@ -323,8 +328,8 @@ def load(
 ) -> Checkpoint:
     """Load a checkpoint folder onto the devices, a few parameters at a time.
 
-    Each process reads and checks all of it, and holds besides its share about
-    two and a half times the largest parameter while it is read.
+    Each process reads and checks all of it, and holds besides its share one parameter while it is read (of a
+    checkpoint that an earlier version wrote in one piece: two).
 
     Args:
         path: the folder.
@@ -347,7 +352,6 @@ def load(
     except (ArithmeticError, TypeError, ValueError) as error:
         raise InputError(f"{path}: no model can be built from config.json ({error}); {REMEDY}.") from None
     check_shapes({p: s for p, s in manifest.shapes.items() if ".lora." not in p}, expected, str(path))
-    place = sharding or (lambda path, shape: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     params: dict = {}
     for name in dict.fromkeys(p.partition(".")[0] for p in manifest.leaves):
         wanted = dtype if isinstance(dtype, str) or dtype is None else dtype.get(name)
@@ -356,15 +360,24 @@ def load(
             group = read_part(path, name, manifest, chosen)
             while group:  # each host array is freed once its copy is on the devices
                 p, host = group.popitem()
-                host = host.astype(dtype_of(wanted), copy=False) if wanted else host
-                part[p] = jax.make_array_from_callback(
-                    host.shape, place(f"{name}.{p}", host.shape), host.__getitem__
-                )
+                part[p] = placed(f"{name}.{p}", host, sharding, wanted)
+                del host
         if manifest.lora and merge_lora:
             part = merge_adapters(part, manifest.lora.scale)
         params[name] = unflatten(part)
     return Checkpoint(
         config, params, path / "tokenizer", manifest.hash, None if merge_lora else manifest.lora
+    )
+
+
+def placed(path: str, host: np.ndarray, sharding: Sharding | None, dtype: str | None = None) -> jax.Array:
+    """The parameter at a dotted path on the devices, each of which gets its share; see `load`."""
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = host.dtype if dtype is None else dtype_of(dtype)
+    return jax.make_array_from_callback(
+        host.shape,
+        sharding(path, host.shape) if sharding else device,
+        lambda index: host[index].astype(wanted, copy=False),
     )
 
 
@@ -403,11 +416,16 @@ def dtype_of(name: str) -> np.dtype:
 
 def _restore(path: Path, name: str, abstract: Mapping[str, Any]) -> dict[str, Any]:
     folder = path.absolute() / "params" / name  # Orbax refuses relative paths
+    gc.freeze()  # so that the collection below looks at what is made from here on alone
     try:
         with told(path), _alone():
-            return flatten(ocp.load(os.fspath(folder), _string_keys(unflatten(abstract))))
+            found = flatten(ocp.load(os.fspath(folder), _string_keys(unflatten(abstract))))
+        gc.collect()  # Orbax leaves a circle that holds what it read
+        return found
     except (MemoryError, BucketError):
         raise
     except Exception as error:  # Orbax and tensorstore raise many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise InputError(f"{folder} cannot be read ({reason}); {REMEDY}.") from error
+    finally:
+        gc.unfreeze()
