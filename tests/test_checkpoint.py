@@ -119,7 +119,7 @@ def test_a_process_holds_its_share_and_one_parameter(tokenizer, tmp_path):
     ]
     for said, _ in [process.communicate(timeout=300) for process in processes]:
         grew, share, largest = json.loads(said.splitlines()[-1])
-        assert largest == 64 and 80 < share < 90
+        assert largest == 64 and 100 < share < 110  # a half
         # Chunks on their way are a little more.
         assert grew < share + 1.5 * largest
 
