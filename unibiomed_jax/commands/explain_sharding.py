@@ -57,8 +57,8 @@ def explain_sharding(options: ExplainShardingOptions) -> int:
 
     if len(options.strategy) != len(options.mesh):
         raise InputError(
-            f"There are {len(options.strategy)} strategies and {len(options.mesh)} meshes; give each strategy "
-            "its mesh, in the same order."
+            f"There are {len(options.strategy)} strategies and {len(options.mesh)} meshes; give each one "
+            "its own, in the same order."
         )
     model = SIZES[MODELS[options.model]]
     parameters = shapes(model, options.use, options.lora_rank)
