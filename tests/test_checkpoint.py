@@ -3,18 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
-import loading
 import numpy as np
 import pytest
 from flax import nnx
-from job import free_port
 from micro_checkpoint import BFLOAT16, MICRO, SMALL, tied
-from places import ROOT, TESTS, TINY
 
 from unibiomed_jax import checkpoint
 from unibiomed_jax.config.fields import to_dict
@@ -100,28 +95,6 @@ def test_parameters_go_where_they_are_sent(saved, params):
     assert loaded.keys() == asked.keys()
     assert all(leaf.sharding == asked[path] for path, leaf in loaded.items())
     assert_same(unflatten(loaded), params)
-
-
-@pytest.mark.scale
-def test_a_process_holds_its_share_and_one_parameter(tokenizer, tmp_path):
-    rng = np.random.default_rng(0)
-    shapes = abstract_params(loading.MODEL)
-    big = {path: rng.standard_normal(leaf.shape, np.float32) for path, leaf in shapes.items()}
-    checkpoint.save(tmp_path / "big", loading.MODEL, unflatten(big), tokenizer)
-    script, port = str(TESTS / "support" / "loading.py"), str(free_port())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, str(tmp_path / "big"), str(TINY), port, str(rank)],
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
-            stdout=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    for said, _ in [process.communicate(timeout=300) for process in processes]:
-        grew, share, largest = json.loads(said.splitlines()[-1])
-        assert largest == 64 and 100 < share < 110  # a half
-        # Chunks on their way are a little more.
-        assert grew < share + 1.5 * largest
 
 
 def test_the_tree_is_that_of_the_model_and_its_state_can_be_saved(params, tokenizer, tmp_path):

@@ -12,7 +12,6 @@ The parts are separate Orbax checkpoints so that saving and loading need little 
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import json
 import math
@@ -47,9 +46,6 @@ Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 # Bytes of parameters that are read at once, unless one has more.
 READ_TOGETHER = 64 << 20
-
-# Bytes of a parameter that are written, and read, at once: while one is read, a few of them exist beside it.
-CHUNK = 8 << 20
 
 # Threads that hash what was read; hashlib lets go of the interpreter meanwhile.
 HASHERS = 4
@@ -204,7 +200,6 @@ def _weights() -> ocp.Context:
     context = saving_options()
     # Weights do not compress; and the arrays are not changed while they are written, so they need no copy.
     context.array.saving.use_compression = False
-    context.array.saving.storage_options.chunk_byte_size = CHUNK
     context.memory.deepcopy_host_arrays = False
     return context
 
@@ -328,8 +323,8 @@ def load(
 ) -> Checkpoint:
     """Load a checkpoint folder onto the devices, a few parameters at a time.
 
-    Each process reads and checks all of it, and holds besides its share one parameter while it is read (of a
-    checkpoint that an earlier version wrote in one piece: two).
+    Each process reads and checks all of it, and holds besides its share about
+    two and a half times the largest parameter while it is read.
 
     Args:
         path: the folder.
@@ -416,16 +411,11 @@ def dtype_of(name: str) -> np.dtype:
 
 def _restore(path: Path, name: str, abstract: Mapping[str, Any]) -> dict[str, Any]:
     folder = path.absolute() / "params" / name  # Orbax refuses relative paths
-    gc.freeze()  # so that the collection below looks at what is made from here on alone
     try:
         with told(path), _alone():
-            found = flatten(ocp.load(os.fspath(folder), _string_keys(unflatten(abstract))))
-        gc.collect()  # Orbax leaves a circle that holds what it read
-        return found
+            return flatten(ocp.load(os.fspath(folder), _string_keys(unflatten(abstract))))
     except (MemoryError, BucketError):
         raise
     except Exception as error:  # Orbax and tensorstore raise many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise InputError(f"{folder} cannot be read ({reason}); {REMEDY}.") from error
-    finally:
-        gc.unfreeze()
