@@ -45,7 +45,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.cpus:
         os.environ["JAX_PLATFORMS"] = "cpu"
-        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={options.cpus}"
+        os.environ["XLA_FLAGS"] = (
+            f"--xla_force_host_platform_device_count={options.cpus} "
+            # It may let two devices wait for each other, each in another collective.
+            "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+        )
 
     import jax
     import numpy as np

@@ -347,7 +347,6 @@ def load(
     except (ArithmeticError, TypeError, ValueError) as error:
         raise InputError(f"{path}: no model can be built from config.json ({error}); {REMEDY}.") from None
     check_shapes({p: s for p, s in manifest.shapes.items() if ".lora." not in p}, expected, str(path))
-    place = sharding or (lambda path, shape: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     params: dict = {}
     for name in dict.fromkeys(p.partition(".")[0] for p in manifest.leaves):
         wanted = dtype if isinstance(dtype, str) or dtype is None else dtype.get(name)
@@ -356,15 +355,24 @@ def load(
             group = read_part(path, name, manifest, chosen)
             while group:  # each host array is freed once its copy is on the devices
                 p, host = group.popitem()
-                host = host.astype(dtype_of(wanted), copy=False) if wanted else host
-                part[p] = jax.make_array_from_callback(
-                    host.shape, place(f"{name}.{p}", host.shape), host.__getitem__
-                )
+                part[p] = placed(f"{name}.{p}", host, sharding, wanted)
+                del host
         if manifest.lora and merge_lora:
             part = merge_adapters(part, manifest.lora.scale)
         params[name] = unflatten(part)
     return Checkpoint(
         config, params, path / "tokenizer", manifest.hash, None if merge_lora else manifest.lora
+    )
+
+
+def placed(path: str, host: np.ndarray, sharding: Sharding | None, dtype: str | None = None) -> jax.Array:
+    """The parameter at a dotted path on the devices, each of which gets its share; see `load`."""
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = host.dtype if dtype is None else dtype_of(dtype)
+    return jax.make_array_from_callback(
+        host.shape,
+        sharding(path, host.shape) if sharding else device,
+        lambda index: host[index].astype(wanted, copy=False),
     )
 
 

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -37,6 +38,8 @@ from unibiomed_jax.conversion.tables.qwen2 import TORCH_EMBEDDING, TORCH_HEAD
 from unibiomed_jax.conversion.writing import BLOCK, DirectFile, write_safetensors
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.parameters import abstract_params, flatten, unflatten
+from unibiomed_jax.sharding.layout import Layout
+from unibiomed_jax.sharding.strategies import FSDP
 
 TSV = FILES / "weights.tsv"
 
@@ -287,6 +290,17 @@ def test_a_released_folder_in_memory_is_the_converted_one(tmp_path):
         {path: np.asarray(leaf) for path, leaf in flatten(direct.params).items()},
         {path: np.asarray(leaf) for path, leaf in flatten(loaded.params).items()},
     )
+
+
+def test_a_released_folder_goes_straight_to_the_devices():
+    layout = Layout.over(jax.devices()[:1], FSDP)
+    on_host, placed = from_torch.read_released(MICRO), from_torch.read_released(MICRO, layout.parameter)
+    assert placed.hash == on_host.hash and placed.config == on_host.config
+    expected = flatten(on_host.params)
+    assert flatten(placed.params).keys() == expected.keys()
+    for path, leaf in flatten(placed.params).items():
+        np.testing.assert_array_equal(leaf, expected[path])
+        assert leaf.sharding == layout.parameter(path, leaf.shape)
 
 
 def test_a_changed_vocabulary_changes_the_exported_config(tmp_path):

@@ -301,11 +301,13 @@ def test_fsdp_gathers_each_weight_as_often_as_it_is_used_and_sums_gradients_once
     once, again, gradients = eight_devices["fsdp"]["needed"]
     moved = Counter()
     for kind, _, size, times in eight_devices["fsdp"]["collectives"]:
+        assert times > 0
         moved[kind] += size * times
-    assert set(moved) == {"all-gather", "all-reduce"}  # a CPU has no sum that leaves every device its share
+    # A CPU's compiler makes no sum that leaves every device its share but where it is told to.
+    assert set(moved) == {"all-gather", "all-reduce", "reduce-scatter"}
     # What eight do not divide stays whole: a few hundred bytes.
     assert 0.99 * (once + again) < moved["all-gather"] <= once + again
-    assert moved["all-reduce"] < 1.2 * gradients
+    assert moved["all-reduce"] + 8 * moved["reduce-scatter"] < 1.2 * gradients
 
 
 @pytest.mark.scale

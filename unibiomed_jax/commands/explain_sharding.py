@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 
 from unibiomed_jax.commands.run import DONE
+from unibiomed_jax.config.fields import ZERO_OR_MORE
 from unibiomed_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,16 +34,18 @@ TILES, TOKENS, OBJECTS = 8, 2048, 4
 class ExplainShardingOptions:
     """Say how a strategy divides parameters and activations over a mesh of devices, which need not exist."""
 
-    # A strategy of unibiomed_jax/sharding/strategies.py.
-    strategy: str
-    # Devices along the axes of the mesh: fsdp=4,tensor=2.
-    mesh: str
+    # Strategies of unibiomed_jax/sharding/strategies.py, one or several.
+    strategy: tuple[str, ...]
+    # Devices along the axes of the mesh of each: fsdp=4,tensor=2.
+    mesh: tuple[str, ...]
     # Sizes of the model.
     model: Literal["unibiomed-1b", "unibiomed-3b", "unibiomed-7b", "unibiomed-14b"] = "unibiomed-1b"
     # "weights": as parameters are kept between uses (bfloat16). "optimizer": as masters are (float32).
     # "computed": as a computation has them.
     use: Literal["weights", "optimizer", "computed"] = "weights"
-    # Draw it, too: a picture of what every device holds.
+    # Rank of the adapters that training puts beside the language model's layers; 0: none.
+    lora_rank: Annotated[int, ZERO_OR_MORE] = 0
+    # Draw it, too: a page with a picture of what every device holds for each strategy.
     svg: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
 
 
@@ -52,14 +55,26 @@ def explain_sharding(options: ExplainShardingOptions) -> int:
     from unibiomed_jax.sharding.layout import Layout, parse_mesh
     from unibiomed_jax.sharding.strategies import find_strategy
 
+    if len(options.strategy) != len(options.mesh):
+        raise InputError(
+            f"There are {len(options.strategy)} strategies and {len(options.mesh)} meshes; give each one "
+            "its own, in the same order."
+        )
     model = SIZES[MODELS[options.model]]
-    layout = Layout.abstractly(find_strategy(options.strategy), model, parse_mesh(options.mesh))
-    layout.require_useful(_shapes(model, options.use), options.use)
-    for line in lines(layout, model, options.use):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    parameters = shapes(model, options.use, options.lora_rank)
+    pictures = []
+    for strategy, mesh in zip(options.strategy, options.mesh, strict=True):
+        layout = Layout.abstractly(find_strategy(strategy), model, parse_mesh(mesh))
+        layout.require_useful(parameters, options.use)
+        if len(options.strategy) > 1:
+            console.print(f"{strategy}, {mesh}:", markup=False, highlight=False, soft_wrap=True)
+        for line in lines(layout, model, parameters, options.use):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        title = f"{strategy}, {mesh}, {options.model}"
+        pictures.append(drawing(layout, model, parameters, options.use, title))
     if options.svg is not None:
         try:
-            options.svg.write_text(drawing(layout, model, options))
+            options.svg.write_text(page(pictures))
         except OSError as error:
             raise InputError(
                 f"{options.svg} cannot be written ({error.strerror}); choose another file."
@@ -67,11 +82,11 @@ def explain_sharding(options: ExplainShardingOptions) -> int:
     return DONE
 
 
-def lines(layout: Layout, model: ModelConfig, use: str) -> list[str]:
+def lines(layout: Layout, model: ModelConfig, parameters: dict, use: str) -> list[str]:
     """A line for every parameter and main activation, and one with the sum."""
     from unibiomed_jax.sharding.axes import logical_axes
 
-    rows = layout.explain(_shapes(model, use), use)
+    rows = layout.explain(parameters, use)
     said = []
     for row in sorted(rows, key=lambda row: row.path):
         meanings = logical_axes(row.path, len(row.shape))
@@ -88,7 +103,7 @@ def lines(layout: Layout, model: ModelConfig, use: str) -> list[str]:
             f"{'x'.join(map(str, local))} a device, {math.prod(local) * itemsize:,} bytes"
         )
     held = sum(row.bytes_per_device for row in rows)
-    total = sum(value.size * value.dtype.itemsize for value in _shapes(model, use).values())
+    total = sum(value.size * value.dtype.itemsize for value in parameters.values())
     said.append(
         f"{held / 2**20:,.1f} MiB of parameters a device; {total / 2**20:,.1f} MiB in all, an equal share is "
         f"{total / layout.mesh.size / 2**20:,.1f} MiB."
@@ -130,20 +145,15 @@ def activations(layout: Layout, model: ModelConfig) -> list[tuple[str, tuple, tu
     ]
 
 
-def drawing(layout: Layout, model: ModelConfig, options: ExplainShardingOptions) -> str:
-    """A picture: of the largest parameters and the main activations the part that the first device holds."""
-    rows = layout.explain(_shapes(model, options.use), options.use)
+def drawing(layout: Layout, model: ModelConfig, parameters: dict, use: str, title: str) -> tuple[str, int]:
+    """A picture and its height: of the largest parameters and the main activations what one device holds."""
+    rows = layout.explain(parameters, use)
     largest = sorted(rows, key=lambda row: -math.prod(row.shape))[:16]
     boxes = [(row.path, row.shape, row.spec) for row in largest]
     for name, meanings, shape, _ in activations(layout, model):
         boxes.append((name, shape, layout.activation(shape, meanings)))
     width, height, gap = 420, 16, 44
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="900" height="{60 + gap * len(boxes)}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<text x="10" y="22" font-size="15">{options.strategy}, {options.mesh}, {options.model}: '
-        "dark is what one device holds</text>",
-    ]
+    parts = [f'<text x="10" y="22" font-size="15">{title}: dark is what one device holds</text>']
     for number, (name, shape, spec) in enumerate(boxes):
         top = 50 + number * gap
         share = math.prod(_local(layout, shape, spec)) / math.prod(shape)
@@ -154,18 +164,36 @@ def drawing(layout: Layout, model: ModelConfig, options: ExplainShardingOptions)
             f'<rect x="10" y="{top + 5}" width="{width * share:.1f}" height="{height}" fill="#245a8d"/>',
             f'<text x="{width + 20}" y="{top + 18}">1/{round(1 / share)}</text>',
         ]
-    return "\n".join([*parts, "</svg>\n"])
+    return "\n".join(parts), 60 + gap * len(boxes)
 
 
-def _shapes(model: ModelConfig, use: str) -> dict:
-    """Every parameter, in the number format that it is kept in."""
+def page(pictures: list[tuple[str, int]]) -> str:
+    """Pictures with their heights, one below the other."""
+    parts, top = [], 0
+    for picture, height in pictures:
+        parts.append(f'<g transform="translate(0 {top})">\n{picture}\n</g>')
+        top += height
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="900" height="{top}" font-family="sans-serif"'
+    return "\n".join([f'{head} font-size="12">', *parts, "</svg>\n"])
+
+
+def shapes(model: ModelConfig, use: str, lora_rank: int = 0) -> dict:
+    """Every parameter, adapters of a rank included, in the number format that it is kept in."""
     import jax
     import jax.numpy as jnp
 
-    from unibiomed_jax.parameters import abstract_params
+    from unibiomed_jax.parameters import abstract_params, matches
+    from unibiomed_jax.training.lora import DECODER_LAYERS
 
+    table = {path: leaf.shape for path, leaf in abstract_params(model).items()}
+    for path, shape in list(table.items()):
+        layer = path.removesuffix(".kernel")
+        if lora_rank and layer != path and matches(layer, DECODER_LAYERS):
+            *stack, features_in, features_out = shape
+            table[f"{layer}.lora.a"] = (*stack, features_in, lora_rank)
+            table[f"{layer}.lora.b"] = (*stack, lora_rank, features_out)
     dtype = jnp.float32 if use == "optimizer" else jnp.bfloat16
-    return {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in abstract_params(model).items()}
+    return {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in table.items()}
 
 
 def _why_whole(row: ParameterLayout) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 
 from unibiomed_jax import checkpoint
 from unibiomed_jax.conversion import hub, sources
-from unibiomed_jax.conversion.assemble import build_parts
+from unibiomed_jax.conversion.assemble import build_leaf, build_parts
 from unibiomed_jax.conversion.options import FromTorchOptions
 from unibiomed_jax.conversion.reading import DTYPE_NAMES, require_torch_file
 from unibiomed_jax.conversion.sources import Source
@@ -102,13 +102,27 @@ def size(source: Source) -> int:
     return sum(int(np.prod(t.shape)) * t.dtype.itemsize for t in source.tensors.values())
 
 
-def read_released(folder: Path) -> checkpoint.Checkpoint:
+def read_released(folder: Path, sharding: checkpoint.Sharding | None = None) -> checkpoint.Checkpoint:
     """A released folder in memory, as `checkpoint.load` would return it once converted.
+
+    Args:
+        folder: with config.json, safetensors and the tokenizer.
+        sharding: where each parameter goes, one after the other; None: all stay on the host.
 
     Raises:
         InputError: the folder is incomplete, damaged or of an unsupported kind.
     """
     source = sources.released(Path(folder))
     check_tokenizer(source.folder, source.config.language.vocab_size)
-    params = {part: unflatten(leaves) for part, leaves in build_parts(source.rows, source.tensors)}
-    return checkpoint.Checkpoint(source.config, params, Path(folder), checkpoint.hash_of(params), None)
+    if sharding is None:
+        params = {part: unflatten(leaves) for part, leaves in build_parts(source.rows, source.tensors)}
+        identity = checkpoint.hash_of(params)
+    else:
+        leaves, records = {}, {}
+        for row in source.rows:
+            host = build_leaf(row, source.tensors)
+            records[row.path] = checkpoint.leaf_record(host)
+            leaves[row.path] = checkpoint.placed(row.path, host, sharding)
+            del host
+        params, identity = unflatten(leaves), checkpoint.identity(records)
+    return checkpoint.Checkpoint(source.config, params, Path(folder), identity, None)

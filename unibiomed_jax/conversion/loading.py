@@ -26,7 +26,7 @@ def load(source: str | Path, sharding: checkpoint.Sharding | None = None) -> che
 
     Args:
         source: a converted folder, a released one (which is converted in memory), or `owner/name[@revision]`.
-        sharding: where each parameter of a converted checkpoint goes; see `checkpoint.load`.
+        sharding: where each parameter goes; see `checkpoint.load`.
 
     Raises:
         InputError: it is incomplete, damaged or of an unsupported kind, or cannot be downloaded.
@@ -74,7 +74,7 @@ def fetch(source: str | Path) -> Path:
 def _read(folder: Path, sharding: checkpoint.Sharding | None) -> checkpoint.Checkpoint:
     if checkpoint.is_checkpoint(folder):
         return checkpoint.load(folder, sharding=sharding)
-    return from_torch.read_released(folder)
+    return from_torch.read_released(folder, sharding)
 
 
 def _cache() -> Path:

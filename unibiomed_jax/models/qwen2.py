@@ -16,7 +16,7 @@ from unibiomed_jax.config.model import LanguageConfig
 from unibiomed_jax.models.attention import attention, decode_attention
 from unibiomed_jax.models.layers import LINEAR_INIT, Linear, RMSNorm, matmul, scan_layers, stack_layers
 from unibiomed_jax.models.ops import apply_rope, rope_table
-from unibiomed_jax.sharding.constraints import constrain
+from unibiomed_jax.sharding.constraints import by_share, constrain
 
 # Where the blocks lie in the model.
 LAYERS = "language_model.layers"
@@ -139,7 +139,13 @@ class Qwen2(nnx.Module):
 
     def embed(self, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens width"]:
         """Rows of the embedding table, in the table's dtype."""
-        return self.embed_tokens[...][ids]
+        return by_share(
+            lambda table, ids: table[ids],
+            "language_model.embed_tokens",
+            self.embed_tokens[...],
+            ids,
+            meanings=("batch", "language.tokens"),
+        )
 
     def head(self) -> Float[Array, "width padded_vocab"]:
         """What turns hidden states into scores, in its stored dtype; columns of padding included."""

@@ -70,7 +70,7 @@ class Layout:
                     f"The strategy divides {meaning!r}, which is no meaning of an axis; choose from "
                     f"{', '.join(sorted(MEANINGS))}."
                 )
-            for axis in _tuple(axes):
+            for axis in axes_of(axes):
                 if axis not in self.mesh.axis_names:
                     raise InputError(
                         f"The strategy divides {meaning!r} over {axis!r}, but the mesh has the axes "
@@ -157,11 +157,12 @@ class Layout:
         """The mesh axes that divide a meaning, in a tower."""
         for name in (f"{tower}.{meaning}", meaning):
             if name in self.strategy:
-                return _tuple(self.strategy[name])
+                return axes_of(self.strategy[name])
         other = WEIGHTS if meaning == OPTIMIZER else "batch" if meaning in SAMPLES else meaning
         return () if other == meaning else self._mesh_axes(other, tower)
 
-    def _parts(self, mesh_axes: Sequence[str]) -> int:
+    def parts(self, mesh_axes: Sequence[str]) -> int:
+        """In how many parts the mesh axes divide together."""
         return math.prod(self.mesh.shape[axis] for axis in mesh_axes)
 
     # -------------------------------------------------------------------------------------------- parameters
@@ -178,9 +179,9 @@ class Layout:
             wanted = self._mesh_axes(meaning, tower_of(path)) if meaning in COMPUTED else ()
             unit = self.units.get(f"{tower_of(path)}.{meaning}", 1)
             divided[place] = self._dividing(size // unit, wanted)
-            if self._parts(divided[place]) < self._parts(wanted):
+            if self.parts(divided[place]) < self.parts(wanted):
                 whole = f"{size // unit} {meaning}" if unit > 1 else f"{meaning} axis of {size}"
-                obstacles.append(f"its {whole} do not divide by {self._parts(wanted)}")
+                obstacles.append(f"its {whole} do not divide by {self.parts(wanted)}")
         if use == "computed":
             return _spec(divided), obstacles
 
@@ -188,24 +189,24 @@ class Layout:
         wanted = tuple(axis for axis in self._mesh_axes(use, tower_of(path)) if axis not in taken)
         # Vectors stay whole, as gathering them costs more than they do; a layer is not cut out of its stack.
         matrix = [place for place, meaning in enumerate(meanings) if meaning != "layer"]
-        local = {place: shape[place] // self._parts(divided[place]) for place in matrix}
+        local = {place: shape[place] // self.parts(divided[place]) for place in matrix}
         places = sorted(matrix, key=lambda place: -local[place]) if len(matrix) > 1 else []
         best: tuple[str, ...] = ()
         for place in places:
             axes = self._dividing(local[place], wanted)
-            if self._parts(axes) > self._parts(best):
+            if self.parts(axes) > self.parts(best):
                 best, where = axes, place
         if best:
             divided[where] += best
-        if places and self._parts(best) < self._parts(wanted):
+        if places and self.parts(best) < self.parts(wanted):
             sizes = "x".join(str(local[place]) for place in matrix)
-            obstacles.append(f"no axis of {sizes} divides by {self._parts(wanted)}")
+            obstacles.append(f"no axis of {sizes} divides by {self.parts(wanted)}")
         return _spec(divided), obstacles
 
     def _dividing(self, size: int, mesh_axes: Sequence[str]) -> tuple[str, ...]:
         """As many of the mesh axes, from the left, as divide so many units."""
         taken = tuple(axis for axis in mesh_axes if self.mesh.shape[axis] > 1)
-        while taken and size % self._parts(taken):
+        while taken and size % self.parts(taken):
             taken = taken[:-1]
         return taken
 
@@ -257,7 +258,7 @@ class Layout:
     def gathers(self) -> bool:
         """Whether weights are kept in shares that a layer gathers when it needs them."""
         return any(
-            self._parts(self._mesh_axes(WEIGHTS, tower)) > 1 for tower in ("vision", "language", "sam2")
+            self.parts(self._mesh_axes(WEIGHTS, tower)) > 1 for tower in ("vision", "language", "sam2")
         )
 
     def explain(self, parameters: Mapping[str, Any], use: Use = WEIGHTS) -> list[ParameterLayout]:
@@ -284,15 +285,15 @@ class Layout:
             for size, meaning in zip(value.shape, logical_axes(path, len(value.shape)), strict=True):
                 axes = self._mesh_axes(meaning, tower_of(path)) if meaning in MUST_DIVIDE else ()
                 count = size // self.units.get(f"{tower_of(path)}.{meaning}", 1)
-                if count % self._parts(axes):
+                if count % self.parts(axes):
                     raise InputError(
-                        f"The {count} {meaning} of {path} do not divide by the {self._parts(axes)} devices "
+                        f"The {count} {meaning} of {path} do not divide by the {self.parts(axes)} devices "
                         f"along {', '.join(axes)}; the nearest that does is "
-                        f"{math.gcd(count, self._parts(axes))}."
+                        f"{math.gcd(count, self.parts(axes))}."
                     )
         whole, total = self._whole(parameters, use)
         if whole > MOST_WHOLE * total:
-            parts = self._parts(self._mesh_axes(use))
+            parts = self.parts(self._mesh_axes(use))
             fewer = parts
             while whole > MOST_WHOLE * total and fewer > 1:
                 fewer //= 2
@@ -314,7 +315,7 @@ class Layout:
             here, used = (
                 math.prod(self.parameter(path, shape, as_).shard_shape(shape)) for as_ in (use, "computed")
             )
-            share = used / self._parts(self._mesh_axes(use, tower_of(path)))
+            share = used / self.parts(self._mesh_axes(use, tower_of(path)))
             beyond += max(0.0, here - share) * value.dtype.itemsize
             total += math.prod(shape) * value.dtype.itemsize
         return beyond, total
@@ -352,7 +353,7 @@ class Layout:
     @property
     def batch_shares(self) -> int:
         """In how many shares a batch is divided."""
-        return self._parts(self._mesh_axes("batch"))
+        return self.parts(self._mesh_axes("batch"))
 
     def place_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """This host's share of a batch as global arrays."""
@@ -448,8 +449,9 @@ _moved.defvjp(
 )
 
 
-def _tuple(axes: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (axes,) if isinstance(axes, str) else tuple(axes)
+def axes_of(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of an entry of a strategy or a PartitionSpec."""
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def _spec(divided: Sequence[tuple[str, ...]]) -> PartitionSpec:

@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from unibiomed_jax.data.transforms import IGNORE
 from unibiomed_jax.models.layers import matmul
-from unibiomed_jax.sharding.constraints import constrain
+from unibiomed_jax.parameters import HEAD
+from unibiomed_jax.sharding.constraints import by_share
 from unibiomed_jax.sharding.target import target
 
 # Added to every denominator of the mask losses by the reference: its own epsilon and float32's.
@@ -69,30 +70,34 @@ def token_cross_entropy(
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     targets = targets.reshape(batch, -1, chunk).swapaxes(0, 1)
     hidden = hidden.reshape(batch, -1, chunk, hidden.shape[-1]).swapaxes(0, 1)
-    targets = constrain(targets, None, "batch", "language.tokens")
-    hidden = constrain(hidden, None, "batch", "language.tokens", None)
 
-    def chunk_loss(hidden, head, targets):
+    def token_loss(head, hidden, targets):
         logits = matmul(hidden, head.astype(hidden.dtype))
-        logits = constrain(logits, "batch", "language.tokens", "language.vocab")
-        logits = jnp.where(jnp.arange(head.shape[1]) < vocab_size, logits, -jnp.inf)
+        columns = jnp.arange(head.shape[1])
+        logits = jnp.where(columns < vocab_size, logits, -jnp.inf)
         learned = targets != IGNORE
-        label = jnp.where(learned, targets, 0)
-        chosen = jnp.take_along_axis(logits, label[..., None], axis=-1)[..., 0]
+        # Not an index, whose gradient would be put together number by number.
+        chosen = jnp.where(columns == targets[..., None], logits, 0).sum(-1)
         loss = jnp.where(learned, jax.nn.logsumexp(logits, axis=-1) - chosen, 0)
-        correct = learned & (jnp.argmax(logits, axis=-1) == targets)
-        return TokenLoss(loss.sum(1), correct.sum(1))
+        return loss, learned & (jnp.argmax(logits, axis=-1) == targets)
 
-    # The whole step, as what a branch keeps for the way back is kept for every chunk: the head, too.
-    @jax.checkpoint
-    def step(total, inputs):
-        hidden, targets = inputs
-        nothing = TokenLoss(jnp.zeros(batch, jnp.float32), jnp.zeros(batch, jnp.int32))
-        part = jax.lax.cond(jnp.any(targets != IGNORE), chunk_loss, lambda *_: nothing, hidden, head, targets)
-        return jax.tree.map(jnp.add, total, part), None
+    def nothing(head, hidden, targets):
+        return jnp.zeros(targets.shape, jnp.float32), jnp.zeros(targets.shape, bool)
 
-    start = TokenLoss(jnp.zeros(batch, jnp.float32), jnp.zeros(batch, jnp.int32))
-    return jax.lax.scan(step, start, (hidden, targets))[0]
+    occupied = jnp.any(targets != IGNORE, axis=(1, 2))
+
+    def work_off(head, hidden, targets):
+        # The whole step, as what a branch keeps for the way back is kept for every chunk: the head, too.
+        @jax.checkpoint
+        def step(_, inputs):
+            occupied, *chunk = inputs
+            return None, jax.lax.cond(occupied, token_loss, nothing, head, *chunk)
+
+        return jax.lax.scan(step, None, (occupied, hidden, targets))[1]
+
+    meanings = (None, "batch", "language.tokens")
+    loss, correct = by_share(work_off, HEAD, head, hidden, targets, meanings=meanings)
+    return TokenLoss(loss.sum((0, 2)), correct.sum((0, 2)))
 
 
 def sample_bilinear(
