@@ -65,7 +65,9 @@ def test_attention_in_chunks_has_the_same_gradient(monkeypatch):
     q, k, v = random_qkv()
 
     def gradients():
-        return jax.grad(lambda *x: jnp.sum(jnp.sin(xla_attention(*x, causal=True))), argnums=(0, 1, 2))(q, k, v)
+        return jax.grad(lambda *x: jnp.sum(jnp.sin(xla_attention(*x, causal=True))), argnums=(0, 1, 2))(
+            q, k, v
+        )
 
     whole = gradients()
     monkeypatch.setattr(attention_module, "MAX_SCORES", 1)

@@ -156,7 +156,9 @@ def test_row_major_is_a_constraint_of_a_cpu_alone(another_process, layout):
 @pytest.mark.parametrize("layout", [CPU, EIGHT_CPUS, GPU, EIGHT_GPUS, UNNAMED], ids=NAMES)
 def test_attention_asks_for_a_layout_on_one_cpu_alone(another_process, layout):
     q, kv = (jax.ShapeDtypeStruct((2, 5, heads, 8), jnp.float32) for heads in (4, 2))
-    found = {platform: constraints(layout, platform, xla_attention, q, kv, kv) for platform in ("cpu", "cuda")}
+    found = {
+        platform: constraints(layout, platform, xla_attention, q, kv, kv) for platform in ("cpu", "cuda")
+    }
     with layout.inside():
         shared = target().devices > 1
     # Queries, keys, values and what comes out.

@@ -89,7 +89,9 @@ def implementation(
         return "xla"
     if platform == "tpu":
         return "splash"
-    fits_cudnn = dtype == jnp.bfloat16 and dim % 8 == 0 and dim <= 128 and dim == dim_v and not masked
+    fits_cudnn = (
+        jnp.dtype(dtype) == jnp.bfloat16 and dim % 8 == 0 and dim <= 128 and dim == dim_v and not masked
+    )
     return "cudnn" if platform == "gpu" and fits_cudnn else "xla"
 
 

@@ -83,10 +83,9 @@ def splash_attention(
         return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
 
     def numbers(tokens, length, nobody):
-        """Which window of its pack a token belongs to."""
+        """Which window of its pack a token belongs to, the same in all packs."""
         own = np.repeat(np.arange(together, dtype=np.int32), tokens)
-        own = np.pad(own, (0, length - len(own)), constant_values=nobody)
-        return jnp.broadcast_to(own, (batch // together, length))
+        return jnp.asarray(np.pad(own, (0, length - len(own)), constant_values=nobody))
 
     segments = None
     if together > 1 or key_valid is not None or (columns < columns_filled and not causal):
@@ -123,7 +122,8 @@ def splash_attention(
         of_queries, of_keys = (PartitionSpec(first, third, tokens, None) for tokens in (second, None))
         of_segments = None
         if segments is not None:
-            of_segments = splash_kernel.SegmentIds(PartitionSpec(first, second), PartitionSpec(first, None))
+            rows_of_keys = PartitionSpec(first, None) if segments.kv.ndim == 2 else PartitionSpec(None)
+            of_segments = splash_kernel.SegmentIds(PartitionSpec(second), rows_of_keys)
         of_masks = kernel.manual_sharding_spec(NamedSharding(layout.mesh, PartitionSpec(third, second)))
         run = jax.shard_map(
             run,
@@ -146,8 +146,11 @@ def _call(options, masks, q, k, v, segments):
     The kernel takes the precision in force; the compiler refuses bfloat16 at "highest".
     """
     kernel = splash_kernel.SplashAttentionKernel(*masks, **dict(options))
+    of_packs = None
+    if segments is not None:
+        of_packs = splash_kernel.SegmentIds(None, 0 if segments.kv.ndim == 2 else None)
     with _precision(q):
-        return jax.vmap(kernel)(q, k, v, segments)
+        return jax.vmap(kernel, in_axes=(0, 0, 0, of_packs))(q, k, v, segments)
 
 
 def _precision(x):
