@@ -186,6 +186,7 @@ class Conv2d(nnx.Module):
             (self.stride, self.stride),
             [(self.padding, self.padding)] * 2,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=one_pass(x),
         )
         return y + self.bias[...].astype(x.dtype)
 
