@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from eight import report
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental import topologies
@@ -23,6 +24,7 @@ from unibiomed_jax.models.attention import (
     recorded_choices,
     xla_attention,
 )
+from unibiomed_jax.models.memory import Memory, RopeAttention
 from unibiomed_jax.models.splash import MAX_BLOCK, block_size, splash_attention
 from unibiomed_jax.sharding.layout import Layout
 from unibiomed_jax.sharding.strategies import FSDP
@@ -74,6 +76,30 @@ def test_the_kernel_equals_the_plain_form(shape, causal, masked):
     kernel = {"layout": None, "axes": (None, None, None), "interpret": True}
     found = with_gradients(lambda *x: splash_attention(*x, **options, **kernel), *arrays)
     assert_equal(found, with_gradients(lambda *x: xla_attention(*x, **options), *arrays))
+
+
+def test_the_memory_read_at_once_is_the_memory_read_slot_by_slot():
+    """At once for a kernel, in turn for a CPU; empty slots and pointers count in neither."""
+    dim, channels, grid, slots, objects, tokens = 16, 8, 4, 3, 2, 5
+    layer = RopeAttention(dim, channels, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+
+    def random(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    memory = Memory(
+        frames=random(slots, objects, grid**2, channels),
+        time=random(slots, channels),
+        frames_valid=jnp.array([True, False, True]),
+        pointers=random(objects, tokens, channels),
+        pointers_valid=jnp.arange(tokens) != 2,
+    )
+    q = 4 * random(objects, grid**2, dim)
+    at_once, in_turn = (
+        jax.jit(lambda q, memory, read=read: read(q, memory, grid))(q, memory)
+        for read in (layer._read_at_once, layer._read_in_turn)
+    )
+    assert_equal([at_once], [in_turn])
 
 
 @given(length=st.integers(1, 50_000))
