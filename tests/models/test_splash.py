@@ -24,6 +24,7 @@ from unibiomed_jax.models.attention import (
     recorded_choices,
     xla_attention,
 )
+from unibiomed_jax.models.layers import REMAT_POLICIES
 from unibiomed_jax.models.memory import Memory, RopeAttention
 from unibiomed_jax.models.splash import MAX_BLOCK, block_size, splash_attention
 from unibiomed_jax.sharding.layout import Layout
@@ -169,6 +170,18 @@ def test_a_tpu_holds_no_scores(v5e):
     assert not score_matrices(text)
     plain = jax.jit(xla_attention).lower(*random_arrays(1, LONG, LONG, 1, 1, 8, 8)[:3]).compile().as_text()
     assert score_matrices(plain)
+
+
+@pytest.mark.parametrize(("remat", "kernels"), [("dots", 3), ("full", 4)])
+def test_the_kernel_runs_again_on_the_way_back_only_where_all_is_computed_again(remat, kernels):
+    def loss(x):
+        options = {"causal": True, "key_valid": None, "layout": None, "axes": (None, None, None)}
+        block = jax.checkpoint(lambda x: splash_attention(x, x, x, **options), policy=REMAT_POLICIES[remat])
+        return block(x).astype(jnp.float32).sum()
+
+    x = jax.ShapeDtypeStruct((1, 128, 1, 8), jnp.bfloat16)
+    text = jax.jit(jax.value_and_grad(loss)).trace(x).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == kernels
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
+from unibiomed_jax.models.layers import KERNEL_OUTPUT
 from unibiomed_jax.sharding.layout import Layout
 
 # Rows of a register: every block is a multiple of it.
@@ -106,6 +107,7 @@ def splash_attention(
         ),
         head_shards=heads // local[2],
         q_seq_shards=parts,
+        residual_checkpoint_name=KERNEL_OUTPUT,
         interpret=interpret,
     )
     run = functools.partial(_run, tuple(kernel.kwargs.items()))
