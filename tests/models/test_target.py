@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from unibiomed_jax.config.model import HieraConfig
-from unibiomed_jax.models.attention import attention, row_major
+from unibiomed_jax.models.attention import row_major, xla_attention
 from unibiomed_jax.models.hiera import CELLS_IN_CACHE, Hiera, bands
 from unibiomed_jax.sharding.layout import Layout
 from unibiomed_jax.sharding.strategies import DATA_PARALLEL, MESH_AXES
@@ -156,7 +156,9 @@ def test_row_major_is_a_constraint_of_a_cpu_alone(another_process, layout):
 @pytest.mark.parametrize("layout", [CPU, EIGHT_CPUS, GPU, EIGHT_GPUS, UNNAMED], ids=NAMES)
 def test_attention_asks_for_a_layout_on_one_cpu_alone(another_process, layout):
     q, kv = (jax.ShapeDtypeStruct((2, 5, heads, 8), jnp.float32) for heads in (4, 2))
-    found = {platform: constraints(layout, platform, attention, q, kv, kv) for platform in ("cpu", "cuda")}
+    found = {
+        platform: constraints(layout, platform, xla_attention, q, kv, kv) for platform in ("cpu", "cuda")
+    }
     with layout.inside():
         shared = target().devices > 1
     # Queries, keys, values and what comes out.

@@ -71,7 +71,8 @@ class HieraAttention(nnx.Module):
             q = max_pool(q)
         shape = q.shape
         q, k, v = (rearrange(y, "b i j (h d) -> b (i j) h d", h=self.num_heads) for y in (q, k, v))
-        return self.proj(attention(q, k, v).reshape(shape))
+        axes = ("sam2.windows", None, None)
+        return self.proj(attention(q, k, v, tower="sam2 encoder", axes=axes).reshape(shape))
 
 
 class HieraMlp(nnx.Module):

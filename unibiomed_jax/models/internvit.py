@@ -47,7 +47,8 @@ class VisionAttention(nnx.Module):
     def __call__(self, x: Float[Array, "tiles tokens width"]) -> Float[Array, "tiles tokens width"]:
         tiles, tokens, width = x.shape
         qkv = self.qkv(x).reshape(tiles, tokens, 3, self.num_heads, width // self.num_heads)
-        out = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        q, k, v = (qkv[:, :, i] for i in range(3))
+        out = attention(q, k, v, tower="vision", axes=("vision.tiles", None, None))
         return self.proj(out.reshape(tiles, tokens, width))
 
 

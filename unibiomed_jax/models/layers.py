@@ -7,6 +7,7 @@ and in float32 else, always accumulating in float32. Norms compute in float32 wh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,11 @@ from unibiomed_jax.sharding.constraints import gathered, gathers_layers
 LINEAR_INIT = nnx.initializers.normal(0.02)
 
 
+def one_pass(x: Float[Array, "..."]) -> jax.lax.Precision | None:
+    """Products of bfloat16 need one pass; of float32, what `jax.default_matmul_precision` says."""
+    return jax.lax.Precision.DEFAULT if x.dtype == jnp.bfloat16 else None
+
+
 @jax.custom_vjp
 def matmul(x: Float[Array, "... in"], kernel: Float[Array, "in out"]) -> Float[Array, "... out"]:
     """x @ kernel, accumulated and returned in float32, with gradients in the operands' dtypes.
@@ -27,7 +33,7 @@ def matmul(x: Float[Array, "... in"], kernel: Float[Array, "in out"]) -> Float[A
     Automatic differentiation would multiply the float32 cotangent with a bfloat16 operand, which is slow
     everywhere; and a bfloat16 result is a slow path of XLA on a CPU.
     """
-    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32, precision=one_pass(x))
 
 
 def _matmul_forward(x, kernel):
@@ -37,13 +43,38 @@ def _matmul_forward(x, kernel):
 def _matmul_backward(residuals, g):
     x, kernel = residuals
     g = g.astype(x.dtype)
-    dx = jnp.matmul(g, kernel.T, preferred_element_type=jnp.float32).astype(x.dtype)
+    precision = {"preferred_element_type": jnp.float32, "precision": one_pass(x)}
+    dx = jnp.matmul(g, kernel.T, **precision).astype(x.dtype)
     rows = tuple(range(x.ndim - 1))  # not made one axis, as several of them may be divided over devices
-    dkernel = jax.lax.dot_general(x, g, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+    dkernel = jax.lax.dot_general(x, g, ((rows, rows), ((), ())), **precision)
     return dx, dkernel.astype(kernel.dtype)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def einsum(formula: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`jnp.einsum` of two arrays as `matmul` multiplies: accumulated and returned in float32, with gradients
+    in the operands' dtype. Every letter of the formula stands in two of its three parts, or in all.
+    """
+    return jnp.einsum(formula, x, y, preferred_element_type=jnp.float32, precision=one_pass(x))
+
+
+def _einsum_forward(formula, x, y):
+    return einsum(formula, x, y), (x, y)
+
+
+def _einsum_backward(formula, residuals, g):
+    x, y = residuals
+    operands, result = formula.split("->")
+    left, right = operands.split(",")
+    g = g.astype(x.dtype)
+    dx, dy = einsum(f"{result},{right}->{left}", g, y), einsum(f"{result},{left}->{right}", g, x)
+    return dx.astype(x.dtype), dy.astype(y.dtype)
+
+
+einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
 class Lora(nnx.Module):
@@ -156,6 +187,7 @@ class Conv2d(nnx.Module):
             (self.stride, self.stride),
             [(self.padding, self.padding)] * 2,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=one_pass(x),
         )
         return y + self.bias[...].astype(x.dtype)
 
@@ -196,10 +228,16 @@ def layer_at(stacked: Any, index: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[index], stacked)
 
 
+# The name of what a kernel of attention gives, and needs again on the way back.
+KERNEL_OUTPUT = "attention"
+
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(KERNEL_OUTPUT),
+    ),
 }
 
 

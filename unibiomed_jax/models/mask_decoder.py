@@ -16,7 +16,16 @@ from jaxtyping import Array, Float
 
 from unibiomed_jax.config.model import Sam2Config
 from unibiomed_jax.models.attention import attention
-from unibiomed_jax.models.layers import LINEAR_INIT, MLP, Conv2d, LayerNorm, Linear, matmul, stack_layers
+from unibiomed_jax.models.layers import (
+    LINEAR_INIT,
+    MLP,
+    Conv2d,
+    LayerNorm,
+    Linear,
+    einsum,
+    matmul,
+    stack_layers,
+)
 from unibiomed_jax.models.ops import gelu
 from unibiomed_jax.sharding.constraints import constrain, gathered
 
@@ -47,7 +56,8 @@ class DecoderAttention(nnx.Module):
             x = jnp.broadcast_to(x, (x.shape[0], objects, *x.shape[2:]))
             return rearrange(x, "b o n (h d) -> (b o) n h d", h=self.num_heads)
 
-        out = attention(split_heads(q), split_heads(k), split_heads(v))
+        heads = (split_heads(x) for x in (q, k, v))
+        out = attention(*heads, tower="mask decoder", axes=("sam2.images", None, None))
         return self.out_proj(rearrange(out, "(b o) n h d -> b o n (h d)", o=objects))
 
 
@@ -191,7 +201,7 @@ class MaskDecoder(nnx.Module):
         x = gelu(self.upscale_norm(self.upscale_conv1(x) + s1[:, None].astype(dtype)))
         x = gelu(self.upscale_conv2(x) + s0[:, None].astype(dtype))
         weights = self.mask_weights(mask_tokens)[:, :, 1:]
-        multimasks = jnp.einsum("bomd,borcd->bomrc", weights, x, preferred_element_type=jnp.float32)
+        multimasks = einsum("bomd,borcd->bomrc", weights, x)
 
         # The heads are tiny and decide: float32 under any policy.
         ious = jax.nn.sigmoid(self.iou_prediction_head(iou_token.astype(jnp.float32)))[..., 1:]

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from unibiomed_jax.config.model import Sam2Config
-from unibiomed_jax.models.attention import MASKED, attention, running_softmax
+from unibiomed_jax.models.attention import MASKED, attention, choose, running_softmax
 from unibiomed_jax.models.layers import LINEAR_INIT, Conv2d, LayerNorm, Linear, scan_layers, stack_layers
 from unibiomed_jax.models.ops import apply_axial_rope, gelu, sine_position
 
@@ -135,19 +135,61 @@ class RopeAttention(nnx.Module):
 
     def attend_self(self, x: Float[Array, "objects N dim"], grid: int) -> Float[Array, "objects N dim"]:
         q, k = (apply_axial_rope(proj(x), grid) for proj in (self.q_proj, self.k_proj))
-        out = attention(q[:, :, None], k[:, :, None], self.v_proj(x)[:, :, None])
+        out = attention(q[:, :, None], k[:, :, None], self.v_proj(x)[:, :, None], tower="memory")
         return self.out_proj(out[:, :, 0])
 
     def attend_memory(
         self, x: Float[Array, "objects N dim"], memory: Memory, grid: int
     ) -> Float[Array, "objects N dim"]:
-        """Read the memory object by object, slot by slot, with a running softmax; empty slots cost nothing.
+        """Read the memory: by a kernel all of it at once, else object by object.
 
         There is one head and values are linear in the memory, so the weights are applied to the raw memory
         (memory_dim channels) and projected once afterwards; as weights sum to one, the bias passes through.
         """
         q = apply_axial_rope(self.q_proj(x), grid)
-        place = sine_position((grid, grid), memory.time.shape[-1]).reshape(grid * grid, -1)
+        slots, _, cells, channels = memory.frames.shape
+        keys = slots * cells + memory.pointers.shape[1]
+        chosen = choose("memory", q.dtype, q.shape[1], keys, q.shape[-1], channels, masked=True)
+        read = self._read_in_turn if chosen == "xla" else self._read_at_once
+        return self.out_proj(self.v_proj(read(q, memory, grid)))
+
+    def _frame_keys(
+        self,
+        frames: Float[Array, "*objects N memory_dim"],
+        time: Float[Array, "memory_dim"],
+        grid: int,
+        dtype,
+    ) -> Float[Array, "*objects N dim"]:
+        """Keys of a slot."""
+        place = sine_position((grid, grid), time.shape[-1]).reshape(grid * grid, -1)
+        position = (place + time.astype(jnp.float32)).astype(frames.dtype)
+        return apply_axial_rope(self.k_proj((frames + position).astype(dtype)), grid)
+
+    def _read_at_once(
+        self, q: Float[Array, "objects N dim"], memory: Memory, grid: int
+    ) -> Float[Array, "objects N memory_dim"]:
+        """The memory's mean under the weights; keys that are not valid are left out."""
+        keys = jax.vmap(lambda frames, time: self._frame_keys(frames, time, grid, q.dtype))(
+            memory.frames, memory.time
+        )
+        pointers = memory.pointers.astype(q.dtype)
+
+        def all_tokens(frames, pointers):
+            return jnp.concatenate([rearrange(frames, "s o n d -> o (s n) d"), pointers], axis=1)[:, :, None]
+
+        valid = jnp.concatenate([jnp.repeat(memory.frames_valid, q.shape[1]), memory.pointers_valid])
+        return attention(
+            q[:, :, None],
+            all_tokens(keys, self.k_proj(pointers)),
+            all_tokens(memory.frames.astype(q.dtype), pointers),
+            tower="memory",
+            key_valid=jnp.broadcast_to(valid, (len(q), len(valid))),
+        )[:, :, 0]
+
+    def _read_in_turn(
+        self, q: Float[Array, "objects N dim"], memory: Memory, grid: int
+    ) -> Float[Array, "objects N memory_dim"]:
+        """The same slot by slot, with a running softmax; empty slots cost nothing."""
 
         def read_object(inputs):
             q, frames, pointers = inputs
@@ -156,8 +198,7 @@ class RopeAttention(nnx.Module):
                 frame, time, valid = slot
 
                 def read_valid(state):
-                    position = (place + time.astype(jnp.float32)).astype(frame.dtype)
-                    keys = apply_axial_rope(self.k_proj((frame + position).astype(q.dtype)), grid)
+                    keys = self._frame_keys(frame, time, grid, q.dtype)
                     return running_softmax(state, q, keys, frame.astype(q.dtype))
 
                 return jax.lax.cond(valid, read_valid, lambda state: state, state), None
@@ -172,8 +213,8 @@ class RopeAttention(nnx.Module):
             _, total, mixed = state
             return (mixed / total).astype(q.dtype)
 
-        frames, pointers = jnp.moveaxis(memory.frames, 1, 0), memory.pointers.astype(x.dtype)
-        return self.out_proj(self.v_proj(jax.lax.map(read_object, (q, frames, pointers))))
+        frames, pointers = jnp.moveaxis(memory.frames, 1, 0), memory.pointers.astype(q.dtype)
+        return jax.lax.map(read_object, (q, frames, pointers))
 
 
 class MemoryAttentionLayer(nnx.Module):

@@ -21,6 +21,9 @@ from unibiomed_jax.sharding.constraints import by_share, constrain
 # Where the blocks lie in the model.
 LAYERS = "language_model.layers"
 
+# What the first axes of queries and of what attention gives them mean.
+HEADS = ("batch", "language.tokens", "language.heads")
+
 # Keys or values of all layers.
 Slots = Float[Array, "layers batch kv_heads slots head_dim"]
 
@@ -78,7 +81,7 @@ class SelfAttention(nnx.Module):
             for i, layer in enumerate((self.q_proj, self.k_proj, self.v_proj))
         )
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        q = constrain(q, "batch", "language.tokens", "language.heads", None)
+        q = constrain(q, *HEADS, None)
         # Every query looks at the keys of all tokens.
         k, v = (constrain(x, "batch", None, "language.kv_heads", None) for x in (k, v))
         return q, k, v
@@ -121,7 +124,7 @@ class DecoderBlock(nnx.Module):
         x = constrain(x, "batch", "language.tokens", None)
         q, k, v = self.self_attn.project(self.input_layernorm(x), rope, key)
         heads, extra = attend(q, k, v)
-        heads = constrain(heads, "batch", "language.tokens", "language.heads", None)
+        heads = constrain(heads, *HEADS, None)
         x = x + self.self_attn.output(heads, key)
         return x + self.mlp(self.post_attention_layernorm(x), key), extra
 
@@ -186,7 +189,8 @@ class Qwen2(nnx.Module):
             keys = jax.random.split(lora_dropout_key, self.config.num_layers)
 
         def attend(q, k, v):
-            return attention(q, k, v, causal=True, key_valid=token_valid), None
+            options = {"tower": "language", "axes": HEADS, "causal": True}
+            return attention(q, k, v, key_valid=token_valid, **options), None
 
         def step(block, x, key):
             return block(x, rope, attend, key)
@@ -213,7 +217,7 @@ class Qwen2(nnx.Module):
 
         def attend(q, k, v, cache, layer):
             cache = {"k": write_prompt(cache["k"], layer, k), "v": write_prompt(cache["v"], layer, v)}
-            return attention(q, k, v, causal=True), cache
+            return attention(q, k, v, tower="language", axes=HEADS, causal=True), cache
 
         x, cache = self._run_cached(embeds, jnp.arange(embeds.shape[1])[None], cache, attend)
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
