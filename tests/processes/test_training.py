@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from bucket_server import serve
 from job import (
     PATIENCE,
     Job,
@@ -25,6 +26,7 @@ from job import (
 from places import MICRO_RUN, ROOT, TESTS
 
 from unibiomed_jax import checkpoint
+from unibiomed_jax.files import locate
 from unibiomed_jax.training.snapshot import find_damage
 
 pytestmark = pytest.mark.scale
@@ -160,6 +162,31 @@ def wait_for_save(folder, job):
     while set(checkpoints(folder)) <= before and all(process.poll() is None for process in job.running):
         assert time.monotonic() < end
         time.sleep(0.002)
+
+
+def test_two_processes_in_a_bucket_end_as_on_a_disk(texts, long, tmp_path, monkeypatch):
+    """Meanwhile another job is told who is there; then one process is killed, and nobody helps."""
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto")
+    with serve(tmp_path, "runs") as server:
+        server.reach(monkeypatch)
+        folder, env = locate("s3://runs/two"), texts | server.environment
+        command = train(folder, *LONG, "--checkpoint.every=8")
+        with Job(command, env, processes=2) as job:
+            wait_for_save(folder, job)
+            codes, (said,) = Job(command, env, processes=1, devices=2).wait()
+            assert codes == [2] and "Traceback" not in said, said
+            first = job.running[0]
+            assert f"Another process trains in s3://runs/two (process {first.pid} on " in said
+            assert all(process.poll() is None for process in job.running)
+            job.running[1].kill()
+            codes, said = job.wait()
+            assert 0 not in codes, said
+        first, _ = run(command, env, processes=2)
+        assert "Going on after update" in first
+        assert find_damage(newest(folder)) is None
+        assert digests(contents(newest(folder))) == digests(contents(newest(long)))
+        assert [line["step"] for line in log(folder)] == list(range(1, STEPS + 1))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -126,6 +126,7 @@ def test_a_run_is_stopped_goes_on_and_ends_as_on_a_disk(environment, server, fin
     assert [path.name for path in folder.iterdir()] == [
         "adapter",
         "checkpoints",
+        "lock",
         "log.jsonl",
         "model",
         "pictures",
@@ -187,7 +188,7 @@ def test_a_bucket_without_permission_or_credentials_or_that_is_not_there(environ
     )
     with server.behaving("refuse"):
         code, said = run(environment, "s3://runs/refused")
-    assert code == 2 and "Error: s3://runs/refused/checkpoints/" in said and denied in said, said
+    assert code == 2 and "Error: s3://runs/refused/" in said and denied in said, said
     without = {name: value for name, value in environment.items() if name not in server.environment}
     without["AWS_ENDPOINT_URL"] = environment["AWS_ENDPOINT_URL"]
     without |= {"AWS_EC2_METADATA_DISABLED": "true", "HOME": "/nowhere"}
