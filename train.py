@@ -118,9 +118,10 @@ def train(
 
     # Loop
     log = RunLog(folder, tensorboard=config.log.tensorboard, first_step=first)
+    _, hosts = share_of_rows(layout, config.data.batch_size)
     measure = build_validation(start.graphdef, config, start.ids, layout)
     validation = None if held_out is None else Validation(config, held_out, measure, layout, log)
-    meter = Meter(config, start.trainable, layout.mesh.size, readers=jax.process_count() // data.hosts)
+    meter = Meter(config, start.trainable, layout.mesh.size, readers=jax.process_count() // hosts)
     previous: tuple[dict, list[Batch]] | None = None
 
     def save(measures: dict | None = None) -> None:

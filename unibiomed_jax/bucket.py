@@ -89,7 +89,7 @@ def _reason(error: BaseException, path: BucketPath) -> str | None:
 
 
 def _text(error: BaseException | None, path: BucketPath) -> str:
-    """Kinds and messages of an error and of what caused it, without the path: numbers in it are no answers."""
+    """Kinds and messages of an error and of its causes, without the path: numbers in that are no answers."""
     lines = []
     while error is not None:
         lines.append(f"{type(error).__name__}: {error}")
@@ -143,10 +143,12 @@ class BucketPath(PosixGPath):
         scheme, rest = self.parts[1], os.fspath(self).partition("://")[2]
         try:
             if scheme == "s3":
-                self._try("pipe_file", data, **({"IfMatch": version} if version else {"IfNoneMatch": "*"}))
+                condition = {"IfMatch": version} if version else {"IfNoneMatch": "*"}
+                self._files_do("pipe_file", os.fspath(self), data, **condition)
             else:
                 bucket, _, name = rest.partition("/")
-                _file_system(scheme).call(
+                self._files_do(
+                    "call",
                     "POST",
                     f"{_file_system(scheme)._location}/upload/storage/v1/b/{bucket}/o",
                     uploadType="media",
@@ -176,6 +178,11 @@ class BucketPath(PosixGPath):
     def write_text(self, text: str, encoding: str | None = None) -> None:
         self.write_bytes(text.encode(encoding or "utf-8"))
 
+    def put(self, local: str | os.PathLike) -> None:
+        """Write the file from one on a disk, however large."""
+        with told(self):
+            self._files_do("put_file", os.fspath(local), os.fspath(self))
+
     def touch(self) -> None:
         self.write_bytes(b"")
 
@@ -204,10 +211,10 @@ class BucketPath(PosixGPath):
 
     def _ask(self, method: str, *values, **arguments) -> Any:
         with told(self):
-            return self._try(method, *values, **arguments)
+            return self._files_do(method, os.fspath(self), *values, **arguments)
 
-    def _try(self, method: str, *values, **arguments) -> Any:
-        return getattr(_file_system(self.parts[1]), method)(os.fspath(self), *values, **arguments)
+    def _files_do(self, method: str, *values, **arguments) -> Any:
+        return getattr(_file_system(self.parts[1]), method)(*values, **arguments)
 
 
 def open_bucket(path: str | os.PathLike) -> BucketPath:

@@ -119,8 +119,10 @@ class _BucketLock(Lock):
         self._thread.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, error, traceback) -> None:
         self._done.set()
+        if isinstance(error, BucketError):  # a bucket that is gone is not asked again
+            return
         self._thread.join()
         with contextlib.suppress(BucketError):  # then the next job waits for a while
             if not self._lost:

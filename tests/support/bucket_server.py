@@ -47,8 +47,8 @@ class Server:
 
     @contextlib.contextmanager
     def behaving(self, how: str):
-        """ "refuse": every request that writes, with 403; "refuse all"; "stall": no answer; "know no conditions": a
-        request that writes under one is not implemented."""
+        """ "refuse": every request that writes, with 403; "refuse all"; "stall": no answer; "know no
+        conditions": to write under one is not implemented."""
         (self.folder / "how").write_text(how)
         yield
         (self.folder / "how").unlink()

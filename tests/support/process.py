@@ -1,7 +1,7 @@
 """One process of a job that the tests start: `python process.py train.py ...`.
 
-It waits seconds instead of minutes for the others (ARRIVAL, if set), and for who held a lock, and keeps its compiled programs: JAX
-keeps those of the first process alone, though on a CPU they are no use to the others.
+It waits seconds instead of minutes for the others (ARRIVAL, if set) and for who held a lock, and keeps its
+compiled programs: JAX keeps those of the first process alone, though on a CPU they are no use to the others.
 """
 
 import os

@@ -24,7 +24,8 @@ def test_the_lock_of_another_process_holds_until_its_death(checkpointer, tmp_pat
     command = [sys.executable, "-u", "-c", HOLD, str(tmp_path / "lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        with pytest.raises(InputError, match=f"Another process trains in {tmp_path}; .*--folder.$"), checkpointer.claim():
+        said = f"Another process trains in {tmp_path}; .*--folder.$"
+        with pytest.raises(InputError, match=said), checkpointer.claim():
             pass
         assert leftover.exists()
         other.kill()

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from unibiomed_jax.commands.run import DONE, FAILED_IN_PART
+from unibiomed_jax.config.fields import Address
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.files import read_json, shown
 
@@ -27,7 +28,7 @@ class EvalOptions:
     """Score the answers of a run, or predictions in the folders of UniBiomed's scripts."""
 
     # Folder of the run: its samples_TASK.jsonl are scored, and results.json and results.csv written there.
-    out: Path
+    out: Address
     # What to do: "score" the answers that are there.
     mode: Literal["score"] = "score"
     # Tasks; by default all that the run has.
@@ -44,7 +45,7 @@ class EvalOptions:
     # Under "paper": do sensibly, and note, what the reference fails at.
     repair: bool = False
     # Write the run's predictions there too, in the folders of UniBiomed's scripts.
-    folders: Path | None = None
+    folders: Address | None = None
     # Under "strict": a JSON file of tolerances of the surface Dice by target, mm.
     tolerances: Path | None = None
 
@@ -53,10 +54,10 @@ class EvalOptions:
 class CompareOptions:
     """By how much a second run is better than a first, with intervals over the patients of both."""
 
-    first: Annotated[Path, tyro.conf.Positional]
-    second: Annotated[Path, tyro.conf.Positional]
+    first: Annotated[Address, tyro.conf.Positional]
+    second: Annotated[Address, tyro.conf.Positional]
     # Write the table there, as CSV.
-    csv: Path | None = None
+    csv: Address | None = None
     # Every target, not the means over them alone.
     targets: bool = False
 

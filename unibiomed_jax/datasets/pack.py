@@ -1,7 +1,6 @@
 """Datasets to packed datasets: every image and mask as it is on disk, in few large files."""
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -16,7 +15,8 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from unibiomed_jax.config.fields import ONE_OR_MORE, require_limits
+from unibiomed_jax import locks
+from unibiomed_jax.config.fields import ONE_OR_MORE, Address, require_limits
 from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.data.files import check_files, image_size
 from unibiomed_jax.data.mixture import NoTableError, find_datasets
@@ -35,7 +35,7 @@ from unibiomed_jax.data.tables import read_dataset, read_table
 from unibiomed_jax.data.transforms import SampleBuilder, SampleConfig, SampleSizes
 from unibiomed_jax.datasets.write import SPLITS
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import require_space, shown, write_beside
+from unibiomed_jax.files import in_bucket, local_file, locate, open_file, require_space, shown, write_beside
 from unibiomed_jax.inputs.shards import write_shard
 from unibiomed_jax.inputs.tokenizer import Tokenizer
 
@@ -52,16 +52,16 @@ class PackOptions:
     """
 
     # Folder of one or more datasets.
-    path: Annotated[Path, tyro.conf.Positional]
-    # Folder to write; appears when all is done.
-    out: Annotated[Path, tyro.conf.Positional]
+    path: Annotated[Address, tyro.conf.Positional]
+    # Folder to write; appears when all is done, in a bucket its packed.json does.
+    out: Annotated[Address, tyro.conf.Positional]
     # Bytes of files in a shard, about.
     shard_bytes: Annotated[int, ONE_OR_MORE] = 256 << 20
     # Shards written at once; by default as many as there are processor cores.
     threads: Annotated[int | None, ONE_OR_MORE] = None
     # Folder of the tokenizer to train with (a checkpoint has one): the texts are measured now, not when the
     # first run starts.
-    tokenizer: Path | None = None
+    tokenizer: Address | None = None
 
     def __post_init__(self):
         require_limits(self)
@@ -96,21 +96,27 @@ def pack(options: PackOptions) -> PackReport:
     """
     tokenizer = Tokenizer.from_folder(options.tokenizer) if options.tokenizer else None
     out = options.out.absolute()
-    if out.exists():
+    partial = out if in_bucket(out) else out.with_name(f".{out.name}.partial")
+    if out.exists() and not (partial / _SOURCE).exists():
         raise InputError(f"{shown(out)} exists; choose another folder, or delete it to pack again.")
     datasets = _find(options.path)
-    partial = out.with_name(f".{out.name}.partial")
     report = PackReport()
-    with _own(partial, options.path):
+    with _own(partial, options.path) as lock:
+        packers = []
         for folder, tables in datasets.items():
             place = partial / os.path.relpath(folder, options.path)
             place.mkdir(parents=True, exist_ok=True)
-            _FolderPacker(place, options, report).pack(tables)
-        for leftover in (*partial.rglob("*.packed.npz"), partial / _SOURCE, partial / _LOCK):
-            leftover.unlink()
+            packers.append(_FolderPacker(place, options, report))
+            packers[-1].pack(tables)
+            lock.check()
+        for packer in packers:
+            packer.finish()
         if tokenizer is not None:
             _measure_texts(partial, tokenizer)
-        os.replace(partial, out)
+        for leftover in (_SOURCE, _LOCK):
+            (partial / leftover).unlink()
+        if partial != out:
+            os.replace(partial, out)
     return report
 
 
@@ -123,7 +129,8 @@ def _measure_texts(packed: Path, tokenizer: Tokenizer) -> None:
                 builder.text_lengths(PackedRecords(config))
 
 
-_SOURCE, _LOCK = ".source", ".lock"
+# Beside what is not yet complete: where it comes from, who writes it; beside a shard: that it is complete.
+_SOURCE, _LOCK, _DONE = ".source", ".lock", ".packed.npz"
 # More than there are files in a shard.
 _NUMBERS = 1 << 32
 
@@ -152,22 +159,16 @@ def _find(path: Path) -> dict[str, list[DatasetConfig]]:
 
 
 @contextlib.contextmanager
-def _own(partial: Path, source: Path) -> Iterator[None]:
+def _own(partial: Path, source: Path) -> Iterator[locks.Lock]:
     """Hold a folder in which this process alone packs this source."""
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        lock = open(partial / _LOCK, "wb")  # noqa: SIM115 (closed below; its name goes before it)
     except OSError as error:
         raise InputError(
             f"{shown(partial)} cannot be written ({error.strerror}); choose another place."
         ) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"Another process is writing {shown(partial)}; wait for it or choose another folder."
-            ) from None
+    does, remedy = f"is writing {shown(partial)}", "wait for it or choose another folder"
+    with locks.hold(partial / _LOCK, does=does, remedy=remedy) as lock:
         wanted = shown(source.resolve())
         begun = partial / _SOURCE
         if begun.exists() and begun.read_text() != wanted:
@@ -176,7 +177,7 @@ def _own(partial: Path, source: Path) -> Iterator[None]:
                 "another folder."
             )
         begun.write_text(wanted)
-        yield
+        yield lock
 
 
 @dataclass(frozen=True)
@@ -197,12 +198,16 @@ class _FolderPacker:
         # Of every file: shard * _NUMBERS + number in it. (A tuple would take twice the memory.)
         self.numbers: dict[str, int] = {}
         self.shards: list[_Shard] = []
+        self.index: dict[str, Any] = {}
+        # Of a bucket: what is in its folders.
+        self.listings: dict[str, dict[str, dict]] = {}
 
     def pack(self, configs: Sequence[DatasetConfig]) -> None:
+        """Write all but the index."""
         tables = {config.annotations: self._pack_table(config) for config in configs}
         shards = {_shard_name(number): shard.entry for number, shard in enumerate(self.shards)}
         name = Path(configs[0].name).parent.as_posix()  # without the task
-        write_index(self.place, {"name": name, "tables": tables, "shards": shards})
+        self.index = {"name": name, "tables": tables, "shards": shards}
         self._remove_leftovers(tables, shards)
         self.report.folders += 1
         self.report.tables += len(tables)
@@ -210,6 +215,12 @@ class _FolderPacker:
         self.report.shards += len(shards)
         self.report.bytes += sum(entry["bytes"] for entry in shards.values())
         self.report.kept += sum(shard.kept for shard in self.shards)
+
+    def finish(self) -> None:
+        """Write the index, which makes the folder a packed one."""
+        write_index(self.place, self.index)
+        for shard in self.index["shards"]:
+            (self.place / f"{shard}{_DONE}").unlink()
 
     def _pack_table(self, config: DatasetConfig) -> dict[str, Any]:
         """Pack what one table names; returns what the index says about it."""
@@ -246,7 +257,7 @@ class _FolderPacker:
     def _pack_files(self, paths: Iterable[str]) -> None:
         """Write those that no shard holds yet into new shards, in order."""
         new = [path for path in paths if path not in self.numbers]
-        shards = list(_cut(new, self.options.shard_bytes))
+        shards = list(self._cut(new))
         require_space(self.place / "shards", sum(size for _, size in shards))
         first = len(self.shards)
         with ThreadPoolExecutor(self.options.threads or os.cpu_count()) as pool:
@@ -264,25 +275,49 @@ class _FolderPacker:
     def _pack_shard(self, number: int, members: list[str]) -> "_Shard":
         """Write one shard, or find it as an earlier run left it."""
         path = self.place / _shard_name(number)
-        done = path.with_name(f"{path.name}.packed.npz")
-        states = [(file, (found := os.stat(file)).st_size, found.st_mtime_ns) for file in members]
+        done = path.with_name(f"{path.name}{_DONE}")
+        states = [(file, *self._state(file)) for file in members]
         key = hashlib.sha256(repr(states).encode("utf-8", "surrogatepass")).hexdigest()
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zlib.error):
-            with np.load(done) as kept:
+            with open_file(done) as file, np.load(file) as kept:
                 places, entry, known = kept["places"], json.loads(str(kept["entry"])), str(kept["key"])
-            if known == key and file_entry(path) == entry:
+            if known == key and _holds(path, entry):
                 return _Shard(places, entry, kept=True)
         done.unlink(missing_ok=True)
-        places = write_shard(path, (Path(file).read_bytes() for file in members))
-        entry = file_entry(path)
+        with local_file(path) as local:
+            places = write_shard(local, (locate(file).read_bytes() for file in members))
+            entry = file_entry(local)
         write_beside(done, lambda file: np.savez(file, places=places, entry=json.dumps(entry), key=key))
         return _Shard(places, entry, kept=False)
+
+    def _cut(self, paths: Iterable[str]) -> Iterator[tuple[list[str], int]]:
+        """Runs of files that fill a shard each, and their bytes."""
+        members, size = [], 0
+        for path in paths:
+            members.append(path)
+            size += self._state(path)[0]
+            if size >= self.options.shard_bytes:
+                yield members, size
+                members, size = [], 0
+        if members:
+            yield members, size
+
+    def _state(self, path: str) -> tuple[int, Any]:
+        """Bytes of a file, and what changes with its content."""
+        if not in_bucket(path):
+            found = os.stat(path)
+            return found.st_size, found.st_mtime_ns
+        folder, name = os.path.split(path)
+        if folder not in self.listings:
+            self.listings[folder] = locate(folder).walk_files()
+        entry = self.listings[folder][name]
+        return entry["size"], entry.get("crc32c") or entry["ETag"]
 
     def _remove_leftovers(self, tables: Iterable[str], shards: Iterable[str]) -> None:
         """Delete shards of an earlier, interrupted run over other files."""
         wanted = {INDEX, _SOURCE, _LOCK}
         wanted |= {f"{table}{ending}" for table in tables for ending in (".rows", ".columns.npy")}
-        wanted |= {f"{shard}{ending}" for shard in shards for ending in ("", ".packed.npz")}
+        wanted |= {f"{shard}{ending}" for shard in shards for ending in ("", _DONE)}
         for path in self.place.iterdir():
             if path.is_file() and path.name not in wanted:
                 path.unlink()
@@ -313,17 +348,9 @@ def _size(record: Record, sizes: dict[str, tuple[int, int] | None]) -> tuple[int
     return known or ((0, 0) if record.kind is Kind.SEQUENCE else image_size(record))
 
 
-def _cut(paths: Iterable[str], limit: int) -> Iterator[tuple[list[str], int]]:
-    """Runs of files that fill a shard each, and their bytes."""
-    members, size = [], 0
-    for path in paths:
-        members.append(path)
-        size += os.path.getsize(path)
-        if size >= limit:
-            yield members, size
-            members, size = [], 0
-    if members:
-        yield members, size
+def _holds(path: Path, entry: dict[str, Any]) -> bool:
+    """Whether a file is as it was written; of one in a bucket, which appears whole, the size tells."""
+    return path.stat().st_size == entry["bytes"] if in_bucket(path) else file_entry(path) == entry
 
 
 def _shard_name(number: int) -> str:

@@ -105,7 +105,7 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def claim(self) -> Iterator[None]:
-        """Inside, the run's folder is this job's own to train in; what a killed run left unfinished is cleared.
+        """Make the run's folder this job's own inside, and clear what a killed run left unfinished.
 
         Raises:
             InputError: another job trains in the folder (`check` says it where one took it from this), or the
