@@ -31,7 +31,8 @@ from unibiomed_jax.data.packed import (
     write_rows,
 )
 from unibiomed_jax.data.records import DatasetConfig, Kind, Record
-from unibiomed_jax.data.tables import read_dataset, read_table
+from unibiomed_jax.data.streamed import Spilled
+from unibiomed_jax.data.tables import read_table, records_of
 from unibiomed_jax.data.transforms import SampleBuilder, SampleConfig, SampleSizes
 from unibiomed_jax.datasets.write import SPLITS
 from unibiomed_jax.errors import InputError
@@ -86,8 +87,7 @@ class PackReport:
 def pack(options: PackOptions) -> PackReport:
     """Pack all datasets under a folder, each folder with tables into one of the same place below `out`.
 
-    Memory holds one table at a time, and the name and place of every file; contents pass through, one file
-    for each thread.
+    Memory holds the name and place of every file; tables and contents pass through, one file for each thread.
 
     Raises:
         InputError: no dataset there, or one that could not be trained on; it is packed already; `out` exists,
@@ -233,9 +233,9 @@ class _FolderPacker:
             digests = dict.fromkeys(map(str, _TARGETS), *digests.values())
         if config.kind is Kind.VQA:  # a question's row tells the report, too
             ((_, reports),) = others
-            records = [
+            records = Spilled(
                 replace(record, report=report.report) for record, report in zip(records, reports, strict=True)
-            ]
+            )
         sizes = check_files(records)
         self._pack_files(sizes)
         rows = (
@@ -325,20 +325,20 @@ class _FolderPacker:
 
 def _readings(config: DatasetConfig) -> list[tuple[DatasetConfig, Sequence[Record]]]:
     """The records of a table, once for every task that reads it in its own way."""
-    table = read_table(config.annotation_path)
+    table = read_table(config.annotation_path, config.kind)
     if config.kind in _TARGETS and _holds_captions(table):
         config = replace(config, kind=Kind.CAPTION, images=None, masks=None)
     kinds = (Kind.VQA, Kind.REPORT) if config.kind is Kind.VQA else (config.kind,)
     configs = [
         replace(config, kind=kind, name=(Path(config.name).parent / kind).as_posix()) for kind in kinds
     ]
-    return [(config, read_dataset(config, table=table)) for config in configs]
+    return [(config, Spilled(records_of(config, table))) for config in configs]
 
 
 def _holds_captions(table) -> bool:
     """Whether a table is one of captions under the name of one of targets, as MedTrinity's is."""
     annotations = table.get("annotations") if isinstance(table, dict) else None
-    first = annotations[0] if isinstance(annotations, list) and annotations else None
+    first = annotations[0] if isinstance(annotations, list | Spilled) and annotations else None
     return isinstance(first, dict) and "caption" in first and "mask_file" not in first
 
 
