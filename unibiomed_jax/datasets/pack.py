@@ -60,8 +60,8 @@ class PackOptions:
     shard_bytes: Annotated[int, ONE_OR_MORE] = 256 << 20
     # Shards written at once; by default as many as there are processor cores.
     threads: Annotated[int | None, ONE_OR_MORE] = None
-    # Folder of the tokenizer to train with (a checkpoint has one): the texts are measured now, not when the
-    # first run starts.
+    # Folder of the tokenizer to train with (CHECKPOINT/tokenizer): the texts are measured now, and not when
+    # the first run starts.
     tokenizer: Address | None = None
 
     def __post_init__(self):
