@@ -156,6 +156,14 @@ def test_killed_and_stopped_two_processes_end_as_if_nothing_had_happened(texts, 
     assert losses == expected
 
 
+def wait_until_saved(folder, update, job):
+    """Until a checkpoint is complete."""
+    end = time.monotonic() + PATIENCE
+    while not (folder / "checkpoints" / f"{update:08d}" / "manifest.json").exists():
+        assert time.monotonic() < end and all(process.poll() is None for process in job.running)
+        time.sleep(0.1)
+
+
 def wait_for_save(folder, job):
     """Until a save has begun; what a killed job left unfinished goes when the next one starts."""
     before, end = set(checkpoints(folder)), time.monotonic() + PATIENCE
@@ -173,7 +181,7 @@ def test_two_processes_in_a_bucket_end_as_on_a_disk(texts, long, tmp_path, monke
         folder, env = locate("s3://runs/two"), texts | server.environment
         command = train(folder, *LONG, "--checkpoint.every=8")
         with Job(command, env, processes=2) as job:
-            wait_for_save(folder, job)
+            wait_until_saved(folder, 8, job)
             codes, (said,) = Job(command, env, processes=1, devices=2).wait()
             assert codes == [2] and "Traceback" not in said, said
             first = job.running[0]
@@ -182,11 +190,15 @@ def test_two_processes_in_a_bucket_end_as_on_a_disk(texts, long, tmp_path, monke
             job.running[1].kill()
             codes, said = job.wait()
             assert 0 not in codes, said
-        first, _ = run(command, env, processes=2)
-        assert "Going on after update" in first
-        assert find_damage(newest(folder)) is None
-        assert digests(contents(newest(folder))) == digests(contents(newest(long)))
-        assert [line["step"] for line in log(folder)] == list(range(1, STEPS + 1))
+        with Job(command, env, processes=2) as job:
+            wait_until_saved(folder, 24, job)
+            job.running[1].send_signal(signal.SIGTERM)
+            codes, (first, _) = job.wait()
+            assert codes == [0, 0] and "Going on after update" in first, first
+        there, expected = (place / "checkpoints" / "00000024" for place in (folder, long))
+        assert find_damage(there) is None
+        assert digests(contents(there)) == digests(contents(expected))
+        assert [line["step"] for line in log(folder)] == list(range(1, int(newest(folder).name) + 1))
 
 
 # ------------------------------------------------------------------------------------------------------------
