@@ -1,8 +1,8 @@
 """A GCS server on the loopback for tests, in a process of its own: `with serve(folder) as environment: ...`.
 
 It is gcp-storage-emulator, which TensorStore cannot use as it is: here it says which generation it sends,
-heeds the conditions that a request makes about it, keeps every byte of what is uploaded beside its metadata,
-and answers several at a time.
+heeds the conditions that a request makes about it, takes empty files, keeps every byte of what is uploaded
+beside its metadata, and answers several at a time.
 """
 
 import contextlib
@@ -85,7 +85,7 @@ def main(folder: Path, bucket: str) -> None:
     def read_whole(handler, query):
         kind = handler.headers.get("Content-Type") or ""
         if not kind.startswith("multipart/related"):
-            return read_data(handler, query)
+            return read_data(handler, query) or (b"" if "uploadType" in query else None)
         mark = b"--" + kind.partition("boundary=")[2].strip('"').encode()
         _, meta, content, _ = server._read_raw_data(handler).split(mark)
         (_, meta), (head, content) = (

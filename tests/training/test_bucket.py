@@ -1,4 +1,4 @@
-"""train.py with its run folder in a bucket: a real S3 server on the loopback."""
+"""train.py with its run folder in a bucket: a real S3 server on the loopback, and one as Google's."""
 
 import json
 import os
@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+import fsspec
+import gcs_server
 import numpy as np
 import pytest
 from bucket_server import KEY_ID, SECRET, serve
@@ -160,6 +162,25 @@ def test_a_run_is_stopped_goes_on_and_ends_as_on_a_disk(environment, server, fin
     for name in locate("s3://runs").walk_files():
         content = (locate("s3://runs") / name).read_bytes()
         assert SECRET.encode() not in content and KEY_ID.encode() not in content, name
+
+
+def test_a_run_in_a_bucket_of_google_is_stopped_and_ends_as_on_a_disk(
+    environment, finished, tmp_path, monkeypatch
+):
+    pytest.importorskip("gcsfs")
+    pytest.importorskip("gcp_storage_emulator")
+    with gcs_server.serve(tmp_path, "bucket-of-runs") as reach:
+        for name, value in reach.items() | {("TENSORSTORE_GCS_HTTP_URL", reach["STORAGE_EMULATOR_HOST"])}:
+            monkeypatch.setenv(name, value)
+        monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+        folder = locate("gs://bucket-of-runs/one")
+        stopped(environment | reach, folder, "--log.validate-every=1000000")
+        before = int(newest(folder).name)
+        code, said = run(environment | reach, folder, "--log.validate-every=1000000")
+        assert code == 0 and f"Going on after update {before} of {STEPS}" in said, said
+        assert contents(folder) == contents(finished)
+        models = (checkpoint.read_manifest(place / "model") for place in (folder, finished))
+        assert len({model.hash for model in models}) == 1
 
 
 def test_a_damaged_checkpoint_in_a_bucket_is_found(environment, finished):
