@@ -144,10 +144,10 @@ class BucketPath(PosixGPath):
         try:
             if scheme == "s3":
                 condition = {"IfMatch": version} if version else {"IfNoneMatch": "*"}
-                self._files_do("pipe_file", os.fspath(self), data, **condition)
+                self._call("pipe_file", os.fspath(self), data, **condition)
             else:
                 bucket, _, name = rest.partition("/")
-                self._files_do(
+                self._call(
                     "call",
                     "POST",
                     f"{_file_system(scheme)._location}/upload/storage/v1/b/{bucket}/o",
@@ -181,7 +181,7 @@ class BucketPath(PosixGPath):
     def put(self, local: str | os.PathLike) -> None:
         """Write the file from one on a disk, however large."""
         with told(self):
-            self._files_do("put_file", os.fspath(local), os.fspath(self))
+            self._call("put_file", os.fspath(local), os.fspath(self))
 
     def touch(self) -> None:
         self.write_bytes(b"")
@@ -211,9 +211,9 @@ class BucketPath(PosixGPath):
 
     def _ask(self, method: str, *values, **arguments) -> Any:
         with told(self):
-            return self._files_do(method, os.fspath(self), *values, **arguments)
+            return self._call(method, os.fspath(self), *values, **arguments)
 
-    def _files_do(self, method: str, *values, **arguments) -> Any:
+    def _call(self, method: str, *values, **arguments) -> Any:
         return getattr(_file_system(self.parts[1]), method)(*values, **arguments)
 
 

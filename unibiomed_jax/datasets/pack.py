@@ -97,7 +97,8 @@ def pack(options: PackOptions) -> PackReport:
     tokenizer = Tokenizer.from_folder(options.tokenizer) if options.tokenizer else None
     out = options.out.absolute()
     partial = out if in_bucket(out) else out.with_name(f".{out.name}.partial")
-    if out.exists() and not (partial / _SOURCE).exists():
+    begun = in_bucket(out) and any((out / name).exists() for name in (_SOURCE, _LOCK))
+    if out.exists() and not begun:
         raise InputError(f"{shown(out)} exists; choose another folder, or delete it to pack again.")
     datasets = _find(options.path)
     report = PackReport()
