@@ -88,8 +88,8 @@ def read_members(path: Path, *, depth: int) -> dict[str, Any] | SpilledObject:
 
 def _pieces(path: Path) -> Iterator[str]:
     """The text of a file in any encoding of JSON."""
-    start, decoder = 0, None
-    while piece := read_range(path, start, _READ):
+    start, size, decoder = 0, path.stat().st_size, None
+    while start < size and (piece := read_range(path, start, _READ)):
         if decoder is None:
             decoder = codecs.getincrementaldecoder(json.detect_encoding(piece))()
         start += len(piece)
