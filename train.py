@@ -15,9 +15,10 @@ from unibiomed_jax import distributed, runtime
 from unibiomed_jax.commands.plan import plan_run
 from unibiomed_jax.commands.run import run
 from unibiomed_jax.config.fields import to_dict
-from unibiomed_jax.data.pipeline import Batch
+from unibiomed_jax.data.pipeline import Batch, Pipeline
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.files import locate
+from unibiomed_jax.training.config import Acts
 from unibiomed_jax.training.experiment import load_command, main_arguments, processes_of
 from unibiomed_jax.training.export import export_checkpoint, export_model
 from unibiomed_jax.training.footprint import footprint
@@ -26,6 +27,7 @@ from unibiomed_jax.training.meter import Meter
 from unibiomed_jax.training.signals import Stop, stop_at_once
 from unibiomed_jax.training.snapshot import Checkpointer
 from unibiomed_jax.training.start import (
+    Start,
     belongs_to,
     going_on,
     open_data,
@@ -89,9 +91,22 @@ def main() -> int:
             console.print(sentence)
         console.print(table, f"Compiled in {seconds:.0f} s.")
         return 0
-    stop = Stop()
     checkpointer = Checkpointer(start.checkpoint_folder, config.checkpoint)
-    checkpointer.claim()
+    with checkpointer.claim():
+        return train(start, acts, step, data, held_out, checkpointer)
+
+
+def train(
+    start: Start,
+    acts: Acts,
+    step: TrainStep,
+    data: Pipeline,
+    held_out: Pipeline | None,
+    checkpointer: Checkpointer,
+) -> int:
+    """Train in a folder that is this job's own, from its newest checkpoint or from the start."""
+    config, layout, folder = start.config, start.layout, locate(start.config.folder)
+    stop = Stop()
     belongs = belongs_to(config)  # read once: what lies in `initial` may change while this run goes on
     distributed.require_equal("start", belongs)
     restored, state, frozen = starting_state(start, checkpointer, belongs)
@@ -108,9 +123,10 @@ def main() -> int:
 
     # Loop
     log = RunLog(folder, tensorboard=config.log.tensorboard, first_step=first)
+    _, hosts = share_of_rows(layout, config.data.batch_size)
     measure = build_validation(start.graphdef, config, start.ids, layout)
     validation = None if held_out is None else Validation(config, held_out, measure, layout, log)
-    meter = Meter(config, start.trainable, layout.mesh.size, readers=jax.process_count() // share[1])
+    meter = Meter(config, start.trainable, layout.mesh.size, readers=jax.process_count() // hosts)
     previous: tuple[dict, list[Batch]] | None = None
 
     def save(measures: dict | None = None) -> None:

@@ -20,6 +20,7 @@ import importlib
 import os
 import re
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import PurePosixPath
 from types import SimpleNamespace
 from typing import Any
@@ -78,18 +79,22 @@ def told(path: str | os.PathLike) -> Iterator[None]:
 
 def _reason(error: BaseException, path: BucketPath) -> str | None:
     """What is wrong with the bucket, and what to do; None if it is not the bucket."""
-    chain = []
-    while error is not None:
-        chain.append(error)
-        error = error.__cause__
-    text = "\n".join(f"{type(one).__name__}: {one}" for one in chain)
-    text = text.replace(os.fspath(path).partition("://")[2], "")  # numbers in it are no answers
-    missing = isinstance(chain[0], FileNotFoundError)  # whose whole text is a path
+    text = _text(error, path)
+    missing = isinstance(error, FileNotFoundError)  # whose whole text is a path
     reasons = _REASONS[:1] if missing else _REASONS
     found = next((words for pattern, words in reasons if re.search(pattern, text)), None)
-    if found is None and isinstance(chain[0], OSError) and not missing:
+    if found is None and isinstance(error, OSError) and not missing:
         return "it refuses what is asked of it; see the log of the bucket"
     return found
+
+
+def _text(error: BaseException | None, path: BucketPath) -> str:
+    """Kinds and messages of an error and of its causes, without the path: numbers in that are no answers."""
+    lines = []
+    while error is not None:
+        lines.append(f"{type(error).__name__}: {error}")
+        error = error.__cause__
+    return "\n".join(lines).replace(os.fspath(path).partition("://")[2], "")
 
 
 class BucketPath(PosixGPath):
@@ -130,8 +135,53 @@ class BucketPath(PosixGPath):
     def write_bytes(self, data: bytes) -> None:
         self._ask("pipe_file", data)
 
+    def write_if(self, data: bytes, version: str | None) -> bool:
+        """Write the file if it still has this version (None: if there is none); whether that was so.
+
+        A server that does not know such conditions writes it anyway.
+        """
+        scheme, rest = self.parts[1], os.fspath(self).partition("://")[2]
+        try:
+            if scheme == "s3":
+                condition = {"IfMatch": version} if version else {"IfNoneMatch": "*"}
+                self._call("pipe_file", os.fspath(self), data, **condition)
+            else:
+                bucket, _, name = rest.partition("/")
+                self._call(
+                    "call",
+                    "POST",
+                    f"{_file_system(scheme)._location}/upload/storage/v1/b/{bucket}/o",
+                    uploadType="media",
+                    name=name,
+                    ifGenerationMatch=version or "0",
+                    data=data,
+                    json_out=True,
+                )
+        except Exception as error:
+            text = _text(error, self)
+            if re.search(r"NotImplemented|\b501\b", text):
+                self.write_bytes(data)
+                return True
+            gone = version is not None and isinstance(error, FileNotFoundError)
+            if not (gone or re.search(r"FileExists|Precondition|pre-condition|conditionNotMet|\b412\b|"
+                                      r"ConditionalRequestConflict", text)):  # fmt: skip
+                with told(self):
+                    raise
+            return False
+        return True
+
+    def version(self) -> tuple[str, datetime]:
+        """What changes whenever the file is written, and when that was, by the bucket's clock."""
+        entry = self._ask("info")
+        return str(entry.get("generation") or entry["ETag"]), self._ask("modified")
+
     def write_text(self, text: str, encoding: str | None = None) -> None:
         self.write_bytes(text.encode(encoding or "utf-8"))
+
+    def put(self, local: str | os.PathLike) -> None:
+        """Write the file from one on a disk, however large."""
+        with told(self):
+            self._call("put_file", os.fspath(local), os.fspath(self))
 
     def touch(self) -> None:
         self.write_bytes(b"")
@@ -161,7 +211,10 @@ class BucketPath(PosixGPath):
 
     def _ask(self, method: str, *values, **arguments) -> Any:
         with told(self):
-            return getattr(_file_system(self.parts[1]), method)(os.fspath(self), *values, **arguments)
+            return self._call(method, os.fspath(self), *values, **arguments)
+
+    def _call(self, method: str, *values, **arguments) -> Any:
+        return getattr(_file_system(self.parts[1]), method)(*values, **arguments)
 
 
 def open_bucket(path: str | os.PathLike) -> BucketPath:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import os
 import socket
 import sys
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -404,7 +405,7 @@ def ending(reason: str, code: int) -> Iterator[None]:
     except Exception:
         traceback.print_exc()
     finally:
-        _leave(code)
+        leave(code)
 
 
 def _listen(job: _Job, client) -> None:
@@ -420,14 +421,16 @@ def _listen(job: _Job, client) -> None:
     sentence, code = told
     _last_words.acquire()
     print(sentence, file=sys.stderr)
-    _leave(code)
+    leave(code)
 
 
-def _leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
+    """End this process without waiting for any thread; what was said is flushed."""
+    logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # nobody may be listening any more
             stream.flush()
-    if is_first():
+    if is_first() and not is_alone():
         time.sleep(_FAREWELL)
     os._exit(code)
 

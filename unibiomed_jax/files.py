@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import unicodedata
 import uuid
 from collections import Counter
@@ -209,6 +210,45 @@ def write_beside(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Non
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def local_file(path: Path) -> Iterator[Path]:
+    """A file to write at any place of it: `path` itself, or one on a disk that then goes into the bucket.
+
+    Raises:
+        DiskFullError: the disk for temporary files is full.
+    """
+    if not in_bucket(path):
+        yield path
+        return
+    with local_folder(path.parent) as folder:
+        yield folder / path.name
+
+
+@contextlib.contextmanager
+def local_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write such files in: `folder` itself, or one on a disk whose files then go into the bucket.
+
+    Raises:
+        DiskFullError: the disk for temporary files is full.
+    """
+    if not in_bucket(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="unibiomed-") as scratch:
+        try:
+            yield Path(scratch)
+        except OSError as error:
+            if error.errno in NO_SPACE:
+                raise DiskFullError(
+                    f"What goes to {folder} does not fit into {tempfile.gettempdir()} meanwhile; set "
+                    "TMPDIR to a larger disk."
+                ) from None
+            raise
+        for path in sorted(Path(scratch).rglob("*")):
+            if path.is_file():
+                (folder / path.relative_to(scratch)).put(path)
 
 
 @contextlib.contextmanager

@@ -10,9 +10,11 @@ from small_datasets import SIZES, SMALL
 
 from unibiomed_jax import bucket
 from unibiomed_jax.data.mixture import find_datasets
+from unibiomed_jax.data.packed import is_packed
 from unibiomed_jax.data.pipeline import Pipeline, PipelineConfig
 from unibiomed_jax.data.plan import BucketConfig
 from unibiomed_jax.data.records import DatasetConfig, Kind
+from unibiomed_jax.datasets import pack as packing
 from unibiomed_jax.datasets.pack import PackOptions, pack
 from unibiomed_jax.errors import BucketError, InputError
 from unibiomed_jax.files import locate, read_range, write_beside
@@ -56,11 +58,11 @@ def contents(batch) -> tuple:
 def test_a_plain_and_a_packed_dataset_give_the_batches_of_a_disk(server, mixture, byte_tokenizer, tmp_path):
     """Of what is packed each host asks for the ranges of its own records, and a worker process does, too."""
     roots = {config.root: Path(config.root) for config in mixture}
-    for root in roots.values():
-        pack(PackOptions(root, tmp_path / "packed" / root.name, shard_bytes=20_000))
     plain = {str(root): upload(path, f"plain/{path.name}") for root, path in roots.items()}
-    packed = {str(root): upload(tmp_path / "packed" / path.name, f"packed/{path.name}")
-              for root, path in roots.items()}  # fmt: skip
+    packed = {root: f"s3://data/packed/{path.name}" for root, path in roots.items()}
+    for number, root in enumerate(roots):  # from a disk, and from a bucket
+        source = locate((root, plain[root])[number % 2])
+        pack(PackOptions(source, locate(packed[root]), shard_bytes=20_000))
     disk = open_pipeline(mixture, byte_tokenizer)
     steps = range(disk.steps_per_epoch)
     wanted = [contents(disk.read(step)) for step in steps]
@@ -88,6 +90,35 @@ def test_a_plain_and_a_packed_dataset_give_the_batches_of_a_disk(server, mixture
     workers = iter(open_pipeline(datasets, byte_tokenizer, workers=1))
     assert contents(next(workers)) == wanted[0]
     workers.close()
+
+
+def test_a_dataset_is_packed_into_a_bucket_as_on_a_disk(targets, tmp_path, monkeypatch):
+    """Also where it was interrupted: what is there stays; the index comes last."""
+    out, settings = locate("s3://data/once"), {"shard_bytes": 5_000, "threads": 1}
+    local = pack(PackOptions(targets, tmp_path / "local", **settings))
+    assert local.shards > 2
+    write, written = packing.write_shard, []
+
+    def interrupt(path, contents):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        return write(path, contents)
+
+    source = locate(upload(targets, f"loose/{targets.name}"))
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "write_shard", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pack(PackOptions(source, out, **settings))
+    assert not is_packed(out)
+    with pytest.raises(InputError, match="holds the beginning of a pack of s3://data/loose/.*; delete"):
+        pack(PackOptions(targets, out, **settings))
+    report = pack(PackOptions(source, out, **settings))
+    assert report == replace(local, kept=2)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+    with pytest.raises(InputError, match="s3://data/once exists; choose another folder"):
+        pack(PackOptions(source, out, **settings))
 
 
 def test_the_datasets_of_a_bucket_are_found(targets, volumes, tmp_path):

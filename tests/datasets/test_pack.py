@@ -242,12 +242,13 @@ def test_packing_with_no_tokenizer_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_processes_measure_what_one_does(mixture, byte_tokenizer, tmp_path, monkeypatch):
+def test_processes_measure_what_one_does(mixture, byte_tokenizer, tmp_path, monkeypatch, caplog):
     datasets = packed_mixture(mixture[:1], tmp_path / "packed")
     records, builder = PackedRecords(datasets[0]), SampleBuilder(SMALL, SIZES, byte_tokenizer, 0)
     alone = builder._measure(records)
     monkeypatch.setattr(transforms, "_SHARE", 2)
     assert builder._measure(records).tolist() == alone.tolist() and len(alone) == 5
+    assert "Measuring the texts of 5 records of" in caplog.text and "data pack --tokenizer" in caplog.text
 
 
 def rewrite(folder: Path, edit, *, true_checksum: bool) -> None:

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from bucket_server import serve
 from job import (
     PATIENCE,
     Job,
@@ -25,6 +26,7 @@ from job import (
 from places import MICRO_RUN, ROOT, TESTS
 
 from unibiomed_jax import checkpoint
+from unibiomed_jax.files import locate
 from unibiomed_jax.training.snapshot import find_damage
 
 pytestmark = pytest.mark.scale
@@ -154,12 +156,51 @@ def test_killed_and_stopped_two_processes_end_as_if_nothing_had_happened(texts, 
     assert losses == expected
 
 
+def wait_until_saved(folder, update, job):
+    """Until a checkpoint is complete."""
+    end = time.monotonic() + PATIENCE
+    while not (folder / "checkpoints" / f"{update:08d}" / "manifest.json").exists():
+        assert time.monotonic() < end and all(process.poll() is None for process in job.running)
+        time.sleep(0.1)
+
+
 def wait_for_save(folder, job):
     """Until a save has begun; what a killed job left unfinished goes when the next one starts."""
     before, end = set(checkpoints(folder)), time.monotonic() + PATIENCE
     while set(checkpoints(folder)) <= before and all(process.poll() is None for process in job.running):
         assert time.monotonic() < end
         time.sleep(0.002)
+
+
+def test_two_processes_in_a_bucket_end_as_on_a_disk(texts, long, tmp_path, monkeypatch):
+    """Meanwhile another job is told who is there; then one process is killed, and nobody helps."""
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto")
+    with serve(tmp_path, "runs") as server:
+        server.reach(monkeypatch)
+        folder, env = locate("s3://runs/two"), texts | server.environment
+        command = train(folder, *LONG)
+        with Job(command, env, processes=2) as job:
+            wait_until_saved(folder, 2, job)
+            codes, (said,) = Job(command, env, processes=1, devices=2).wait()
+            assert codes == [2] and "Traceback" not in said, said
+            first = job.running[0]
+            assert f"Another process trains in s3://runs/two (process {first.pid} on " in said
+            assert all(process.poll() is None for process in job.running)
+            job.running[1].kill()
+            codes, said = job.wait()
+            assert 0 not in codes, said
+        complete = (folder / "checkpoints" / name / "manifest.json" for name in checkpoints(folder))
+        saved = max(int(manifest.parent.name) for manifest in complete if manifest.exists())
+        with Job(command, env, processes=2) as job:
+            wait_until_saved(folder, saved + 2, job)
+            job.running[1].send_signal(signal.SIGTERM)
+            codes, (first, _) = job.wait()
+            assert codes == [0, 0] and f"Going on after update {saved} of {STEPS}" in first, first
+        there, expected = (place / "checkpoints" / f"{saved + 2:08d}" for place in (folder, long))
+        assert find_damage(there) is None
+        assert digests(contents(there)) == digests(contents(expected))
+        assert [line["step"] for line in log(folder)] == list(range(1, int(newest(folder).name) + 1))
 
 
 # ------------------------------------------------------------------------------------------------------------

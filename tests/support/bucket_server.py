@@ -47,7 +47,8 @@ class Server:
 
     @contextlib.contextmanager
     def behaving(self, how: str):
-        """ "refuse": every request that writes, with 403; "refuse all"; "stall": no answer."""
+        """ "refuse": every request that writes, with 403; "refuse all"; "stall": no answer; "know no
+        conditions": to write under one is not implemented."""
         (self.folder / "how").write_text(how)
         yield
         (self.folder / "how").unlink()
@@ -76,6 +77,10 @@ REFUSAL = (
     f"<Error><Code>AccessDenied</Code><Message>Access Denied to {KEY_ID} with {SECRET}</Message>"
     f"<AWSAccessKeyId>{KEY_ID}</AWSAccessKeyId></Error>"
 ).encode()
+UNKNOWN = (
+    b"<Error><Code>NotImplemented</Code><Message>A header implies functionality that is not implemented"
+    b"</Message></Error>"
+)
 
 
 def main(folder: Path, *buckets: str) -> None:
@@ -99,6 +104,10 @@ def main(folder: Path, *buckets: str) -> None:
             length = str(len(REFUSAL))
             start("403 Forbidden", [("Content-Length", length), ("Content-Type", "application/xml")])
             parts = [REFUSAL]
+        elif how == "know no conditions" and {"HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH"} & environ.keys():
+            environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
+            start("501 Not Implemented", [("Content-Length", str(len(UNKNOWN)))])
+            parts = [UNKNOWN]
         else:
             parts = list(moto(environ, start))
         noted |= {"method": method, "path": environ["PATH_INFO"], "range": environ.get("HTTP_RANGE")}

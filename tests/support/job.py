@@ -147,7 +147,7 @@ def contents(checkpoint: Path) -> dict[str, np.ndarray]:
         *parents, last = name.split("/")
         node = functools.reduce(lambda node, parent: node.setdefault(parent, {}), parents, abstract)
         node[last] = np.broadcast_to(np.zeros((), dtype_of(dtype)), shape)  # which takes no memory
-    return leaves_by_name(ocp.load(checkpoint / "state", abstract))
+    return leaves_by_name(ocp.load(os.fspath(checkpoint / "state"), abstract))
 
 
 def digests(leaves: dict[str, np.ndarray]) -> dict[str, str]:

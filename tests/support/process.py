@@ -1,7 +1,7 @@
 """One process of a job that the tests start: `python process.py train.py ...`.
 
-It waits seconds instead of minutes for the others (ARRIVAL, if set), and keeps its compiled programs: JAX
-keeps those of the first process alone, though on a CPU they are no use to the others.
+It waits seconds instead of minutes for the others (ARRIVAL, if set) and for who held a lock, and keeps its
+compiled programs: JAX keeps those of the first process alone, though on a CPU they are no use to the others.
 """
 
 import os
@@ -11,10 +11,11 @@ import sys
 from jax._src import compiler
 from jax._src import distributed as jax_distributed
 
-from unibiomed_jax import distributed
+from unibiomed_jax import distributed, locks
 
 distributed._GATHERED = 1 << 12  # so that large arrays are gathered in parts, too
 distributed.ARRIVAL, distributed.HEARTBEAT = int(os.environ.get("ARRIVAL", "60")), 10
+locks.BEAT, locks.SILENCE = 1, 8
 write = compiler._cache_write
 
 

@@ -1,4 +1,4 @@
-"""train.py with its run folder in a bucket: a real S3 server on the loopback."""
+"""train.py with its run folder in a bucket: a real S3 server on the loopback, and one as Google's."""
 
 import json
 import os
@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+import fsspec
+import gcs_server
 import numpy as np
 import pytest
 from bucket_server import KEY_ID, SECRET, serve
@@ -126,6 +128,7 @@ def test_a_run_is_stopped_goes_on_and_ends_as_on_a_disk(environment, server, fin
     assert [path.name for path in folder.iterdir()] == [
         "adapter",
         "checkpoints",
+        "lock",
         "log.jsonl",
         "model",
         "pictures",
@@ -161,6 +164,25 @@ def test_a_run_is_stopped_goes_on_and_ends_as_on_a_disk(environment, server, fin
         assert SECRET.encode() not in content and KEY_ID.encode() not in content, name
 
 
+def test_a_run_in_a_bucket_of_google_is_stopped_and_ends_as_on_a_disk(
+    environment, finished, tmp_path, monkeypatch
+):
+    pytest.importorskip("gcsfs")
+    pytest.importorskip("gcp_storage_emulator")
+    with gcs_server.serve(tmp_path, "bucket-of-runs") as reach:
+        for name, value in reach.items() | {("TENSORSTORE_GCS_HTTP_URL", reach["STORAGE_EMULATOR_HOST"])}:
+            monkeypatch.setenv(name, value)
+        monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+        folder = locate("gs://bucket-of-runs/one")
+        stopped(environment | reach, folder, "--log.validate-every=1000000")
+        before = int(newest(folder).name)
+        code, said = run(environment | reach, folder, "--log.validate-every=1000000")
+        assert code == 0 and f"Going on after update {before} of {STEPS}" in said, said
+        assert contents(folder) == contents(finished)
+        models = (checkpoint.read_manifest(place / "model") for place in (folder, finished))
+        assert len({model.hash for model in models}) == 1
+
+
 def test_a_damaged_checkpoint_in_a_bucket_is_found(environment, finished):
     """As it was saved, and copied there from a disk."""
     folder = locate("s3://runs/damaged")
@@ -187,7 +209,7 @@ def test_a_bucket_without_permission_or_credentials_or_that_is_not_there(environ
     )
     with server.behaving("refuse"):
         code, said = run(environment, "s3://runs/refused")
-    assert code == 2 and "Error: s3://runs/refused/checkpoints/" in said and denied in said, said
+    assert code == 2 and "Error: s3://runs/refused/" in said and denied in said, said
     without = {name: value for name, value in environment.items() if name not in server.environment}
     without["AWS_ENDPOINT_URL"] = environment["AWS_ENDPOINT_URL"]
     without |= {"AWS_EC2_METADATA_DISABLED": "true", "HOME": "/nowhere"}
@@ -199,7 +221,9 @@ def test_a_bucket_without_permission_or_credentials_or_that_is_not_there(environ
         assert "Traceback" not in words and SECRET not in words and KEY_ID not in words
 
 
-def test_a_bucket_that_goes_away_ends_the_run_with_a_sentence(environment, tmp_path):
+@pytest.mark.parametrize("moment", ["about.json", "manifest.json"])
+def test_a_bucket_that_goes_away_ends_the_run_with_a_sentence(environment, tmp_path, moment):
+    """As a checkpoint begins, and when it is complete."""
     with serve(tmp_path, "runs") as server:
         process = subprocess.Popen(
             command("s3://runs/one", "--optim.steps=100000"),
@@ -208,13 +232,13 @@ def test_a_bucket_that_goes_away_ends_the_run_with_a_sentence(environment, tmp_p
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        while not any("00000002/manifest.json" in request["path"] for request in server.requests()):
+        while not any(f"00000002/{moment}" in request["path"] for request in server.requests()):
             assert process.poll() is None
-            time.sleep(0.1)
+            time.sleep(0.02)
         server.kill()
         start = time.monotonic()
         _, error = process.communicate(timeout=120)
-        assert time.monotonic() - start < 90
+        assert time.monotonic() - start < 60
     assert process.returncode == 2, error
     sentence = " ".join(error.split())
     assert (

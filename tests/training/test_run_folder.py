@@ -24,12 +24,13 @@ def test_the_lock_of_another_process_holds_until_its_death(checkpointer, tmp_pat
     command = [sys.executable, "-u", "-c", HOLD, str(tmp_path / "lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        with pytest.raises(InputError, match=f"Another process trains in {tmp_path}; .*--folder.$"):
-            checkpointer.claim()
+        said = f"Another process trains in {tmp_path}; .*--folder.$"
+        with pytest.raises(InputError, match=said), checkpointer.claim():
+            pass
         assert leftover.exists()
         other.kill()
-    checkpointer.claim()
-    assert not leftover.exists()
+    with checkpointer.claim():
+        assert not leftover.exists()
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
@@ -38,10 +39,12 @@ def test_a_file_system_without_locks_goes_without(checkpointer, monkeypatch, cod
         raise OSError(code, "flock")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    checkpointer.claim()
+    with checkpointer.claim():
+        pass
 
 
 def test_a_folder_that_another_machine_does_not_see_is_refused(checkpointer, monkeypatch):
     monkeypatch.setattr("unibiomed_jax.distributed.gather", lambda value: [value, False])
     with pytest.raises(InputError, match="Process 1 does not see what process 0 writes into "):
-        checkpointer.claim()
+        with checkpointer.claim():
+            pass

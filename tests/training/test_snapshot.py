@@ -230,5 +230,5 @@ def test_leftovers_of_a_killed_run_are_removed(checkpointer):
     leftover.mkdir()
     again = Checkpointer(checkpointer.folder, checkpointer.config)
     assert leftover.exists()  # for all it knows, the save of a run that goes on
-    again.claim()
-    assert not leftover.exists() and again.steps() == []
+    with again.claim():
+        assert not leftover.exists() and again.steps() == []

@@ -345,12 +345,12 @@ def test_a_checkpoint_of_another_model(refuses, tmp_path):
 
 def test_a_folder_in_which_another_process_trains(refuses, tmp_path):
     running = Checkpointer(tmp_path / "run" / "checkpoints", CheckpointConfig())
-    running.claim()
-    unfinished = running.folder / "00000004.partial"
-    unfinished.mkdir()
-    refuses("Another process trains in")
-    refuses("no checkpoint 'last'", "--export=last")
-    assert unfinished.exists()
+    with running.claim():
+        unfinished = running.folder / "00000004.partial"
+        unfinished.mkdir()
+        refuses("Another process trains in")
+        refuses("no checkpoint 'last'", "--export=last")
+        assert unfinished.exists()
 
 
 def test_a_dry_run_takes_the_heaviest_shape():

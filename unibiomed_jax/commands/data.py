@@ -67,5 +67,7 @@ def pack(options: PackOptions) -> int:
         f"{report.records:,} records of {report.tables} tables in {report.folders} folders: {report.files:,} "
         f"files, {report.bytes / 1e6:,.1f} MB in {report.shards} shards{kept}"
     )
+    if options.tokenizer is None:
+        _say("The texts were not measured: the first run does that at its start; --tokenizer does it here.")
     _say(f"Next: set DATASET of the configuration to {options.out}")
     return DONE

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from unibiomed_jax import distributed
 from unibiomed_jax.commands.run import DONE, FAILED_IN_PART
+from unibiomed_jax.config.fields import Address
 from unibiomed_jax.config.precision import PrecisionName, find_precision
 from unibiomed_jax.distributed import Processes
 from unibiomed_jax.errors import InputError
@@ -42,7 +43,7 @@ class EvalOptions(Processes):
     """
 
     # Folder of the run: answers go to samples_TASK.jsonl, numbers to results.json and results.csv.
-    out: Path
+    out: Address
     # A converted or a released folder, or a repository on Hugging Face; without one, what the run has is
     # scored.
     checkpoint: Annotated[str | Path | None, tyro.conf.arg(metavar="OWNER/NAME[@REVISION]|PATH")] = None
@@ -66,7 +67,7 @@ class EvalOptions(Processes):
     # Under "paper": do sensibly, and note, what the reference fails at.
     repair: bool = False
     # Write the run's predictions there too, in the folders of UniBiomed's scripts.
-    folders: Path | None = None
+    folders: Address | None = None
     # Under "strict": a JSON file of tolerances of the surface Dice by target, mm.
     tolerances: Path | None = None
     # Under "strict": when an answer to a closed or open question is right, as these publish numbers.
@@ -87,12 +88,12 @@ class EvalOptions(Processes):
 class CompareOptions:
     """By how much a second run is better than a first, with intervals over the patients of both."""
 
-    first: Annotated[Path, tyro.conf.Positional]
-    second: Annotated[Path, tyro.conf.Positional]
+    first: Annotated[Address, tyro.conf.Positional]
+    second: Annotated[Address, tyro.conf.Positional]
     # Write the table there, as CSV.
-    csv: Path | None = None
+    csv: Address | None = None
     # Write a page about it there, such as compare.html.
-    page: Path | None = None
+    page: Address | None = None
     # Every target, not the means over them alone.
     targets: bool = False
 

@@ -18,10 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from unibiomed_jax import distributed
 from unibiomed_jax.commands.run import DONE, FAILED_IN_PART
+from unibiomed_jax.config.fields import Address
 from unibiomed_jax.config.precision import PrecisionName, find_precision
 from unibiomed_jax.distributed import Processes
 from unibiomed_jax.errors import DiskFullError, InputError
-from unibiomed_jax.files import shown
+from unibiomed_jax.files import in_bucket, shown
 from unibiomed_jax.inputs.formats import VOLUME_SUFFIXES, scan_refusal
 from unibiomed_jax.inputs.images import by_number
 from unibiomed_jax.studies.dicom_files import is_dicom
@@ -42,19 +43,19 @@ class PredictOptions(Processes):
     """Ask every image the same question; write text, masks and overlays."""
 
     # An image, or a folder of images (its subfolders included, but for a volume).
-    image_or_folder: Annotated[Path, tyro.conf.Positional]
+    image_or_folder: Annotated[Address, tyro.conf.Positional]
     # The question; write <image> where the image goes: "<image>Please segment the liver."
     prompt: str
     # A converted or a released folder, or a repository on Hugging Face.
     checkpoint: Annotated[str | Path, tyro.conf.arg(metavar="OWNER/NAME[@REVISION]|PATH")]
     # Where the answers go, a folder per image.
-    out: Path
+    out: Address
     # The folder is one volume: its images, sorted by name and number (2 before 10), are the slices.
     volume: bool = False
     # Slices that the language model sees (default: the first five, or as many as the checkpoint takes).
     conditioning: tuple[int, ...] | None = None
     # Mask images of the regions that the question refers to (a single image only).
-    region: tuple[Path, ...] = ()
+    region: tuple[Address, ...] = ()
     # Empty the masks of objects that the model itself thinks are absent (score not above 0).
     hide_absent: bool = False
     # Longest answer, tokens.
@@ -328,7 +329,8 @@ def _sources(options: PredictOptions) -> tuple[dict[str, list[Path]], list[Path]
         return {path.name: [path]}, []
     suffixes = image_suffixes()
     images, left_out = [], []
-    for found in _files(path, options.out.resolve(), deep=not options.volume):
+    files = _files_of_bucket if in_bucket(path) else _files
+    for found in files(path, options.out.resolve(), deep=not options.volume):
         (images if found.suffix.lower() in suffixes else left_out).append(found)
     images.sort(key=by_number)
     if not images and any(map(_is_scan, left_out)):
@@ -382,6 +384,24 @@ def _files(folder: Path, answers: Path, *, deep: bool) -> Iterator[Path]:
             if deep and not name.startswith(".") and (inside / name).resolve() != answers
         )
         yield from (inside / name for name in sorted(files) if not name.startswith("."))
+
+
+def _files_of_bucket(folder: Path, answers: Path, *, deep: bool) -> Iterator[Path]:
+    """As `_files`."""
+    from unibiomed_jax.outputs.answer_folder import ANSWER_FILE
+
+    files = [folder / name for name in folder.walk_files()]
+    answered = {path.parent for path in files if path.name == ANSWER_FILE}
+    for path in files:
+        inside = path.relative_to(folder)
+        above = [parent for parent in path.parents if parent == folder or parent.is_relative_to(folder)]
+        of_answer = answered & set(above)
+        if of_answer:
+            if path.name == ANSWER_FILE and len(of_answer) == 1:
+                yield path
+        elif (deep or len(inside.parts) == 1) and answers not in above:
+            if not any(part.startswith(".") for part in inside.parts):
+                yield path
 
 
 def _say(sentence: str) -> None:

@@ -26,13 +26,13 @@ def run(program: Callable[[], int | None]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what the terminal cannot show is written as an escape
             stream.reconfigure(errors="backslashreplace")
-    code = IMPOSSIBLE
+    code, gone = IMPOSSIBLE, False
     try:
         done = program() or DONE
         distributed.finish()
         return done
     except (BucketError, InputError) as error:
-        sentence = str(error)
+        sentence, gone = str(error), isinstance(error, BucketError)
     except KeyboardInterrupt as error:
         sentence, code = str(error) or "Interrupted.", INTERRUPTED
     except BaseException as error:
@@ -51,6 +51,8 @@ def run(program: Callable[[], int | None]) -> int:
                 raise
     with distributed.ending(sentence, code):
         _say(sentence)
+    if gone:  # threads of Orbax would ask the bucket for minutes more
+        distributed.leave(code)
     return code
 
 

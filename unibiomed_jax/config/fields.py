@@ -6,13 +6,30 @@ import dataclasses
 import difflib
 import enum
 import math
+import os
 import reprlib
 import types
 import typing
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from pathlib import Path, PurePath
+from typing import Annotated, Any, NamedTuple
+
+from tyro.constructors import PrimitiveConstructorSpec
 
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.files import locate
+
+# A path that may lie in a bucket, as an option of a command.
+Address = Annotated[
+    Path,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda given: locate(given[0]),
+        is_instance=lambda value: isinstance(value, PurePath),
+        str_from_instance=lambda path: [os.fspath(path)],
+    ),
+]
 
 
 class Limit(NamedTuple):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from unibiomed_jax.conversion.reading import DTYPE_NAMES, require_torch_file
 from unibiomed_jax.conversion.sources import Source
 from unibiomed_jax.conversion.tokenizer_files import add_unibiomed_tokens, check_tokenizer
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import new_folder, require_space
+from unibiomed_jax.files import locate, new_folder, require_space
 from unibiomed_jax.inputs.tokenizer import copy_tokenizer
 from unibiomed_jax.parameters import unflatten
 
@@ -36,7 +35,7 @@ def open_source(options: FromTorchOptions) -> Source:
         InputError: it is incomplete, damaged, of an unknown kind, cannot be downloaded, or options do not fit
             it.
     """
-    if (file := Path(options.src)).suffix in (".pth", ".pt"):
+    if (file := locate(options.src)).suffix in (".pth", ".pt"):
         require_torch_file(file)
         if options.base is None:
             raise InputError(
@@ -92,9 +91,9 @@ def _write_release(source: Source, folder: Path) -> None:
     }
     (folder / "layout.json").write_text(json.dumps(stored, indent=1) + "\n")
     (folder / "config.json").write_text(json.dumps(source.release_config, indent=2) + "\n")
-    for path in [*source.folder.glob("*.py"), source.folder / "generation_config.json"]:
-        if path.is_file():
-            shutil.copyfile(path, folder / path.name)
+    for path in source.folder.iterdir():
+        if path.suffix == ".py" or path.name == "generation_config.json":
+            (folder / path.name).write_bytes(path.read_bytes())
 
 
 def size(source: Source) -> int:
@@ -112,7 +111,7 @@ def read_released(folder: Path, sharding: checkpoint.Sharding | None = None) -> 
     Raises:
         InputError: the folder is incomplete, damaged or of an unsupported kind.
     """
-    source = sources.released(Path(folder))
+    source = sources.released(locate(folder))
     check_tokenizer(source.folder, source.config.language.vocab_size)
     if sharding is None:
         params = {part: unflatten(leaves) for part, leaves in build_parts(source.rows, source.tensors)}
@@ -125,4 +124,4 @@ def read_released(folder: Path, sharding: checkpoint.Sharding | None = None) -> 
             leaves[row.path] = checkpoint.placed(row.path, host, sharding)
             del host
         params, identity = unflatten(leaves), checkpoint.identity(records)
-    return checkpoint.Checkpoint(source.config, params, Path(folder), identity, None)
+    return checkpoint.Checkpoint(source.config, params, source.folder, identity, None)

@@ -15,7 +15,7 @@ from pathlib import Path
 from unibiomed_jax.checkpoint import is_checkpoint
 from unibiomed_jax.conversion.reading import INDEX
 from unibiomed_jax.errors import DiskFullError, InputError
-from unibiomed_jax.files import NO_SPACE
+from unibiomed_jax.files import NO_SPACE, locate
 from unibiomed_jax.inputs.tokenizer import FILES as TOKENIZER_FILES
 
 # huggingface_hub is imported where it is called: it takes a second, and reads its environment while it does.
@@ -75,7 +75,7 @@ def local(source: str | os.PathLike) -> Path:
         InputError: the repository cannot be downloaded.
     """
     named = repository(source)
-    return download(named, resolve(named)) if named else Path(source)
+    return download(named, resolve(named)) if named else locate(source)
 
 
 def resolve(repository: Repository) -> Revision:

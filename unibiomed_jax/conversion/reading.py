@@ -61,11 +61,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
-            length = struct.unpack("<Q", file.read(8))[0]
-            if length > min(size - 8, MAX_HEADER_BYTES):
-                raise InputError(f"{path} is truncated or not a safetensors file; download it again.")
-            header = json.loads(file.read(length), object_pairs_hook=files.unlike_keys)
+        length = struct.unpack("<Q", files.read_range(path, 0, 8))[0]
+        if length > min(size - 8, MAX_HEADER_BYTES):
+            raise InputError(f"{path} is truncated or not a safetensors file; download it again.")
+        header = json.loads(files.read_range(path, 8, length), object_pairs_hook=files.unlike_keys)
     except FileNotFoundError:
         raise InputError(f"{path} is missing; download it again.") from None
     except OSError as error:
@@ -111,7 +110,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _reader(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
-        values = np.fromfile(path, dtype, math.prod(shape), offset=offset)
+        if files.in_bucket(path):
+            values = np.frombuffer(files.read_range(path, offset, math.prod(shape) * dtype.itemsize), dtype)
+        else:
+            values = np.fromfile(path, dtype, math.prod(shape), offset=offset)
         if values.size != math.prod(shape):
             raise InputError(f"{path} became shorter while it was read; download it again.")
         return values.reshape(shape)
@@ -168,7 +170,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
 def read_torch(path: Path, entry: str) -> dict[str, Tensor]:
     """The tensors of a .pth or .pt file: of its table `entry` if there is one, else of the file itself.
 
-    The file stays memory-mapped; nothing in it is executed.
+    The file stays memory-mapped, but for one in a bucket, which is held whole; nothing in it is executed.
 
     Raises:
         InputError: torch is not installed, or the file is missing, damaged, or holds more than plain tensors.
@@ -215,6 +217,8 @@ def require_torch_file(path: Path) -> None:
 
 def _load(torch, path: Path):
     try:
+        if files.in_bucket(path):
+            return torch.load(files.open_file(path), map_location="cpu", weights_only=True)
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
@@ -28,7 +27,7 @@ from unibiomed_jax.conversion.tables import largest_first, model_rows
 from unibiomed_jax.conversion.tables.qwen2 import TORCH_EMBEDDING, TORCH_HEAD, lora_rows
 from unibiomed_jax.conversion.writing import SHARD_BYTES, write_safetensors
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import new_folder, require_space
+from unibiomed_jax.files import local_folder, new_folder, require_space
 from unibiomed_jax.parameters import merge_adapters
 
 Plan = dict[str, tuple[np.dtype, tuple[int, ...]]]
@@ -78,7 +77,7 @@ def convert(
     if stored["stores_tied_head"]:
         plan[TORCH_HEAD] = plan[TORCH_EMBEDDING]
     require_space(dst, sum(int(np.prod(shape)) * dtype.itemsize for dtype, shape in plan.values()))
-    with new_folder(dst, overwrite=overwrite) as folder:
+    with new_folder(dst, overwrite=overwrite) as whole, local_folder(whole) as folder:
         _copy_files(src, folder, config)
         merge = manifest.lora.scale if manifest.lora and not adapter else None
         # Closed here, with the thread that reads ahead, and not by the garbage collector at its own moment.
@@ -139,13 +138,13 @@ def _copy_files(src: Path, folder: Path, config: ModelConfig) -> None:
     if not (src / "tokenizer").is_dir():
         raise InputError(f"{src} is not a complete checkpoint (tokenizer/ is missing); {checkpoint.REMEDY}.")
     for path in (src / "tokenizer").iterdir():
-        shutil.copyfile(path, folder / path.name)
+        (folder / path.name).write_bytes(path.read_bytes())
     original = None
     for path in (src / "release").iterdir() if (src / "release").is_dir() else ():
         if path.name == "config.json":
             original = read_json(path)
         elif path.name != "layout.json":
-            shutil.copyfile(path, folder / path.name)
+            (folder / path.name).write_bytes(path.read_bytes())
     text = json.dumps(release_config(config, original), indent=2)
     (folder / "config.json").write_text(text + "\n")
 

@@ -20,7 +20,16 @@ from jaxtyping import Int32, UInt32
 
 from unibiomed_jax.data.records import DatasetConfig, Kind, Record, without_place
 from unibiomed_jax.errors import BucketError, InputError
-from unibiomed_jax.files import locate, open_file, read_json, read_range, shown, sizes, write_beside
+from unibiomed_jax.files import (
+    local_file,
+    locate,
+    open_file,
+    read_json,
+    read_range,
+    shown,
+    sizes,
+    write_beside,
+)
 from unibiomed_jax.inputs.shards import REPAIR, StoredFile
 
 logger = logging.getLogger(__name__)
@@ -125,13 +134,17 @@ def write_rows(
     """
     columns = np.zeros(count + 1, _COLUMNS)
     written, kept = _beside(folder / name, ".rows"), _beside(folder / name, ".columns.npy")
-    with open(written, "wb") as file:
-        for number, (row, size, objects) in enumerate(rows):
-            columns[number] = (file.tell(), zlib.crc32(row), *size, objects)
-            file.write(row)
-        columns["start"][-1] = file.tell()
-    np.save(kept, columns)
-    return {"records": count, "rows": file_entry(written), "columns": file_entry(kept)}
+    with local_file(written) as local:
+        with open(local, "wb") as file:
+            for number, (row, size, objects) in enumerate(rows):
+                columns[number] = (file.tell(), zlib.crc32(row), *size, objects)
+                file.write(row)
+            columns["start"][-1] = file.tell()
+        entries = {"rows": file_entry(local)}
+    with local_file(kept) as local:
+        np.save(local, columns)
+        entries["columns"] = file_entry(local)
+    return {"records": count} | entries
 
 
 class PackedRecords(Sequence[Record]):

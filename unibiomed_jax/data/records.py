@@ -1,7 +1,8 @@
 """What a dataset is made of: the configuration of one, and one training sample before any pixel is read."""
 
+import operator
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -144,10 +145,16 @@ class Record:
     # Who was imaged, as far as the table says.
     patient: str = field(default="")
 
+    def __reduce__(self):  # several times as fast as what dataclasses write
+        return Record, _fields_of(self)
+
     @property
     def frames(self) -> int:
         """SAM frames of the sample: 0 without masks, the drawn slices of a sequence, else 1."""
         return self.slices if self.kind is Kind.SEQUENCE else 0 if self.kind in TEXT_ONLY else 1
+
+
+_fields_of = operator.attrgetter(*(field.name for field in fields(Record)))
 
 
 def without_place(record: Record, config: DatasetConfig) -> Record:

@@ -1,14 +1,17 @@
 """JSON tables on disk to records, one reader per table format. No pixel is read here."""
 
 import math
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from unibiomed_jax.data.packed import PackedRecords, is_packed
 from unibiomed_jax.data.records import DatasetConfig, Kind, Record
+from unibiomed_jax.data.streamed import Spilled, SpilledObject, read_members
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.files import find_file, locate, read_json, shown, spelled
 from unibiomed_jax.inputs.images import by_number
@@ -17,15 +20,12 @@ from unibiomed_jax.inputs.images import by_number
 NO_FINDINGS = "no findings"
 
 
-def read_dataset(
-    config: DatasetConfig, problems: list[str] | None = None, *, table: Any = None
-) -> Sequence[Record]:
+def read_dataset(config: DatasetConfig, problems: list[str] | None = None) -> Sequence[Record]:
     """All records of one dataset in the order of its table, which may be packed.
 
     Args:
         config: which.
         problems: collects what is wrong with single entries, which are then left out.
-        table: its table, where that has been read before.
 
     Raises:
         InputError: table missing, not JSON, or of another schema; names file, field and remedy. Or no record
@@ -38,8 +38,20 @@ def read_dataset(
         )
     if is_packed(root):
         return PackedRecords(config)
-    if table is None:
-        table = read_table(config.annotation_path)
+    return list(records_of(config, read_table(config.annotation_path, config.kind), problems))
+
+
+def records_of(config: DatasetConfig, table: Any, problems: list[str] | None = None) -> Iterator[Record]:
+    """The records of a dataset that is not packed, one after the other.
+
+    Args:
+        config: which.
+        table: what `read_table` gives for it.
+        problems: as in `read_dataset`.
+
+    Raises:
+        InputError: as `read_dataset`.
+    """
     path = shown(config.annotation_path)  # for messages
     reader = {
         Kind.SEQUENCE: _read_volumes,
@@ -47,8 +59,7 @@ def read_dataset(
         Kind.REPORT: _read_findings,
         Kind.CAPTION: _read_captions,
     }.get(config.kind, _read_targets)
-    records = []
-    names = _Names(config)
+    found, names = False, _Names(config)
     for read in reader(config, path, table):
         try:
             record = read()
@@ -57,12 +68,12 @@ def read_dataset(
                 raise
             problems.append(str(error))
         else:
-            records.append(replace(record, name=names.unique(record.name)))
-    if not records and not problems:
+            found = True
+            yield replace(record, name=names.unique(record.name))
+    if not found and not problems:
         raise InputError(
             f"{path} holds no samples for {config.kind}; add annotations or leave the dataset out."
         )
-    return records
 
 
 def _read_targets(config: DatasetConfig, path: str, table) -> Iterator[Callable[[], Record]]:
@@ -71,18 +82,22 @@ def _read_targets(config: DatasetConfig, path: str, table) -> Iterator[Callable[
     Images and annotations are paired by file name, not by id; images without annotations give no record.
     """
     images = _read_images(_get(table, "images", list, path), path)
-    grouped: dict[str, list[tuple[int, dict]]] = {name: [] for name in images}  # see `spelled`
-    for number, annotation in enumerate(_get(table, "annotations", list, path)):
+    names = list(images)  # see `spelled`
+    order = {name: number for number, name in enumerate(names)}
+    annotations = _get(table, "annotations", list, path)
+    belongs = np.empty(len(annotations), np.int64)
+    for number, annotation in enumerate(annotations):
         name = _get(annotation, "file_name", str, path, f"annotations[{number}]")
-        if spelled(name) not in grouped:
+        if spelled(name) not in order:
             raise InputError(
                 f"{path}: annotations[{number}] belongs to the image {name}, which `images` does not list; "
                 "add it there."
             )
-        grouped[spelled(name)].append((number, annotation))
+        belongs[number] = order[spelled(name)]
+    del order
 
-    def read(file_name: str, number: int, annotation: dict) -> Record:
-        where = f"annotations[{number}]"
+    def read(file_name: str, number: int) -> Record:
+        where, annotation = f"annotations[{number}]", annotations[number]
         mask_file = _get(annotation, "mask_file", str, path, where)
         size, patient = images[file_name]
         return Record(
@@ -96,14 +111,13 @@ def _read_targets(config: DatasetConfig, path: str, table) -> Iterator[Callable[
             patient=patient,
         )
 
-    for file_name, annotations in grouped.items():
-        for number, annotation in annotations:
-            yield partial(read, file_name, number, annotation)
+    for number in np.argsort(belongs, kind="stable").tolist():
+        yield partial(read, names[belongs[number]], number)
 
 
 def _read_findings(config: DatasetConfig, path: str, table) -> Iterator[Callable[[], Record]]:
     """RadGenome's table, an object of samples; lists in abnormality and mask_file are several objects."""
-    if not isinstance(table, dict):
+    if not isinstance(table, Mapping):
         raise InputError(f"{path} must be a JSON object whose values are samples, not a {_type_name(table)}.")
 
     def read(key: str, entry) -> Record:
@@ -224,10 +238,12 @@ def _read_captions(config: DatasetConfig, path: str, table) -> Iterator[Callable
 def _read_images(images: list, path: str) -> dict[str, tuple[tuple[int, int], str]]:
     """Size and patient of every listed image, by its file name; one may be listed twice if both agree."""
     known: dict[str, tuple[tuple[int, int], str]] = {}
+    entries: dict[tuple, tuple] = {}  # many are the same
     for number, image in enumerate(images):
         where = f"images[{number}]"
         name = _get(image, "file_name", str, path, where)
         entry = (_size(image, path, where), _patient(image))
+        entry = entries.setdefault(entry, entry)
         if known.setdefault(spelled(name), entry) != entry:
             raise InputError(
                 f"{path}: {where} is a second {name} of another size or patient; give every image a name of "
@@ -256,8 +272,8 @@ class _Names:
         return f"{self.prefix}/{name}" + (f"#{count}" if count > 1 else "")
 
 
-def read_table(path: Path) -> Any:
-    """The content of a table.
+def read_table(path: Path, kind: Kind) -> Any:
+    """The content of a table for a task; its entries lie on a disk until they are asked for.
 
     Raises:
         InputError: it is missing or not JSON.
@@ -266,11 +282,14 @@ def read_table(path: Path) -> Any:
         raise InputError(
             f"{shown(path)} does not exist; a dataset needs this table (`unibiomed data build` writes it)."
         )
-    return read_json(path, unique_keys=True)
+    try:
+        return read_members(path, depth=1 if kind in (Kind.VQA, Kind.REPORT) else 2)
+    except (ValueError, RecursionError):
+        return read_json(path, unique_keys=True)  # which says what is wrong, or holds no object
 
 
 def _get(entry, key: str, expected: type, path: str, where: str = "the table"):
-    if not isinstance(entry, dict):
+    if not isinstance(entry, Mapping):
         raise InputError(
             f"{path}: {where} must be an object with the field {key!r}, not a {_type_name(entry)}."
         )
@@ -278,11 +297,12 @@ def _get(entry, key: str, expected: type, path: str, where: str = "the table"):
         raise InputError(
             f"{path}: {where} lacks the field {key!r}; see docs/train_on_your_data.md for the schema."
         )
-    if not isinstance(entry[key], expected):
+    value = entry[key]
+    if not isinstance(value, _SPILLED.get(expected, expected)):
         raise InputError(
-            f"{path}: {key!r} of {where} must be a {_JSON_NAMES[expected]}, not a {_type_name(entry[key])}."
+            f"{path}: {key!r} of {where} must be a {_JSON_NAMES[expected]}, not a {_type_name(value)}."
         )
-    return entry[key]
+    return value
 
 
 def _text(entry, key: str, path: str, where: str) -> str:
@@ -341,7 +361,9 @@ def _patient(entry: dict) -> str:
     return "" if patient is None else str(patient)
 
 
-_JSON_NAMES = {dict: "object", list: "list", str: "string", int: "number", float: "number", bool: "boolean"}
+_JSON_NAMES = {dict: "object", list: "list", str: "string", int: "number", float: "number", bool: "boolean",
+               SpilledObject: "object", Spilled: "list"}  # fmt: skip
+_SPILLED = {dict: (dict, SpilledObject), list: (list, Spilled)}
 
 
 def _type_name(value) -> str:

@@ -59,6 +59,8 @@ _REMEMBERED = 1 << 16
 
 # Records whose texts a process measures at once, and the most processes that do.
 _SHARE, _MAX_PROCESSES = 50_000, 32
+# That a processor core takes for the texts of a record, about.
+_SECONDS = 3e-4
 
 
 @dataclass(frozen=True)
@@ -248,8 +250,14 @@ class SampleBuilder:
     def _measure(self, records: Sequence[Record]) -> np.ndarray:
         if len(records) <= _SHARE or not isinstance(records, PackedRecords):
             return np.fromiter(map(self.text_length, records), np.int32, len(records))
-        logger.info("Measuring the texts of %d records, once for this tokenizer.", len(records))
         processes = min(os.cpu_count() or 1, _MAX_PROCESSES)
+        logger.warning(
+            "Measuring the texts of %d records of %s, once for this tokenizer: about %d minutes, which "
+            "`unibiomed data pack --tokenizer` takes while packing.",
+            len(records),
+            records.config.title,
+            -(-len(records) * _SECONDS // (60 * processes)),
+        )
         context = multiprocessing.get_context("spawn")  # threads of JAX do not survive a fork
         with ProcessPoolExecutor(processes, context, _start_measuring, (self, records)) as pool:
             firsts = range(0, len(records), _SHARE)

@@ -1,7 +1,6 @@
 """Datasets to packed datasets: every image and mask as it is on disk, in few large files."""
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -16,7 +15,8 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from unibiomed_jax.config.fields import ONE_OR_MORE, require_limits
+from unibiomed_jax import locks
+from unibiomed_jax.config.fields import ONE_OR_MORE, Address, require_limits
 from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.data.files import check_files, image_size
 from unibiomed_jax.data.mixture import NoTableError, find_datasets
@@ -31,11 +31,12 @@ from unibiomed_jax.data.packed import (
     write_rows,
 )
 from unibiomed_jax.data.records import DatasetConfig, Kind, Record
-from unibiomed_jax.data.tables import read_dataset, read_table
+from unibiomed_jax.data.streamed import Spilled
+from unibiomed_jax.data.tables import read_table, records_of
 from unibiomed_jax.data.transforms import SampleBuilder, SampleConfig, SampleSizes
 from unibiomed_jax.datasets.write import SPLITS
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import require_space, shown, write_beside
+from unibiomed_jax.files import in_bucket, local_file, locate, open_file, require_space, shown, write_beside
 from unibiomed_jax.inputs.shards import write_shard
 from unibiomed_jax.inputs.tokenizer import Tokenizer
 
@@ -52,16 +53,16 @@ class PackOptions:
     """
 
     # Folder of one or more datasets.
-    path: Annotated[Path, tyro.conf.Positional]
-    # Folder to write; appears when all is done.
-    out: Annotated[Path, tyro.conf.Positional]
+    path: Annotated[Address, tyro.conf.Positional]
+    # Folder to write; appears when all is done, in a bucket its packed.json does.
+    out: Annotated[Address, tyro.conf.Positional]
     # Bytes of files in a shard, about.
     shard_bytes: Annotated[int, ONE_OR_MORE] = 256 << 20
     # Shards written at once; by default as many as there are processor cores.
     threads: Annotated[int | None, ONE_OR_MORE] = None
-    # Folder of the tokenizer to train with (a checkpoint has one): the texts are measured now, not when the
-    # first run starts.
-    tokenizer: Path | None = None
+    # Folder of the tokenizer to train with (CHECKPOINT/tokenizer): the texts are measured now, and not when
+    # the first run starts.
+    tokenizer: Address | None = None
 
     def __post_init__(self):
         require_limits(self)
@@ -86,8 +87,7 @@ class PackReport:
 def pack(options: PackOptions) -> PackReport:
     """Pack all datasets under a folder, each folder with tables into one of the same place below `out`.
 
-    Memory holds one table at a time, and the name and place of every file; contents pass through, one file
-    for each thread.
+    Memory holds the name and place of every file; tables and contents pass through, one file for each thread.
 
     Raises:
         InputError: no dataset there, or one that could not be trained on; it is packed already; `out` exists,
@@ -96,21 +96,28 @@ def pack(options: PackOptions) -> PackReport:
     """
     tokenizer = Tokenizer.from_folder(options.tokenizer) if options.tokenizer else None
     out = options.out.absolute()
-    if out.exists():
+    partial = out if in_bucket(out) else out.with_name(f".{out.name}.partial")
+    begun = in_bucket(out) and any((out / name).exists() for name in (_SOURCE, _LOCK))
+    if out.exists() and not begun:
         raise InputError(f"{shown(out)} exists; choose another folder, or delete it to pack again.")
     datasets = _find(options.path)
-    partial = out.with_name(f".{out.name}.partial")
     report = PackReport()
-    with _own(partial, options.path):
+    with _own(partial, options.path) as lock:
+        packers = []
         for folder, tables in datasets.items():
             place = partial / os.path.relpath(folder, options.path)
             place.mkdir(parents=True, exist_ok=True)
-            _FolderPacker(place, options, report).pack(tables)
-        for leftover in (*partial.rglob("*.packed.npz"), partial / _SOURCE, partial / _LOCK):
-            leftover.unlink()
+            packers.append(_FolderPacker(place, options, report))
+            packers[-1].pack(tables)
+            lock.check()
+        for packer in packers:
+            packer.finish()
         if tokenizer is not None:
             _measure_texts(partial, tokenizer)
-        os.replace(partial, out)
+        for leftover in (_SOURCE, _LOCK):
+            (partial / leftover).unlink()
+        if partial != out:
+            os.replace(partial, out)
     return report
 
 
@@ -123,7 +130,8 @@ def _measure_texts(packed: Path, tokenizer: Tokenizer) -> None:
                 builder.text_lengths(PackedRecords(config))
 
 
-_SOURCE, _LOCK = ".source", ".lock"
+# Beside what is not yet complete: where it comes from, who writes it; beside a shard: that it is complete.
+_SOURCE, _LOCK, _DONE = ".source", ".lock", ".packed.npz"
 # More than there are files in a shard.
 _NUMBERS = 1 << 32
 
@@ -152,22 +160,16 @@ def _find(path: Path) -> dict[str, list[DatasetConfig]]:
 
 
 @contextlib.contextmanager
-def _own(partial: Path, source: Path) -> Iterator[None]:
+def _own(partial: Path, source: Path) -> Iterator[locks.Lock]:
     """Hold a folder in which this process alone packs this source."""
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        lock = open(partial / _LOCK, "wb")  # noqa: SIM115 (closed below; its name goes before it)
     except OSError as error:
         raise InputError(
             f"{shown(partial)} cannot be written ({error.strerror}); choose another place."
         ) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"Another process is writing {shown(partial)}; wait for it or choose another folder."
-            ) from None
+    does, remedy = f"is writing {shown(partial)}", "wait for it or choose another folder"
+    with locks.hold(partial / _LOCK, does=does, remedy=remedy) as lock:
         wanted = shown(source.resolve())
         begun = partial / _SOURCE
         if begun.exists() and begun.read_text() != wanted:
@@ -176,7 +178,7 @@ def _own(partial: Path, source: Path) -> Iterator[None]:
                 "another folder."
             )
         begun.write_text(wanted)
-        yield
+        yield lock
 
 
 @dataclass(frozen=True)
@@ -197,12 +199,16 @@ class _FolderPacker:
         # Of every file: shard * _NUMBERS + number in it. (A tuple would take twice the memory.)
         self.numbers: dict[str, int] = {}
         self.shards: list[_Shard] = []
+        self.index: dict[str, Any] = {}
+        # Of a bucket: what is in its folders.
+        self.listings: dict[str, dict[str, dict]] = {}
 
     def pack(self, configs: Sequence[DatasetConfig]) -> None:
+        """Write all but the index."""
         tables = {config.annotations: self._pack_table(config) for config in configs}
         shards = {_shard_name(number): shard.entry for number, shard in enumerate(self.shards)}
         name = Path(configs[0].name).parent.as_posix()  # without the task
-        write_index(self.place, {"name": name, "tables": tables, "shards": shards})
+        self.index = {"name": name, "tables": tables, "shards": shards}
         self._remove_leftovers(tables, shards)
         self.report.folders += 1
         self.report.tables += len(tables)
@@ -210,6 +216,12 @@ class _FolderPacker:
         self.report.shards += len(shards)
         self.report.bytes += sum(entry["bytes"] for entry in shards.values())
         self.report.kept += sum(shard.kept for shard in self.shards)
+
+    def finish(self) -> None:
+        """Write the index, which makes the folder a packed one."""
+        write_index(self.place, self.index)
+        for shard in self.index["shards"]:
+            (self.place / f"{shard}{_DONE}").unlink()
 
     def _pack_table(self, config: DatasetConfig) -> dict[str, Any]:
         """Pack what one table names; returns what the index says about it."""
@@ -222,9 +234,9 @@ class _FolderPacker:
             digests = dict.fromkeys(map(str, _TARGETS), *digests.values())
         if config.kind is Kind.VQA:  # a question's row tells the report, too
             ((_, reports),) = others
-            records = [
+            records = Spilled(
                 replace(record, report=report.report) for record, report in zip(records, reports, strict=True)
-            ]
+            )
         sizes = check_files(records)
         self._pack_files(sizes)
         rows = (
@@ -246,7 +258,7 @@ class _FolderPacker:
     def _pack_files(self, paths: Iterable[str]) -> None:
         """Write those that no shard holds yet into new shards, in order."""
         new = [path for path in paths if path not in self.numbers]
-        shards = list(_cut(new, self.options.shard_bytes))
+        shards = list(self._cut(new))
         require_space(self.place / "shards", sum(size for _, size in shards))
         first = len(self.shards)
         with ThreadPoolExecutor(self.options.threads or os.cpu_count()) as pool:
@@ -264,25 +276,49 @@ class _FolderPacker:
     def _pack_shard(self, number: int, members: list[str]) -> "_Shard":
         """Write one shard, or find it as an earlier run left it."""
         path = self.place / _shard_name(number)
-        done = path.with_name(f"{path.name}.packed.npz")
-        states = [(file, (found := os.stat(file)).st_size, found.st_mtime_ns) for file in members]
+        done = path.with_name(f"{path.name}{_DONE}")
+        states = [(file, *self._state(file)) for file in members]
         key = hashlib.sha256(repr(states).encode("utf-8", "surrogatepass")).hexdigest()
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zlib.error):
-            with np.load(done) as kept:
+            with open_file(done) as file, np.load(file) as kept:
                 places, entry, known = kept["places"], json.loads(str(kept["entry"])), str(kept["key"])
-            if known == key and file_entry(path) == entry:
+            if known == key and _holds(path, entry):
                 return _Shard(places, entry, kept=True)
         done.unlink(missing_ok=True)
-        places = write_shard(path, (Path(file).read_bytes() for file in members))
-        entry = file_entry(path)
+        with local_file(path) as local:
+            places = write_shard(local, (locate(file).read_bytes() for file in members))
+            entry = file_entry(local)
         write_beside(done, lambda file: np.savez(file, places=places, entry=json.dumps(entry), key=key))
         return _Shard(places, entry, kept=False)
+
+    def _cut(self, paths: Iterable[str]) -> Iterator[tuple[list[str], int]]:
+        """Runs of files that fill a shard each, and their bytes."""
+        members, size = [], 0
+        for path in paths:
+            members.append(path)
+            size += self._state(path)[0]
+            if size >= self.options.shard_bytes:
+                yield members, size
+                members, size = [], 0
+        if members:
+            yield members, size
+
+    def _state(self, path: str) -> tuple[int, Any]:
+        """Bytes of a file, and what changes with its content."""
+        if not in_bucket(path):
+            found = os.stat(path)
+            return found.st_size, found.st_mtime_ns
+        folder, name = os.path.split(path)
+        if folder not in self.listings:
+            self.listings[folder] = locate(folder).walk_files()
+        entry = self.listings[folder][name]
+        return entry["size"], entry.get("crc32c") or entry["ETag"]
 
     def _remove_leftovers(self, tables: Iterable[str], shards: Iterable[str]) -> None:
         """Delete shards of an earlier, interrupted run over other files."""
         wanted = {INDEX, _SOURCE, _LOCK}
         wanted |= {f"{table}{ending}" for table in tables for ending in (".rows", ".columns.npy")}
-        wanted |= {f"{shard}{ending}" for shard in shards for ending in ("", ".packed.npz")}
+        wanted |= {f"{shard}{ending}" for shard in shards for ending in ("", _DONE)}
         for path in self.place.iterdir():
             if path.is_file() and path.name not in wanted:
                 path.unlink()
@@ -290,20 +326,20 @@ class _FolderPacker:
 
 def _readings(config: DatasetConfig) -> list[tuple[DatasetConfig, Sequence[Record]]]:
     """The records of a table, once for every task that reads it in its own way."""
-    table = read_table(config.annotation_path)
+    table = read_table(config.annotation_path, config.kind)
     if config.kind in _TARGETS and _holds_captions(table):
         config = replace(config, kind=Kind.CAPTION, images=None, masks=None)
     kinds = (Kind.VQA, Kind.REPORT) if config.kind is Kind.VQA else (config.kind,)
     configs = [
         replace(config, kind=kind, name=(Path(config.name).parent / kind).as_posix()) for kind in kinds
     ]
-    return [(config, read_dataset(config, table=table)) for config in configs]
+    return [(config, Spilled(records_of(config, table))) for config in configs]
 
 
 def _holds_captions(table) -> bool:
     """Whether a table is one of captions under the name of one of targets, as MedTrinity's is."""
     annotations = table.get("annotations") if isinstance(table, dict) else None
-    first = annotations[0] if isinstance(annotations, list) and annotations else None
+    first = annotations[0] if isinstance(annotations, list | Spilled) and annotations else None
     return isinstance(first, dict) and "caption" in first and "mask_file" not in first
 
 
@@ -313,17 +349,9 @@ def _size(record: Record, sizes: dict[str, tuple[int, int] | None]) -> tuple[int
     return known or ((0, 0) if record.kind is Kind.SEQUENCE else image_size(record))
 
 
-def _cut(paths: Iterable[str], limit: int) -> Iterator[tuple[list[str], int]]:
-    """Runs of files that fill a shard each, and their bytes."""
-    members, size = [], 0
-    for path in paths:
-        members.append(path)
-        size += os.path.getsize(path)
-        if size >= limit:
-            yield members, size
-            members, size = [], 0
-    if members:
-        yield members, size
+def _holds(path: Path, entry: dict[str, Any]) -> bool:
+    """Whether a file is as it was written; of one in a bucket, which appears whole, the size tells."""
+    return path.stat().st_size == entry["bytes"] if in_bucket(path) else file_entry(path) == entry
 
 
 def _shard_name(number: int) -> str:

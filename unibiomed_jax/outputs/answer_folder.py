@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from PIL import Image
 from unibiomed_jax.config.fields import to_dict
 from unibiomed_jax.config.precision import Precision
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import new_folder, shown
+from unibiomed_jax.files import in_bucket, new_folder, shown
 from unibiomed_jax.inference.answer import Answer, OpenedImage, Segment
 from unibiomed_jax.inference.phrases import clean_answer
 from unibiomed_jax.masks import run_length
@@ -64,7 +65,7 @@ def write(folder: Path, image: OpenedImage, answer: Answer, answer_record: dict)
         DiskFullError: no space is left.
         InputError: the folder may not be written, or holds something else than an answer.
     """
-    if folder.exists() and not exists(folder):
+    if folder.exists() and not exists(folder) and not _is_unfinished(folder):
         raise InputError(f"{shown(folder)} holds something else than an answer; choose another --out.")
     try:
         with new_folder(folder, overwrite=True) as partial:
@@ -94,25 +95,36 @@ def is_done(folder: Path, *, prompt: str, checkpoint_hash: str, request: Mapping
         return False
 
 
+def _is_unfinished(folder: Path) -> bool:
+    """Whether `folder` holds what was killed while it was written: in a bucket that stays where it is."""
+    return in_bucket(folder) and all(path.name.startswith(("mask_", "overlay")) for path in folder.iterdir())
+
+
 def _write_masks(folder: Path, name: str, segment: Segment) -> None:
     if segment.mask.ndim == 2:
-        Image.fromarray(segment.mask.astype(np.uint8) * 255).save(folder / f"{name}.png")
+        _save(Image.fromarray(segment.mask.astype(np.uint8) * 255), folder / f"{name}.png")
         return
     (folder / name).mkdir()
     for index, frame in enumerate(segment.mask):
-        Image.fromarray(frame.astype(np.uint8) * 255).save(folder / name / f"{index:04d}.png")
+        _save(Image.fromarray(frame.astype(np.uint8) * 255), folder / name / f"{index:04d}.png")
 
 
 def _write_overlays(folder: Path, image: OpenedImage, answer: Answer) -> None:
     labels = [segment.phrase for segment in answer.segments]
     if not image.is_volume:
         masks = [segment.mask for segment in answer.segments]
-        overlay(image.frames[0], masks, labels).save(folder / "overlay.png")
+        _save(overlay(image.frames[0], masks, labels), folder / "overlay.png")
         return
     (folder / "overlay").mkdir()
     for index, frame in enumerate(image.frames):
         masks = [segment.mask[index] for segment in answer.segments]
-        overlay(frame, masks, labels).save(folder / "overlay" / f"{index:04d}.png")
+        _save(overlay(frame, masks, labels), folder / "overlay" / f"{index:04d}.png")
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    written = io.BytesIO()
+    image.save(written, "PNG")
+    path.write_bytes(written.getvalue())
 
 
 def _slug(phrase: str) -> str:

@@ -19,8 +19,6 @@ that all of them must see.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -28,7 +26,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +35,7 @@ from typing import Any
 import jax
 from orbax.checkpoint.experimental import v1 as ocp
 
-from unibiomed_jax import distributed
+from unibiomed_jax import distributed, locks
 from unibiomed_jax.bucket import told
 from unibiomed_jax.checkpoint import saving_options
 from unibiomed_jax.errors import BucketError, InputError
@@ -51,8 +49,6 @@ logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in rec
 
 PARTIAL = ".partial"
 MANIFEST = "manifest.json"
-# What file systems without locks answer to one.
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @dataclass(frozen=True)
@@ -94,6 +90,7 @@ class Checkpointer:
             ) from error
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._lock: locks.Lock | None = None
         # Steps of the checkpoints that were found damaged and passed over.
         self._damaged: set[int] = set()
 
@@ -106,29 +103,31 @@ class Checkpointer:
         if error is None:
             self.wait()
 
-    def claim(self) -> None:
-        """Make the run's folder this job's own to train in, and clear what a killed run left unfinished.
-
-        The lock ends with the process, whatever ends it. A file system without locks, and a bucket, goes
-        without.
+    @contextlib.contextmanager
+    def claim(self) -> Iterator[None]:
+        """Make the run's folder this job's own inside, and clear what a killed run left unfinished.
 
         Raises:
-            InputError: another job trains in the folder, or the processes of this one do not all see it.
+            InputError: another job trains in the folder (`check` says it where one took it from this), or the
+                processes of this one do not all see it.
         """
-        name = distributed.first_says(self._lock_and_clear)
-        seen = distributed.gather(_appears(self.folder / name))
-        if not all(seen):
-            raise InputError(
-                f"Process {seen.index(False)} does not see what process 0 writes into {self.folder}; choose "
-                "a --folder on storage that all machines share."
-            )
-        if self._primary:
-            (self.folder / name).unlink()
+        with contextlib.ExitStack() as stack:
+            name = distributed.first_says(lambda: self._lock_and_clear(stack))
+            seen = distributed.gather(_appears(self.folder / name))
+            if not all(seen):
+                raise InputError(
+                    f"Process {seen.index(False)} does not see what process 0 writes into {self.folder}; "
+                    "choose a --folder on storage that all machines share."
+                )
+            if self._primary:
+                (self.folder / name).unlink()
+            yield
 
-    def _lock_and_clear(self) -> str:
+    def _lock_and_clear(self, stack: contextlib.ExitStack) -> str:
         """What `claim` does on the first process; names a file that only shows that the folder is seen."""
-        if not in_bucket(self.folder):
-            self._lock_folder()
+        run = self.folder.parent
+        remedy = "wait until it ends, stop it, or choose another --folder"
+        self._lock = stack.enter_context(locks.hold(run / "lock", does=f"trains in {run}", remedy=remedy))
         name = f"{uuid.uuid4().hex}{PARTIAL}"
         (self.folder / name).touch()
         for path in self.folder.iterdir():
@@ -136,19 +135,6 @@ class Checkpointer:
             if (unfinished or path.suffix == PARTIAL) and path.name != name:
                 delete_folder(path) if path.is_dir() else path.unlink()
         return name
-
-    def _lock_folder(self) -> None:
-        run = self.folder.parent
-        self._lock = (run / "lock").open("a")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"Another process trains in {run}; wait until it ends, stop it, or choose another --folder."
-            ) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
 
     def save(
         self,
@@ -212,6 +198,8 @@ class Checkpointer:
 
     def check(self) -> None:
         """Raise what went wrong in the background, without waiting."""
+        if self._lock is not None:
+            self._lock.check()
         error, self._error = self._error, None
         if error is not None:
             raise self._explain(error) from error
