@@ -14,12 +14,12 @@ from unibiomed_jax.data.mixture import find_datasets
 from unibiomed_jax.data.packed import is_packed
 from unibiomed_jax.data.prompts import PromptConfig, questions
 from unibiomed_jax.data.records import DatasetConfig, Kind, Record, without_place
-from unibiomed_jax.data.tables import read_dataset, read_table
+from unibiomed_jax.data.tables import records_of
 from unibiomed_jax.data.transforms import load_mask
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.evaluation.records import Sample, encode_masks
 from unibiomed_jax.evaluation.reference_samples import read_spacing
-from unibiomed_jax.files import locate, shown, spelled
+from unibiomed_jax.files import locate, read_json, shown, spelled
 from unibiomed_jax.inputs.images import by_number
 from unibiomed_jax.inputs.prompt import IMAGE
 
@@ -72,7 +72,7 @@ def read_own_format(
             raise InputError(
                 f"{shown(config.root)} is packed; evaluate the folder that it was packed from, --data FOLDER."
             )
-        table = read_table(config.annotation_path)
+        table = read_json(config.annotation_path, unique_keys=True)
         found += [
             sample for sample in read_table_records(config, data, table) if not tasks or sample.task in tasks
         ]
@@ -92,7 +92,7 @@ def read_table_records(config: DatasetConfig, data: Path, table: Any) -> Iterato
         InputError: the table is damaged.
     """
     problems: list[str] = []
-    records = read_dataset(config, problems, table=table)
+    records = list(records_of(config, table, problems))
     if problems:
         more = f" ({len(problems)} such entries)" if len(problems) > 1 else ""
         raise InputError(problems[0] + more)

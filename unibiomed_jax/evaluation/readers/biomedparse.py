@@ -9,9 +9,9 @@ from typing import Any
 
 from unibiomed_jax.data.mixture import find_datasets
 from unibiomed_jax.data.records import Kind
-from unibiomed_jax.data.tables import read_table
 from unibiomed_jax.evaluation.own_format import read_table_records
 from unibiomed_jax.evaluation.records import Sample
+from unibiomed_jax.files import read_json
 
 
 def read_biomedparse(data: Path, split: str) -> list[Sample]:
@@ -23,7 +23,7 @@ def read_biomedparse(data: Path, split: str) -> list[Sample]:
     found: list[Sample] = []
     for config in find_datasets(data, split, balance_to=0, repeats=1):
         if config.kind is Kind.SEGMENTATION:
-            table = with_mask_names(read_table(config.annotation_path))
+            table = with_mask_names(read_json(config.annotation_path, unique_keys=True))
             found += read_table_records(config, data, table)
     return found
 

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unibiomed_jax.data.records import DatasetConfig, Kind
-from unibiomed_jax.data.tables import read_table
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.evaluation.own_format import TASK_OF_KIND, read_table_records
 from unibiomed_jax.evaluation.readers.biomedparse import with_mask_names
 from unibiomed_jax.evaluation.records import Sample
-from unibiomed_jax.files import shown
+from unibiomed_jax.files import read_json, shown
 
 
 class ReferenceDataset(NamedTuple):
@@ -64,7 +63,7 @@ def read_reference(data: Path, split: str) -> list[Sample]:
         config = dataset.config(data, split)
         if not config.annotation_path.is_file():
             continue
-        table = with_mask_names(read_table(config.annotation_path))
+        table = with_mask_names(read_json(config.annotation_path, unique_keys=True))
         if dataset.kind is Kind.SEGMENTATION:
             table = _with_sentences(table)
         of_dataset = list(read_table_records(config, data, table))
