@@ -8,7 +8,10 @@ PARITY ?= $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info[:2] == (3
 WORKERS ?= 2
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test scale fast lint build clean
+# What depends most on JAX: the models, answers, one update.
+JAX_TESTS := tests/models tests/inference tests/planning $(addprefix tests/training/test_,step.py reference_batch.py export.py snapshot.py)
+
+.PHONY: demo test scale newest fast lint build clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py --out demo_output
@@ -20,6 +23,11 @@ test: $(VENV)/.installed-test-$(PARITY) lint
 # Programs of eight devices, jobs of two and of four processes, runs in a bucket: one test after the other.
 scale: $(VENV)/.installed-test-$(PARITY)
 	time $(PYTEST) -n 0 -m scale
+
+# For a second Python and its JAX: all that depends on them most, and of the rest what does not take long.
+newest: $(VENV)/.installed-test-$(PARITY) lint
+	time $(PYTEST) -m "not scale" $(JAX_TESTS)
+	time $(PYTEST) -m "not scale and not slow" $(addprefix --ignore ,$(JAX_TESTS))
 
 # What can be known in two minutes: no run of train.py, no comparison with PyTorch, no large program compiled.
 fast: $(VENV)/.installed-test-$(PARITY)
