@@ -165,6 +165,35 @@ def test_something_else_is_never_replaced(ask, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_an_answer_is_that_of_the_patient_named_now(ask, tmp_path, capsys):
+    """The same pixels under a corrected identity, sent again, or with a file gone, are answered again."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    formats = ("seg", "rtstruct", "sc")
+    made = MadeSeries(shape=(1, 20, 16))
+    options = {"formats": formats, "conditioning": ("auto",)}
+    image = made.slice(0)
+    save(image, folder / "a")
+    assert ask(folder, out, **options) == 0
+    assert ask(folder, out, **options) == 0 and "answered already" in capsys.readouterr().out
+    (out / "seg.dcm").unlink()
+    assert ask(folder, out, **options) == 0 and "answered already" not in capsys.readouterr().out
+    for name, value in (
+        ("PatientID", "OTHER"), ("PatientName", "Müller"), ("StudyInstanceUID", "2.25.1"),
+        ("SOPInstanceUID", "2.25.2"), ("FrameOfReferenceUID", "2.25.3"),
+    ):  # fmt: skip
+        image.SpecificCharacterSet = "ISO_IR 100"
+        setattr(image, name, value)
+        image.file_meta.MediaStorageSOPInstanceUID = image.SOPInstanceUID
+        save(image, folder / "a")
+        assert ask(folder, out, **options) == 0
+        assert "answered already" not in capsys.readouterr().out, name
+        assert ask(folder, out, **options) == 0 and "answered already" in capsys.readouterr().out, name
+    written = [pydicom.dcmread(path) for path in out.glob("*.dcm")]
+    assert {str(found.PatientName) for found in written} == {"Müller"} and len(written) == 3
+    assert {found.PatientID for found in written} == {"OTHER"}
+
+
+@pytest.mark.slow
 def test_inputs_as_they_come(ask, tmp_path, capsys, monkeypatch):
     """One slice is answered; time points are a choice; truncated pixels and a full disk are a sentence."""
     single = MadeSeries(shape=(1, 20, 16)).write(tmp_path / "single")

@@ -219,7 +219,7 @@ def _answer_series(
         "study_hash": hash_of(opened),
         "identity": identity_of(options.deidentify),
     }
-    if _is_done(folder, wanted, formats):
+    if _is_done(folder, wanted, formats, opened, options.deidentify):
         _say(f"{series.alias} is answered already; the same request changes nothing.")
         return
     partial = folder.with_name(f".{folder.name}.partial")
@@ -306,16 +306,23 @@ def _folders(out: Path, chosen: list[Series]) -> list[Path]:
     return folders
 
 
-def _is_done(folder: Path, wanted: dict, formats: tuple[str, ...]) -> bool:
-    """Whether the answer to this request lies there, in these formats."""
+def _is_done(folder: Path, wanted: dict, formats: tuple[str, ...], opened: Study, deidentify: bool) -> bool:
+    """Whether the answer to this request lies there whole, in these formats, of this very patient."""
+    from unibiomed_jax.outputs.dicom_objects import belongs_to
     from unibiomed_jax.outputs.study_folder import ANSWER
 
     try:
         found = json.loads((folder / ANSWER).read_text(encoding="utf-8"))
-        return all(found[name] == value for name, value in wanted.items()) and set(found["files"]) == set(
-            formats
+        if any(found[name] != value for name, value in wanted.items()):
+            return False
+        files = [folder / name for names in found["files"].values() for name in names]
+        return (
+            set(found["files"]) == set(formats)
+            and all(file.is_file() for file in files)
+            # Pixels alone do not say whose they are: identity may have been corrected since.
+            and (deidentify or all(belongs_to(file, opened) for file in files if file.suffix == ".dcm"))
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

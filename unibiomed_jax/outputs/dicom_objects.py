@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.outputs.deidentify import Deidentifier
-from unibiomed_jax.studies.dicom_files import EXTRA, Frame, quietly
+from unibiomed_jax.studies.dicom_files import EXTRA, Frame, quietly, read_header
+from unibiomed_jax.studies.place import Place
 from unibiomed_jax.studies.study import DicomSource, Study
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ _LEFT_OUT = {
     "EthnicGroup", "AdmittingDiagnosesDescription", "PhysiciansOfRecord", "NameOfPhysiciansReadingStudy",
     "ContributingEquipmentSequence",
 }  # fmt: skip
+
+# By which an archive tells patients and studies apart.
+_IDENTITY = ("PatientID", "PatientName", "PatientBirthDate", "StudyInstanceUID", "AccessionNumber")
 
 
 def maker() -> dict[str, str]:
@@ -100,6 +104,29 @@ def save(dataset: Dataset, path: Path, deidentify: Deidentifier | None) -> None:
     if deidentify is not None:
         deidentify(written)
     written.save_as(path, enforce_file_format=True)
+
+
+def belongs_to(path: Path, study: Study) -> bool:
+    """Whether an object written from a series still names its patient, its study and its images.
+
+    Args:
+        path: of an object that keeps the patient.
+        study: from DICOM.
+    """
+    frames = dicom_frames(study, "An object")
+    header = frames[0].file.header
+    known = {
+        "ReferencedSOPInstanceUID": {frame.file.header.get("SOPInstanceUID") for frame in frames}
+        | {header.get("StudyInstanceUID")},
+        "FrameOfReferenceUID": {header.get("FrameOfReferenceUID")},
+    }
+    try:
+        written = read_header(Place(path))
+        return all(str(written.get(name) or "") == str(header.get(name) or "") for name in _IDENTITY) and all(
+            element.value in known.get(element.keyword, (element.value,)) for element in written.iterall()
+        )
+    except InputError:  # damaged
+        return False
 
 
 def _leave_out(dataset: Dataset, element: DataElement) -> None:
