@@ -103,11 +103,19 @@ def test_one_question_to_all_series_of_a_folder(ask, tmp_path, capsys):
     before = contents(out)
     assert ask(folder, out, series=("all",), formats=("seg", "png")) == 1
     assert capsys.readouterr().out.count("is answered already") == 2 and contents(out) == before
+    together = tmp_path / "together"
+    beside = MadeSeries(shape=(1, 20, 16))
+    beside.study = made.study
+    beside.write(tmp_path / "pair" / "b")
+    shutil.copytree(folder / "a", tmp_path / "pair" / "a")
+    ask(tmp_path / "pair", together, series=("all",), formats=("seg",), deidentify=True, conditioning=("1",))
+    pair = [pydicom.dcmread(path) for path in together.glob("*/seg.dcm")]
+    assert len(pair) == 2 and len({(o.PatientID, o.StudyInstanceUID) for o in pair}) == 1
     (first,) = (series.parent.name for series in answers if json.loads(series.read_text())["notes"] == [])
     assert ask(folder, out / first, series=(first,), formats=("seg",), deidentify=True) == 1
     everything = b"".join(contents(out / first).values())
     assert not any(word.encode() in everything for word in PLANTED) and b"No conformance" in everything
-    assert [path.name for path in tmp_path.iterdir() if path.name != "Plantedname"] == ["out"]
+    assert {path.name for path in tmp_path.iterdir()} == {"Plantedname", "out", "pair", "together"}
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from PIL import Image
 from unibiomed_jax import InputError, open_study, write_study
 from unibiomed_jax.config.preprocessing import PREPROCESSING
 from unibiomed_jax.outputs.coded_terms import find_term
+from unibiomed_jax.outputs.deidentify import Deidentifier
 from unibiomed_jax.outputs.study_folder import FORMATS
 from unibiomed_jax.studies.grey import choose_window
 from unibiomed_jax.studies.windows import Window
@@ -122,7 +123,8 @@ def test_every_output_is_free_of_planted_names_dates_and_paths(tmp_path, capfd, 
                 assert word.encode() not in data, (path.name, word)
     objects = {path.stem: pydicom.dcmread(path) for path in out.glob("*.dcm")}
     if deidentify:
-        assert {str(found.PatientID) for found in objects.values()} == {"study-1"}
+        ((name, number),) = {(str(o.PatientName), str(o.PatientID)) for o in objects.values()}
+        assert name == number and re.fullmatch(r"study-1-[0-9a-f]{12}", name)
         assert all("no conformance" in found.DeidentificationMethod for found in objects.values())
     else:
         assert {str(found.PatientID) for found in objects.values()} == {"PLANTED-ID-77"}
@@ -164,6 +166,19 @@ def test_every_output_is_free_of_planted_names_dates_and_paths(tmp_path, capfd, 
     assert list(capture.PatientOrientation) == ["L", "P"]
     with Image.open(out / "overlay_0003.png") as picture:
         np.testing.assert_array_equal(capture.pixel_array, np.asarray(picture))
+
+
+def test_patients_are_told_apart_and_series_of_one_study_stay_together(tmp_path):
+    made = MadeSeries(shape=(1, 20, 16))
+    study = open_study(save(made.slice(0), tmp_path / "a"))
+    mask = np.ones(study.values.shape, bool)
+    shared = Deidentifier(study.study_alias)
+    names = []
+    for number, deidentify in enumerate((True, True, shared, shared)):
+        write_study(study, {"x": mask}, tmp_path / str(number), ["seg"], deidentify=deidentify)
+        written = pydicom.dcmread(tmp_path / str(number) / "seg.dcm")
+        names.append((str(written.PatientID), written.StudyInstanceUID, written.FrameOfReferenceUID))
+    assert len(set(names)) == 3 and names[2] == names[3]
 
 
 @pytest.mark.parametrize(

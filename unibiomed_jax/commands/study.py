@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from unibiomed_jax.inference.predictor import UniBiomed
     from unibiomed_jax.inference.study_answer import StudyAnswer
     from unibiomed_jax.inference.study_asking import StudyQuestion
+    from unibiomed_jax.outputs.deidentify import Deidentifier
     from unibiomed_jax.studies.opening import Listing
     from unibiomed_jax.studies.series import Series
     from unibiomed_jax.studies.study import Study
@@ -179,9 +180,10 @@ def _ask(options: StudyOptions) -> int:
         model = UniBiomed.from_pretrained(checkpoint, precision=find_precision(options.precision))
 
     failures: dict[str, str] = {}
+    deidentifiers: dict[str, Deidentifier] = {}
     for series, folder in zip(chosen, folders, strict=True):
         try:
-            _answer_series(model, options, question, series, folder)
+            _answer_series(model, options, question, series, folder, deidentifiers)
         except DiskFullError:
             raise
         except InputError as error:
@@ -198,16 +200,23 @@ def _ask(options: StudyOptions) -> int:
 
 
 def _answer_series(
-    model: UniBiomed, options: StudyOptions, question: StudyQuestion, series: Series, folder: Path
+    model: UniBiomed,
+    options: StudyOptions,
+    question: StudyQuestion,
+    series: Series,
+    folder: Path,
+    deidentifiers: dict[str, Deidentifier],
 ) -> None:
     """Ask about one series and write the answer, unless it lies there.
+
+    `deidentifiers`, by the alias of the study, make series of one study go on belonging together.
 
     Raises:
         InputError: it cannot be opened, asked about or written.
         DiskFullError: no space is left.
     """
     from unibiomed_jax.inference.study_asking import hash_of, request_of
-    from unibiomed_jax.outputs.deidentify import identity_of
+    from unibiomed_jax.outputs.deidentify import Deidentifier, identity_of
     from unibiomed_jax.outputs.study_folder import write_study
     from unibiomed_jax.studies.opening import open_series
 
@@ -235,7 +244,9 @@ def _answer_series(
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt("Stopped; the same command goes on from here.") from None
-    write_study(opened, answer, folder, formats, overwrite=True, deidentify=options.deidentify)
+    alias = opened.study_alias
+    deidentify = options.deidentify and deidentifiers.setdefault(alias, Deidentifier(alias))
+    write_study(opened, answer, folder, formats, overwrite=True, deidentify=deidentify)
     delete_folder(partial)
     _show(opened, answer, formats)
 

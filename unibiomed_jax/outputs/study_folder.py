@@ -42,7 +42,7 @@ def write_study(
     formats: Sequence[Format] = ("nifti", "seg"),
     *,
     window: Window | None = None,
-    deidentify: bool = False,
+    deidentify: bool | Deidentifier = False,
     overwrite: bool = False,
 ) -> None:
     """Write masks as a folder, which appears whole or not at all.
@@ -62,7 +62,8 @@ def write_study(
         window: for "sc", "png" and "html": values that become black and white. By default those of the
             answer.
         deidentify: take the patient's identity and dates out of DICOM objects, too, and replace UIDs, alike
-            in all of them. It claims no conformance to a profile; pixels stay as they are.
+            in all of them, and under one `Deidentifier` alike in all folders. It claims no conformance to a
+            profile; pixels stay as they are.
         overwrite: replace what lies there.
 
     Raises:
@@ -84,8 +85,8 @@ def write_study(
         if name not in FORMATS:
             raise InputError(f"There is no format {name!r}; choose of {', '.join(FORMATS)}.")
     found = {phrase: mask for phrase, mask in masks.items() if mask.any()}
-    record = describe_study(study, masks, answer, window) | {"identity": identity_of(deidentify)}
-    deidentifier = Deidentifier(study.study_alias) if deidentify else None
+    record = describe_study(study, masks, answer, window) | {"identity": identity_of(bool(deidentify))}
+    deidentifier = Deidentifier(study.study_alias) if deidentify is True else deidentify or None
     files: dict[str, list[str]] = {}
     try:
         with new_folder(out, overwrite=overwrite) as folder:
