@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -210,6 +211,30 @@ def test_the_words_of_the_site_come_from_the_window(talking, study):
     assert words("What is there?") == "What is there?"
     with pytest.raises(InputError, match="No words belong to the window.*write the site"):
         words("Please segment vessels in {site}.", modality="MR", unit="")
+
+
+def test_the_request_tells_what_the_slices_were_shown_as(talking, study, monkeypatch):
+    """Another window, orientation or padding is another request, whatever the options say."""
+    studies = [
+        study,
+        dataclasses.replace(study, body_part="CHEST"),
+        dataclasses.replace(study, own_windows=(Window(0, 50, "the file's own"),)),
+        dataclasses.replace(study, own_windows=(Window(0, 50, "the file's own", "sigmoid"),)),
+        *(
+            dataclasses.replace(study, own_windows=(Window(0, 50, "the file's own", table=table),))
+            for table in np.eye(2, dtype=np.float32)
+        ),
+    ]
+    questions = [StudyQuestion()] * 2 + [StudyQuestion(window="own", conditioning=(np.int64(1), 2))] * 4
+    found = [request_of(talking, *pair) for pair in zip(studies, [QUESTION] * 6, questions, strict=True)]
+    changed = {"ct_orientation": "radiological"}, {"pad_to_square": False}, {"truncate": False}
+    config = talking.config
+    for change in changed:
+        preprocessing = dataclasses.replace(config.preprocessing, **change)
+        monkeypatch.setattr(talking, "config", dataclasses.replace(config, preprocessing=preprocessing))
+        found.append(request_of(talking, study, QUESTION, StudyQuestion()))
+    assert len({json.dumps(request) for request in found}) == 9
+    assert all(json.loads(json.dumps(request)) == request for request in found)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import json
 import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any, Literal, Protocol
 
 import jax
@@ -204,11 +206,29 @@ def request_of(model: Answerer, study: Study, prompt: str, question: StudyQuesti
     Raises:
         InputError: nothing says how the study is to be shown.
     """
-    prompt = _shown(study, prompt, model.config.preprocessing, question)[1]
-    asked = {
-        name: list(value) if isinstance(value, tuple) else value for name, value in vars(question).items()
+    preprocessing = model.config.preprocessing
+    window, prompt, _ = _shown(study, prompt, preprocessing, question)
+    choice = question.conditioning
+    asked = vars(question) | {
+        "conditioning": choice if isinstance(choice, str) else [int(index) for index in choice],
+        "window": None if window is None else _described(window),
     }
-    return {"prompt": prompt, **asked, "precision": to_dict(model.precision)}
+    request = {
+        "prompt": prompt,
+        **asked,
+        "view": dataclasses.asdict(find_view(study, preprocessing)),
+        "preprocessing": to_dict(preprocessing),
+        "precision": to_dict(model.precision),
+        "version": version("unibiomed-jax"),
+    }
+    return json.loads(json.dumps(request))  # equal to what a record of it says
+
+
+def _described(window: Window) -> dict:
+    """A window, JSON-ready."""
+    table = None if window.table is None else hashlib.sha256(np.ascontiguousarray(window.table)).hexdigest()
+    ends = {"low": float(window.low), "high": float(window.high)}
+    return ends | {"from": window.origin, "curve": window.curve, "table": table}
 
 
 def hash_of(study: Study) -> str:
