@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from places import MICRO
 
-from unibiomed_jax import UniBiomed
+from unibiomed_jax import InputError, UniBiomed, open_study
 from unibiomed_jax.commands.run import run
-from unibiomed_jax.commands.study import StudyOptions, study
+from unibiomed_jax.commands.study import StudyOptions, _usual_formats, study
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -199,6 +199,35 @@ def test_an_answer_is_that_of_the_patient_named_now(ask, tmp_path, capsys):
     written = [pydicom.dcmread(path) for path in out.glob("*.dcm")]
     assert {str(found.PatientName) for found in written} == {"Müller"} and len(written) == 3
     assert {found.PatientID for found in written} == {"OTHER"}
+
+
+def test_what_cannot_be_written_is_known_before_anything_is_asked(
+    ask, talking, tmp_path, capsys, monkeypatch
+):
+    """Stated formats are refused; of the usual ones those are written that can be."""
+    asked = []
+
+    def ask_study(*arguments, **options):
+        asked.append(arguments)
+        raise InputError("It was asked.")
+
+    monkeypatch.setattr(talking, "ask_study", ask_study)
+    made = MadeSeries(shape=(2, 20, 16))
+    images = [made.slice(index) for index in range(2)]
+    for index, image in enumerate(images):
+        del image.FrameOfReferenceUID
+        save(image, tmp_path / "in" / str(index))
+    for formats, sentence in (
+        (("html", "seg"), "DICOM-SEG cannot be made"),
+        (("rtstruct",), "RTSTRUCT desc"),
+    ):
+        assert ask(tmp_path / "in", tmp_path / "out", formats=formats) == 1
+        assert sentence in capsys.readouterr().err and not asked
+    assert ask(tmp_path / "in", tmp_path / "out") == 1
+    said = capsys.readouterr()
+    assert len(asked) == 1 and "Left out: DICOM-SEG cannot be made" in said.out and "was asked" in said.err
+    assert _usual_formats(open_study(tmp_path / "in")) == ("nifti", "html")
+    assert _usual_formats(open_study(made.write(tmp_path / "whole"))) == ("nifti", "seg", "html")
 
 
 @pytest.mark.slow

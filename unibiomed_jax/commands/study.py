@@ -217,7 +217,7 @@ def _answer_series(
     """
     from unibiomed_jax.inference.study_asking import hash_of, request_of
     from unibiomed_jax.outputs.deidentify import Deidentifier, identity_of
-    from unibiomed_jax.outputs.study_folder import write_study
+    from unibiomed_jax.outputs.study_folder import require_formats, write_study
     from unibiomed_jax.studies.opening import open_series
 
     opened = open_series(series, options.modality)
@@ -231,6 +231,7 @@ def _answer_series(
     if _is_done(folder, wanted, formats, opened, options.deidentify):
         _say(f"{series.alias} is answered already; the same request changes nothing.")
         return
+    require_formats(opened, options.formats)
     partial = folder.with_name(f".{folder.name}.partial")
     with _progress(series.alias) as progress:
         try:
@@ -338,16 +339,24 @@ def _is_done(folder: Path, wanted: dict, formats: tuple[str, ...], opened: Study
 
 
 def _usual_formats(opened: Study) -> tuple[str, ...]:
-    """What can be written of every mask of such a study."""
+    """What can be written of every mask of such a study; says why what one expects is left out."""
+    from unibiomed_jax.outputs.study_folder import require_formats
     from unibiomed_jax.studies.study import DicomSource
 
-    formats = ["html"]
+    expected = []
     if opened.geometry is not None:
-        if isinstance(opened.source, DicomSource):
-            formats.insert(0, "seg")
         if not len(opened.geometry.uneven):
-            formats.insert(0, "nifti")
-    return tuple(formats)
+            expected.append("nifti")
+        if isinstance(opened.source, DicomSource):
+            expected.append("seg")
+    formats = []
+    for name in expected:
+        try:
+            require_formats(opened, (name,))
+            formats.append(name)
+        except InputError as error:
+            _say(f"Left out: {error}")
+    return (*formats, "html")
 
 
 @contextmanager

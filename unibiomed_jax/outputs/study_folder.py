@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -31,6 +32,8 @@ from unibiomed_jax.studies.windows import Window
 # dataset; a page to look at all of it in a browser.
 Format = Literal["nifti", "seg", "labelmap", "rtstruct", "sc", "png", "coco", "html"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+# Those that not every study can be written in.
+_DEMANDING = ("nifti", "seg", "labelmap", "rtstruct", "sc")
 # What an answer, and what masks made elsewhere, are described in.
 ANSWER, RECORD, PAGE = "answer.json", "study.json", "study.html"
 
@@ -100,6 +103,26 @@ def write_study(
             (folder / (RECORD if answer is None else ANSWER)).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"The folder cannot be written ({error.strerror}); choose another.") from None
+
+
+def require_formats(study: Study, formats: Sequence[Format]) -> None:
+    """Find out before a long answer whether masks of a study can be written: one of a pixel is, and deleted.
+
+    Raises:
+        InputError: a format cannot hold any mask of this study, or needs a package that is not installed.
+    """
+    mask = np.zeros(study.values.shape[:3], bool)
+    mask[0, 0, 0] = True
+    masks, window = {"pixel": mask}, Window(0, 1, "any")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in formats:
+                if name in _DEMANDING:  # deidentified, for others may read the folder
+                    _write(name, Path(folder), study, masks, masks, window, Deidentifier("anyone"))
+    except OSError as error:
+        raise InputError(
+            f"The folder for temporary files cannot be written ({error.strerror}); set TMPDIR to another."
+        ) from None
 
 
 def _write(
