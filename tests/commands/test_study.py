@@ -150,6 +150,7 @@ def test_a_volume_comes_back_on_its_grid_and_other_requests_replace_the_answer(a
         ({"window": ("low", "high")}, "is no window"),
         ({"conditioning": ("0",)}, "--conditioning 0 is impossible; give auto"),
         ({"conditioning": ("first", "3")}, "is impossible"),
+        ({"conditioning": ("2", "1", "02")}, "--conditioning 2 1 02 names a slice twice"),
         ({"formats": ("stl",)}, "--formats stl is none; choose of nifti"),
         ({"parts": 0}, "--parts 0 must be at least 1"),
         ({"series": ("7",)}, "There is no series '7'"),
@@ -161,6 +162,14 @@ def test_options_that_cannot_be_are_one_sentence(ask, tmp_path, capsys, options,
     assert ask(folder, **options) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("slices", [1, 3])
+def test_slices_beyond_the_last_are_refused_as_they_are_counted(ask, tmp_path, capsys, slices):
+    folder = MadeSeries(shape=(slices, 20, 16)).write(tmp_path / "in")
+    assert ask(folder, tmp_path / "out", conditioning=("1", str(slices + 1))) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"--conditioning {slices + 1} is no slice" in error and f"from 1 to {slices}." in error
 
 
 def test_something_else_is_never_replaced(ask, tmp_path, capsys):
@@ -255,13 +264,13 @@ def test_inputs_as_they_come(ask, tmp_path, capsys, monkeypatch):
     assert "truncated or damaged pixels" in said.err and "1 of 2 series answered" in said.out
     assert ask(single, tmp_path / "d", modality="MR") == 1
     assert "is CT, not MR" in capsys.readouterr().err
-    assert ask(single, tmp_path / "d", smallest_ml=0.0) == 1
+    assert ask(single, tmp_path / "d", smallest_ml=0.0, conditioning=("1",)) == 1
     assert "give a volume above 0" in capsys.readouterr().err
 
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)
-    assert ask(single, tmp_path / "d") == 2
+    assert ask(single, tmp_path / "d", conditioning=("1",)) == 2
     error = capsys.readouterr().err
     assert "The disk is full" in error and error.count("\n") == 1 and not (tmp_path / "d").exists()

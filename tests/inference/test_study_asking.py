@@ -256,6 +256,15 @@ def test_what_cannot_be_asked_is_one_sentence(talking, study, changes, options, 
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("conditioning", "sentence"), [([1], "must lie between 0 and 0"), ("second", "no conditioning 'second'")]
+)
+def test_a_single_slice_is_no_other(talking, study, conditioning, sentence):
+    single = dataclasses.replace(study, values=study.values[:1], geometry=None)
+    with pytest.raises(InputError, match=sentence):
+        talking.ask_study(single, QUESTION, conditioning=conditioning)
+
+
 @pytest.mark.slow
 def test_a_folder_of_something_else_is_left_alone(talking, study, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")

@@ -221,6 +221,12 @@ def _answer_series(
     from unibiomed_jax.studies.opening import open_series
 
     opened = open_series(series, options.modality)
+    slices, chosen = len(opened.values), question.conditioning
+    if not isinstance(chosen, str) and max(chosen) >= slices:
+        raise InputError(
+            f"--conditioning {max(chosen) + 1} is no slice of {opened.series_alias}; give numbers from 1 to "
+            f"{slices}."
+        )
     formats = options.formats or _usual_formats(opened)
     wanted = {
         "request": request_of(model, opened, options.ask or "", question),
@@ -283,6 +289,10 @@ def _question(options: StudyOptions) -> StudyQuestion:
                 "each or numbers of slices from 1."
             )
         conditioning = tuple(int(number) - 1 for number in options.conditioning)
+        if len(set(conditioning)) < len(conditioning):
+            raise InputError(
+                f"--conditioning {' '.join(options.conditioning)} names a slice twice; name each once."
+            )
     return StudyQuestion(
         conditioning=conditioning,
         window=window,

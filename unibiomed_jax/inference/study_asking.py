@@ -312,6 +312,11 @@ def _condition(asking: _Asking, batch_size: int) -> Conditioning:
     """Which slices the language model is shown."""
     choice, limit = asking.question.conditioning, asking.model.config.sam2.max_conditioning_frames
     everything = tuple(range(asking.slices))
+    if isinstance(choice, str):
+        if choice not in ("auto", "first", "each"):
+            raise InputError(f"There is no conditioning {choice!r}; give auto, first, each or slices.")
+    else:
+        plan_frames(asking.slices, asking.model.config.sam2, choice)
     if choice == "each" or asking.slices == 1:
         _first_pass(asking, batch_size)
         reason = "every slice was asked by itself" if asking.slices > 1 else "there is only one slice"
@@ -319,9 +324,6 @@ def _condition(asking: _Asking, batch_size: int) -> Conditioning:
     if choice == "first":
         return Conditioning("first", everything[:limit], "the first ones, as the reference takes them")
     if choice != "auto":
-        if isinstance(choice, str):
-            raise InputError(f"There is no conditioning {choice!r}; give auto, first, each or slices.")
-        plan_frames(asking.slices, asking.model.config.sam2, choice)
         return Conditioning("stated", tuple(sorted(map(int, choice))), "as stated")
     presence, agreement = _first_pass(asking, batch_size)
     chosen = choose_slices(presence, agreement, limit)
