@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -237,6 +238,18 @@ def test_what_cannot_be_written_is_known_before_anything_is_asked(
     assert len(asked) == 1 and "Left out: DICOM-SEG cannot be made" in said.out and "was asked" in said.err
     assert _usual_formats(open_study(tmp_path / "in")) == ("nifti", "html")
     assert _usual_formats(open_study(made.write(tmp_path / "whole"))) == ("nifti", "seg", "html")
+
+
+@pytest.mark.slow
+def test_the_present_folder_may_be_the_answer(ask, tmp_path, capsys, monkeypatch):
+    """It has no name of its own in "."."""
+    folder, out = MadeSeries(shape=(1, 20, 16)).write(tmp_path / "in"), tmp_path / "out"
+    out.mkdir()
+    (out / "answer.json").write_text("{}")
+    monkeypatch.chdir(out)
+    assert ask(folder, Path("."), formats=("coco",), conditioning=("1",)) == 0
+    assert json.loads((out / "answer.json").read_text())["files"] == {"coco": ["masks_coco.json"]}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
 @pytest.mark.slow

@@ -13,8 +13,10 @@ from places import GOLDEN
 from unibiomed_jax import InputError, Request, UniBiomed
 from unibiomed_jax.config.preprocessing import PREPROCESSING
 from unibiomed_jax.inference import study_asking
+from unibiomed_jax.inference.kept import Kept
 from unibiomed_jax.inference.study_asking import StudyQuestion, choose_slices, request_of
 from unibiomed_jax.masks.parts import keep_parts
+from unibiomed_jax.models.sam2 import TrackState
 from unibiomed_jax.studies.grey import to_grey
 from unibiomed_jax.studies.measures import measure
 from unibiomed_jax.studies.study import Geometry, Study
@@ -263,6 +265,51 @@ def test_a_single_slice_is_no_other(talking, study, conditioning, sentence):
     single = dataclasses.replace(study, values=study.values[:1], geometry=None)
     with pytest.raises(InputError, match=sentence):
         talking.ask_study(single, QUESTION, conditioning=conditioning)
+
+
+def test_what_is_kept_is_whole_or_not_there(tmp_path):
+    """Cut off anywhere, or with a byte changed, it is given as it was or not at all."""
+    kept, arrays = Kept(tmp_path / "state", {"a": 1}), {"a": np.arange(3), "b": np.array("words")}
+    kept.put("x", **arrays)
+    file = tmp_path / "state" / "x.npz"
+    whole = file.read_bytes()
+    changed = [bytearray(whole) for _ in whole]
+    for number, data in enumerate(changed):
+        data[number] ^= 0xFF
+    for data in [*changed, *(whole[:length] for length in range(0, len(whole), 7))]:
+        file.write_bytes(data)
+        found = kept.get("x")
+        assert found is None or all(np.array_equal(found[name], arrays[name]) for name in arrays)
+
+
+def test_following_begins_anew_where_a_slice_of_what_was_done_is_lost(tmp_path):
+    kept = Kept(tmp_path / "state", {"a": 1})
+    blank = TrackState(*(np.zeros(2, np.float32) for _ in TrackState._fields))
+    for index in (2, 0, 1):
+        kept.put(study_asking.FOLLOWED.format(index), masks=np.ones(2))
+    leaves = {name: np.ones(2, np.float32).view(np.uint8) for name in TrackState._fields}
+    kept.put("track", done=np.array(2), **leaves)
+    (tmp_path / "state" / "slice_00001.npz").write_bytes(b"")  # done after the state was kept
+    done, track = study_asking._restored(kept, blank, [2, 0, 1])
+    assert done == 2 and track.frames.tolist() == [1, 1]
+    (tmp_path / "state" / "slice_00000.npz").write_bytes(b"")
+    assert study_asking._restored(kept, blank, [2, 0, 1]) == (0, blank)
+
+
+@pytest.mark.parametrize("name", ["request.json", ".unibiomed-half-done.json"])
+def test_a_folder_with_files_of_others_is_never_emptied(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds something else"):
+        Kept(tmp_path, {"a": 1})
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_what_is_half_done_of_another_request_makes_room(tmp_path):
+    Kept(tmp_path / "state", {"a": 1}).put("x", a=np.arange(3))
+    (tmp_path / "state" / ".x.npz.0123abcd").write_bytes(b"killed while it was written")
+    assert Kept(tmp_path / "state", {"a": 1}).get("x") is not None
+    assert Kept(tmp_path / "state", {"a": 2}).get("x") is None
 
 
 @pytest.mark.slow

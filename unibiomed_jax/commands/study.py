@@ -168,7 +168,8 @@ def _ask(options: StudyOptions) -> int:
     from unibiomed_jax.studies.opening import choose_series, list_series
 
     question = _question(options)
-    checkpoint, out = _needed(options.checkpoint, "--checkpoint"), _needed(options.out, "--out")
+    checkpoint = _needed(options.checkpoint, "--checkpoint")
+    out = Path(_needed(options.out, "--out")).absolute()  # "." has no name beside which to keep anything
     listing = list_series(options.path)
     if options.series == (ALL,):
         chosen = list(listing.series)

@@ -431,7 +431,7 @@ def _follow(asking: _Asking, chosen: Sequence[int]) -> tuple[str, list[str]]:
     prompted = FramePlan(*(values[: config.max_conditioning_frames] for values in plan))
     steps = np.flatnonzero(plan.valid).tolist()
     track = model.stages.empty_track(model.params, objects=len(states))
-    start, track = _restored(kept, track)
+    start, track = _restored(kept, track, [int(plan.index[step]) for step in steps])
     last_kept = time.monotonic()
     for done, step in enumerate(steps):
         if done < start:
@@ -464,13 +464,19 @@ def _follow(asking: _Asking, chosen: Sequence[int]) -> tuple[str, list[str]]:
     return text.strip(), list(names)
 
 
-def _restored(kept: Kept, blank: TrackState) -> tuple[int, TrackState]:
-    """How many steps were done, and what is remembered of them."""
+def _restored(kept: Kept, blank: TrackState, order: Sequence[int]) -> tuple[int, TrackState]:
+    """How many steps were done, and what is remembered of them; none if a slice of them is lost.
+
+    `order`: the slice of each step.
+    """
     found = kept.get("track")
     if found is None:
         return 0, blank
+    done = int(found["done"])
+    if any(kept.get(FOLLOWED.format(index)) is None for index in order[:done]):
+        return 0, blank
     leaves = (found[name].view(leaf.dtype).reshape(leaf.shape) for name, leaf in blank._asdict().items())
-    return int(found["done"]), TrackState(*leaves)
+    return done, TrackState(*leaves)
 
 
 def _packed(asking: _Asking, masks: Sequence[Bool[np.ndarray, "rows columns"]]) -> dict[str, np.ndarray]:
