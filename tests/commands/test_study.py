@@ -6,14 +6,15 @@ import dataclasses
 import errno
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from places import MICRO
 
-from unibiomed_jax import UniBiomed
+from unibiomed_jax import InputError, UniBiomed, open_study
 from unibiomed_jax.commands.run import run
-from unibiomed_jax.commands.study import StudyOptions, study
+from unibiomed_jax.commands.study import StudyOptions, _usual_formats, study
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -103,11 +104,19 @@ def test_one_question_to_all_series_of_a_folder(ask, tmp_path, capsys):
     before = contents(out)
     assert ask(folder, out, series=("all",), formats=("seg", "png")) == 1
     assert capsys.readouterr().out.count("is answered already") == 2 and contents(out) == before
+    together = tmp_path / "together"
+    beside = MadeSeries(shape=(1, 20, 16))
+    beside.study = made.study
+    beside.write(tmp_path / "pair" / "b")
+    shutil.copytree(folder / "a", tmp_path / "pair" / "a")
+    ask(tmp_path / "pair", together, series=("all",), formats=("seg",), deidentify=True, conditioning=("1",))
+    pair = [pydicom.dcmread(path) for path in together.glob("*/seg.dcm")]
+    assert len(pair) == 2 and len({(o.PatientID, o.StudyInstanceUID) for o in pair}) == 1
     (first,) = (series.parent.name for series in answers if json.loads(series.read_text())["notes"] == [])
     assert ask(folder, out / first, series=(first,), formats=("seg",), deidentify=True) == 1
     everything = b"".join(contents(out / first).values())
     assert not any(word.encode() in everything for word in PLANTED) and b"No conformance" in everything
-    assert [path.name for path in tmp_path.iterdir() if path.name != "Plantedname"] == ["out"]
+    assert {path.name for path in tmp_path.iterdir()} == {"Plantedname", "out", "pair", "together"}
 
 
 @pytest.mark.slow
@@ -142,6 +151,7 @@ def test_a_volume_comes_back_on_its_grid_and_other_requests_replace_the_answer(a
         ({"window": ("low", "high")}, "is no window"),
         ({"conditioning": ("0",)}, "--conditioning 0 is impossible; give auto"),
         ({"conditioning": ("first", "3")}, "is impossible"),
+        ({"conditioning": ("2", "1", "02")}, "--conditioning 2 1 02 names a slice twice"),
         ({"formats": ("stl",)}, "--formats stl is none; choose of nifti"),
         ({"parts": 0}, "--parts 0 must be at least 1"),
         ({"series": ("7",)}, "There is no series '7'"),
@@ -155,6 +165,14 @@ def test_options_that_cannot_be_are_one_sentence(ask, tmp_path, capsys, options,
     assert sentence in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("slices", [1, 3])
+def test_slices_beyond_the_last_are_refused_as_they_are_counted(ask, tmp_path, capsys, slices):
+    folder = MadeSeries(shape=(slices, 20, 16)).write(tmp_path / "in")
+    assert ask(folder, tmp_path / "out", conditioning=("1", str(slices + 1))) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"--conditioning {slices + 1} is no slice" in error and f"from 1 to {slices}." in error
+
+
 def test_something_else_is_never_replaced(ask, tmp_path, capsys):
     folder = MadeSeries(shape=(2, 8, 8)).write(tmp_path / "in")
     (tmp_path / "out").mkdir()
@@ -162,6 +180,76 @@ def test_something_else_is_never_replaced(ask, tmp_path, capsys):
     assert ask(folder, tmp_path / "out") == 2
     assert "holds something else than an answer" in capsys.readouterr().err
     assert (tmp_path / "out" / "mine").read_text() == "kept"
+
+
+@pytest.mark.slow
+def test_an_answer_is_that_of_the_patient_named_now(ask, tmp_path, capsys):
+    """The same pixels under a corrected identity, sent again, or with a file gone, are answered again."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    formats = ("seg", "rtstruct", "sc")
+    made = MadeSeries(shape=(1, 20, 16))
+    options = {"formats": formats, "conditioning": ("auto",)}
+    image = made.slice(0)
+    save(image, folder / "a")
+    assert ask(folder, out, **options) == 0
+    assert ask(folder, out, **options) == 0 and "answered already" in capsys.readouterr().out
+    (out / "seg.dcm").unlink()
+    assert ask(folder, out, **options) == 0 and "answered already" not in capsys.readouterr().out
+    for name, value in (
+        ("PatientID", "OTHER"), ("PatientName", "Müller"), ("StudyInstanceUID", "2.25.1"),
+        ("SOPInstanceUID", "2.25.2"), ("FrameOfReferenceUID", "2.25.3"),
+    ):  # fmt: skip
+        image.SpecificCharacterSet = "ISO_IR 100"
+        setattr(image, name, value)
+        image.file_meta.MediaStorageSOPInstanceUID = image.SOPInstanceUID
+        save(image, folder / "a")
+        assert ask(folder, out, **options) == 0
+        assert "answered already" not in capsys.readouterr().out, name
+        assert ask(folder, out, **options) == 0 and "answered already" in capsys.readouterr().out, name
+    written = [pydicom.dcmread(path) for path in out.glob("*.dcm")]
+    assert {str(found.PatientName) for found in written} == {"Müller"} and len(written) == 3
+    assert {found.PatientID for found in written} == {"OTHER"}
+
+
+def test_what_cannot_be_written_is_known_before_anything_is_asked(
+    ask, talking, tmp_path, capsys, monkeypatch
+):
+    """Stated formats are refused; of the usual ones those are written that can be."""
+    asked = []
+
+    def ask_study(*arguments, **options):
+        asked.append(arguments)
+        raise InputError("It was asked.")
+
+    monkeypatch.setattr(talking, "ask_study", ask_study)
+    made = MadeSeries(shape=(2, 20, 16))
+    images = [made.slice(index) for index in range(2)]
+    for index, image in enumerate(images):
+        del image.FrameOfReferenceUID
+        save(image, tmp_path / "in" / str(index))
+    for formats, sentence in (
+        (("html", "seg"), "DICOM-SEG cannot be made"),
+        (("rtstruct",), "RTSTRUCT desc"),
+    ):
+        assert ask(tmp_path / "in", tmp_path / "out", formats=formats) == 1
+        assert sentence in capsys.readouterr().err and not asked
+    assert ask(tmp_path / "in", tmp_path / "out") == 1
+    said = capsys.readouterr()
+    assert len(asked) == 1 and "Left out: DICOM-SEG cannot be made" in said.out and "was asked" in said.err
+    assert _usual_formats(open_study(tmp_path / "in")) == ("nifti", "html")
+    assert _usual_formats(open_study(made.write(tmp_path / "whole"))) == ("nifti", "seg", "html")
+
+
+@pytest.mark.slow
+def test_the_present_folder_may_be_the_answer(ask, tmp_path, capsys, monkeypatch):
+    """It has no name of its own in "."."""
+    folder, out = MadeSeries(shape=(1, 20, 16)).write(tmp_path / "in"), tmp_path / "out"
+    out.mkdir()
+    (out / "answer.json").write_text("{}")
+    monkeypatch.chdir(out)
+    assert ask(folder, Path("."), formats=("coco",), conditioning=("1",)) == 0
+    assert json.loads((out / "answer.json").read_text())["files"] == {"coco": ["masks_coco.json"]}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
 @pytest.mark.slow
@@ -189,13 +277,13 @@ def test_inputs_as_they_come(ask, tmp_path, capsys, monkeypatch):
     assert "truncated or damaged pixels" in said.err and "1 of 2 series answered" in said.out
     assert ask(single, tmp_path / "d", modality="MR") == 1
     assert "is CT, not MR" in capsys.readouterr().err
-    assert ask(single, tmp_path / "d", smallest_ml=0.0) == 1
+    assert ask(single, tmp_path / "d", smallest_ml=0.0, conditioning=("1",)) == 1
     assert "give a volume above 0" in capsys.readouterr().err
 
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)
-    assert ask(single, tmp_path / "d") == 2
+    assert ask(single, tmp_path / "d", conditioning=("1",)) == 2
     error = capsys.readouterr().err
     assert "The disk is full" in error and error.count("\n") == 1 and not (tmp_path / "d").exists()

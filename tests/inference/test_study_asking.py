@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from places import GOLDEN
 from unibiomed_jax import InputError, Request, UniBiomed
 from unibiomed_jax.config.preprocessing import PREPROCESSING
 from unibiomed_jax.inference import study_asking
+from unibiomed_jax.inference.kept import Kept
 from unibiomed_jax.inference.study_asking import StudyQuestion, choose_slices, request_of
 from unibiomed_jax.masks.parts import keep_parts
+from unibiomed_jax.models.sam2 import TrackState
 from unibiomed_jax.studies.grey import to_grey
 from unibiomed_jax.studies.measures import measure
 from unibiomed_jax.studies.study import Geometry, Study
@@ -212,6 +215,30 @@ def test_the_words_of_the_site_come_from_the_window(talking, study):
         words("Please segment vessels in {site}.", modality="MR", unit="")
 
 
+def test_the_request_tells_what_the_slices_were_shown_as(talking, study, monkeypatch):
+    """Another window, orientation or padding is another request, whatever the options say."""
+    studies = [
+        study,
+        dataclasses.replace(study, body_part="CHEST"),
+        dataclasses.replace(study, own_windows=(Window(0, 50, "the file's own"),)),
+        dataclasses.replace(study, own_windows=(Window(0, 50, "the file's own", "sigmoid"),)),
+        *(
+            dataclasses.replace(study, own_windows=(Window(0, 50, "the file's own", table=table),))
+            for table in np.eye(2, dtype=np.float32)
+        ),
+    ]
+    questions = [StudyQuestion()] * 2 + [StudyQuestion(window="own", conditioning=(np.int64(1), 2))] * 4
+    found = [request_of(talking, *pair) for pair in zip(studies, [QUESTION] * 6, questions, strict=True)]
+    changed = {"ct_orientation": "radiological"}, {"pad_to_square": False}, {"truncate": False}
+    config = talking.config
+    for change in changed:
+        preprocessing = dataclasses.replace(config.preprocessing, **change)
+        monkeypatch.setattr(talking, "config", dataclasses.replace(config, preprocessing=preprocessing))
+        found.append(request_of(talking, study, QUESTION, StudyQuestion()))
+    assert len({json.dumps(request) for request in found}) == 9
+    assert all(json.loads(json.dumps(request)) == request for request in found)
+
+
 @pytest.mark.parametrize(
     ("changes", "options", "sentence"),
     [
@@ -229,6 +256,60 @@ def test_what_cannot_be_asked_is_one_sentence(talking, study, changes, options, 
     with pytest.raises(InputError, match=sentence) as refused:
         talking.ask_study(dataclasses.replace(study, **changes), QUESTION, **options)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "sentence"), [([1], "must lie between 0 and 0"), ("second", "no conditioning 'second'")]
+)
+def test_a_single_slice_is_no_other(talking, study, conditioning, sentence):
+    single = dataclasses.replace(study, values=study.values[:1], geometry=None)
+    with pytest.raises(InputError, match=sentence):
+        talking.ask_study(single, QUESTION, conditioning=conditioning)
+
+
+def test_what_is_kept_is_whole_or_not_there(tmp_path):
+    """Cut off anywhere, or with a byte changed, it is given as it was or not at all."""
+    kept, arrays = Kept(tmp_path / "state", {"a": 1}), {"a": np.arange(3), "b": np.array("words")}
+    kept.put("x", **arrays)
+    file = tmp_path / "state" / "x.npz"
+    whole = file.read_bytes()
+    changed = [bytearray(whole) for _ in whole]
+    for number, data in enumerate(changed):
+        data[number] ^= 0xFF
+    for data in [*changed, *(whole[:length] for length in range(0, len(whole), 7))]:
+        file.write_bytes(data)
+        found = kept.get("x")
+        assert found is None or all(np.array_equal(found[name], arrays[name]) for name in arrays)
+
+
+def test_following_begins_anew_where_a_slice_of_what_was_done_is_lost(tmp_path):
+    kept = Kept(tmp_path / "state", {"a": 1})
+    blank = TrackState(*(np.zeros(2, np.float32) for _ in TrackState._fields))
+    for index in (2, 0, 1):
+        kept.put(study_asking.FOLLOWED.format(index), masks=np.ones(2))
+    leaves = {name: np.ones(2, np.float32).view(np.uint8) for name in TrackState._fields}
+    kept.put("track", done=np.array(2), **leaves)
+    (tmp_path / "state" / "slice_00001.npz").write_bytes(b"")  # done after the state was kept
+    done, track = study_asking._restored(kept, blank, [2, 0, 1])
+    assert done == 2 and track.frames.tolist() == [1, 1]
+    (tmp_path / "state" / "slice_00000.npz").write_bytes(b"")
+    assert study_asking._restored(kept, blank, [2, 0, 1]) == (0, blank)
+
+
+@pytest.mark.parametrize("name", ["request.json", ".unibiomed-half-done.json"])
+def test_a_folder_with_files_of_others_is_never_emptied(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds something else"):
+        Kept(tmp_path, {"a": 1})
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_what_is_half_done_of_another_request_makes_room(tmp_path):
+    Kept(tmp_path / "state", {"a": 1}).put("x", a=np.arange(3))
+    (tmp_path / "state" / ".x.npz.0123abcd").write_bytes(b"killed while it was written")
+    assert Kept(tmp_path / "state", {"a": 1}).get("x") is not None
+    assert Kept(tmp_path / "state", {"a": 2}).get("x") is None
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from PIL import Image
 from unibiomed_jax import InputError, open_study, write_study
 from unibiomed_jax.config.preprocessing import PREPROCESSING
 from unibiomed_jax.outputs.coded_terms import find_term
+from unibiomed_jax.outputs.deidentify import Deidentifier
 from unibiomed_jax.outputs.study_folder import FORMATS
 from unibiomed_jax.studies.grey import choose_window
 from unibiomed_jax.studies.windows import Window
@@ -25,10 +26,24 @@ pydicom = pytest.importorskip("pydicom")
 pytest.importorskip("highdicom")
 nibabel = pytest.importorskip("nibabel")
 
-from dicom_series import PLANTED, MadeSeries  # noqa: E402
+from dicom_series import PLANTED, MadeSeries, save  # noqa: E402
 
 # Identity that an archive files objects by, and the day of the study; nothing of place or free text.
 FILED = {"Plantedname", "PLANTED-ID-77", "19010203", "19040506", "PLANTED-ACC"}
+
+
+def _code() -> pydicom.Dataset:
+    code = pydicom.Dataset()
+    code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = "PLANTED-CODE", "99X", "Plantedtext"
+    return code
+
+
+def _person() -> pydicom.Dataset:
+    person = pydicom.Dataset()
+    person.PersonAddress = person.InstitutionName = "Plantedtext"
+    person.PersonTelephoneNumbers, person.LocalNamespaceEntityID = "PLANTED-PHONE", "PLANTED-PHONE"
+    person.PersonIdentificationCodeSequence = [_code()]
+    return person
 
 
 ATTRIBUTES = {
@@ -46,6 +61,16 @@ ATTRIBUTES = {
     "ImageComments": "Plantedtext",
     "AcquisitionDateTime": "19040506101112",
     "PatientAge": "003Y",
+    "AdmissionID": "PLANTED-CODE",
+    "ServiceEpisodeID": "PLANTED-CODE",
+    "ServiceEpisodeDescription": "Plantedtext",
+    "ReasonForVisit": "Plantedtext",
+    "AdmittingDiagnosesDescription": "Plantedtext",
+    "ReferringPhysicianIdentificationSequence": [_person()],
+    "ConsultingPhysicianIdentificationSequence": [_person()],
+    "IssuerOfAccessionNumberSequence": [_person()],
+    "ProcedureCodeSequence": [_code()],
+    "ReasonForVisitCodeSequence": [_code()],
 }
 
 
@@ -85,12 +110,21 @@ def test_every_output_is_free_of_planted_names_dates_and_paths(tmp_path, capfd, 
     for path in out.iterdir():
         data = readable(path)
         is_filed = path.suffix == ".dcm" and not deidentify
-        for word in {*PLANTED, str(tmp_path), "Plantedname_A", "003Y", *uids}:
-            if not is_filed or word not in {*FILED, *uids, "003Y"}:
+        for word in {
+            *PLANTED,
+            "PLANTED-CODE",
+            "PLANTED-PHONE",
+            str(tmp_path),
+            "Plantedname_A",
+            "003Y",
+            *uids,
+        }:
+            if not is_filed or word not in {*FILED, *uids}:
                 assert word.encode() not in data, (path.name, word)
     objects = {path.stem: pydicom.dcmread(path) for path in out.glob("*.dcm")}
     if deidentify:
-        assert {str(found.PatientID) for found in objects.values()} == {"study-1"}
+        ((name, number),) = {(str(o.PatientName), str(o.PatientID)) for o in objects.values()}
+        assert name == number and re.fullmatch(r"study-1-[0-9a-f]{12}", name)
         assert all("no conformance" in found.DeidentificationMethod for found in objects.values())
     else:
         assert {str(found.PatientID) for found in objects.values()} == {"PLANTED-ID-77"}
@@ -132,6 +166,37 @@ def test_every_output_is_free_of_planted_names_dates_and_paths(tmp_path, capfd, 
     assert list(capture.PatientOrientation) == ["L", "P"]
     with Image.open(out / "overlay_0003.png") as picture:
         np.testing.assert_array_equal(capture.pixel_array, np.asarray(picture))
+
+
+def test_patients_are_told_apart_and_series_of_one_study_stay_together(tmp_path):
+    made = MadeSeries(shape=(1, 20, 16))
+    study = open_study(save(made.slice(0), tmp_path / "a"))
+    mask = np.ones(study.values.shape, bool)
+    shared = Deidentifier(study.study_alias)
+    names = []
+    for number, deidentify in enumerate((True, True, shared, shared)):
+        write_study(study, {"x": mask}, tmp_path / str(number), ["seg"], deidentify=deidentify)
+        written = pydicom.dcmread(tmp_path / str(number) / "seg.dcm")
+        names.append((str(written.PatientID), written.StudyInstanceUID, written.FrameOfReferenceUID))
+    assert len(set(names)) == 3 and names[2] == names[3]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate", "StudyTime",
+        "AccessionNumber", "ReferringPhysicianName", "SliceThickness",
+    ],
+)  # fmt: skip
+def test_attributes_that_may_be_empty_may_be_absent(tmp_path, name):
+    image = MadeSeries(shape=(1, 20, 16)).slice(0)
+    del image[name]
+    study = open_study(save(image, tmp_path / "a"))
+    mask = np.ones(study.values.shape, bool)
+    window = Window(-160, 240, "stated")
+    write_study(study, {"x": mask}, tmp_path / "out", ["seg", "rtstruct", "sc"], window=window)
+    assert pydicom.dcmread(tmp_path / "out" / "seg.dcm").SegmentSequence[0].SegmentLabel == "x"
+    assert name not in study.source.frames[0].file.header  # what was read is as it was
 
 
 def test_a_folder_that_exists_and_a_picture_without_a_window_are_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import io
 import json
@@ -143,6 +144,27 @@ def test_the_page_says_what_was_answered_and_shows_each_mask_on_its_slices(study
     record = json.loads((tmp_path / "out" / "answer.json").read_text())
     assert record["masks"][0]["predicted_iou"] == [None, 0.9, 0.5, None, None]
     assert record["text"] == answer.text and record["request"] == {"ask": EVIL}
+
+
+@pytest.mark.parametrize(
+    "text", ["The liver [SEG].", "Nothing.", "Spleen [SEG], liver [SEG] [SEG] [SEG] [SEG]"]
+)
+def test_slices_that_name_different_things_are_all_shown(study, tmp_path, text):
+    """Asked one by one the text is that of a slice, the masks are those of all."""
+    masks = _masks(study, "liver", "spleen", "kidney")
+    answer = dataclasses.replace(
+        _answer(study, masks, text), conditioning=Conditioning("each", tuple(range(5)), "one by one")
+    )
+    write_study(study, answer, tmp_path / "out", ["html"])
+    page = (tmp_path / "out" / "study.html").read_text()
+    words = re.search(r'<p class="answer">(.*?)</p>', page, re.S)[1]
+    assert sorted(re.findall(r'data-region="(\d)"', words)) == ["0", "1", "2"]
+    expected = {
+        "T": "The liver. spleen kidney",
+        "N": "Nothing. liver spleen kidney",
+        "S": "Spleen, liver kidney",
+    }
+    assert re.sub(r"<[^>]+>", "", words) == expected[text[0]]
 
 
 def test_plain_masks_and_single_pictures_in_colour_have_a_page_too(study, tmp_path):

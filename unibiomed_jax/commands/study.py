@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from unibiomed_jax.inference.predictor import UniBiomed
     from unibiomed_jax.inference.study_answer import StudyAnswer
     from unibiomed_jax.inference.study_asking import StudyQuestion
+    from unibiomed_jax.outputs.deidentify import Deidentifier
     from unibiomed_jax.studies.opening import Listing
     from unibiomed_jax.studies.series import Series
     from unibiomed_jax.studies.study import Study
@@ -167,7 +168,8 @@ def _ask(options: StudyOptions) -> int:
     from unibiomed_jax.studies.opening import choose_series, list_series
 
     question = _question(options)
-    checkpoint, out = _needed(options.checkpoint, "--checkpoint"), _needed(options.out, "--out")
+    checkpoint = _needed(options.checkpoint, "--checkpoint")
+    out = Path(_needed(options.out, "--out")).absolute()  # "." has no name beside which to keep anything
     listing = list_series(options.path)
     if options.series == (ALL,):
         chosen = list(listing.series)
@@ -179,9 +181,10 @@ def _ask(options: StudyOptions) -> int:
         model = UniBiomed.from_pretrained(checkpoint, precision=find_precision(options.precision))
 
     failures: dict[str, str] = {}
+    deidentifiers: dict[str, Deidentifier] = {}
     for series, folder in zip(chosen, folders, strict=True):
         try:
-            _answer_series(model, options, question, series, folder)
+            _answer_series(model, options, question, series, folder, deidentifiers)
         except DiskFullError:
             raise
         except InputError as error:
@@ -198,20 +201,33 @@ def _ask(options: StudyOptions) -> int:
 
 
 def _answer_series(
-    model: UniBiomed, options: StudyOptions, question: StudyQuestion, series: Series, folder: Path
+    model: UniBiomed,
+    options: StudyOptions,
+    question: StudyQuestion,
+    series: Series,
+    folder: Path,
+    deidentifiers: dict[str, Deidentifier],
 ) -> None:
     """Ask about one series and write the answer, unless it lies there.
+
+    `deidentifiers`, by the alias of the study, make series of one study go on belonging together.
 
     Raises:
         InputError: it cannot be opened, asked about or written.
         DiskFullError: no space is left.
     """
     from unibiomed_jax.inference.study_asking import hash_of, request_of
-    from unibiomed_jax.outputs.deidentify import identity_of
-    from unibiomed_jax.outputs.study_folder import write_study
+    from unibiomed_jax.outputs.deidentify import Deidentifier, identity_of
+    from unibiomed_jax.outputs.study_folder import require_formats, write_study
     from unibiomed_jax.studies.opening import open_series
 
     opened = open_series(series, options.modality)
+    slices, chosen = len(opened.values), question.conditioning
+    if not isinstance(chosen, str) and max(chosen) >= slices:
+        raise InputError(
+            f"--conditioning {max(chosen) + 1} is no slice of {opened.series_alias}; give numbers from 1 to "
+            f"{slices}."
+        )
     formats = options.formats or _usual_formats(opened)
     wanted = {
         "request": request_of(model, opened, options.ask or "", question),
@@ -219,9 +235,10 @@ def _answer_series(
         "study_hash": hash_of(opened),
         "identity": identity_of(options.deidentify),
     }
-    if _is_done(folder, wanted, formats):
+    if _is_done(folder, wanted, formats, opened, options.deidentify):
         _say(f"{series.alias} is answered already; the same request changes nothing.")
         return
+    require_formats(opened, options.formats)
     partial = folder.with_name(f".{folder.name}.partial")
     with _progress(series.alias) as progress:
         try:
@@ -235,7 +252,9 @@ def _answer_series(
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt("Stopped; the same command goes on from here.") from None
-    write_study(opened, answer, folder, formats, overwrite=True, deidentify=options.deidentify)
+    alias = opened.study_alias
+    deidentify = options.deidentify and deidentifiers.setdefault(alias, Deidentifier(alias))
+    write_study(opened, answer, folder, formats, overwrite=True, deidentify=deidentify)
     delete_folder(partial)
     _show(opened, answer, formats)
 
@@ -271,6 +290,10 @@ def _question(options: StudyOptions) -> StudyQuestion:
                 "each or numbers of slices from 1."
             )
         conditioning = tuple(int(number) - 1 for number in options.conditioning)
+        if len(set(conditioning)) < len(conditioning):
+            raise InputError(
+                f"--conditioning {' '.join(options.conditioning)} names a slice twice; name each once."
+            )
     return StudyQuestion(
         conditioning=conditioning,
         window=window,
@@ -306,30 +329,45 @@ def _folders(out: Path, chosen: list[Series]) -> list[Path]:
     return folders
 
 
-def _is_done(folder: Path, wanted: dict, formats: tuple[str, ...]) -> bool:
-    """Whether the answer to this request lies there, in these formats."""
+def _is_done(folder: Path, wanted: dict, formats: tuple[str, ...], opened: Study, deidentify: bool) -> bool:
+    """Whether the answer to this request lies there whole, in these formats, of this very patient."""
+    from unibiomed_jax.outputs.dicom_objects import belongs_to
     from unibiomed_jax.outputs.study_folder import ANSWER
 
     try:
         found = json.loads((folder / ANSWER).read_text(encoding="utf-8"))
-        return all(found[name] == value for name, value in wanted.items()) and set(found["files"]) == set(
-            formats
+        if any(found[name] != value for name, value in wanted.items()):
+            return False
+        files = [folder / name for names in found["files"].values() for name in names]
+        return (
+            set(found["files"]) == set(formats)
+            and all(file.is_file() for file in files)
+            # Pixels alone do not say whose they are: identity may have been corrected since.
+            and (deidentify or all(belongs_to(file, opened) for file in files if file.suffix == ".dcm"))
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
 def _usual_formats(opened: Study) -> tuple[str, ...]:
-    """What can be written of every mask of such a study."""
+    """What can be written of every mask of such a study; says why what one expects is left out."""
+    from unibiomed_jax.outputs.study_folder import require_formats
     from unibiomed_jax.studies.study import DicomSource
 
-    formats = ["html"]
+    expected = []
     if opened.geometry is not None:
-        if isinstance(opened.source, DicomSource):
-            formats.insert(0, "seg")
         if not len(opened.geometry.uneven):
-            formats.insert(0, "nifti")
-    return tuple(formats)
+            expected.append("nifti")
+        if isinstance(opened.source, DicomSource):
+            expected.append("seg")
+    formats = []
+    for name in expected:
+        try:
+            require_formats(opened, (name,))
+            formats.append(name)
+        except InputError as error:
+            _say(f"Left out: {error}")
+    return (*formats, "html")
 
 
 @contextmanager

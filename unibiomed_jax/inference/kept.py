@@ -13,7 +13,10 @@ import numpy as np
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.files import delete_folder, write_beside
 
-_REQUEST = "request.json"
+# A name that nobody else gives a file, for folders with it are deleted.
+_REQUEST = ".unibiomed-half-done.json"
+# How many arrays lie under a name, for a damaged file may show fewer.
+_COUNT = "count of arrays"
 
 
 class Kept:
@@ -32,7 +35,7 @@ class Kept:
         text = json.dumps(request, indent=2, ensure_ascii=False)
         try:
             if self._folder.is_dir() and any(self._folder.iterdir()):
-                if not (self._folder / _REQUEST).is_file():
+                if not ((self._folder / _REQUEST).is_file() and all(map(_is_own, self._folder.iterdir()))):
                     raise InputError("The folder for what is half done holds something else; choose another.")
                 if (self._folder / _REQUEST).read_text(encoding="utf-8") == text:
                     return
@@ -50,8 +53,9 @@ class Kept:
             return self._arrays.get(name)
         try:
             with np.load(self._folder / f"{name}.npz", allow_pickle=False) as file:
-                return dict(file)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+                found = dict(file)
+            return found if int(found.pop(_COUNT)) == len(found) else None
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError, RuntimeError):
             return None
 
     def put(self, name: str, **arrays: np.ndarray) -> None:
@@ -59,4 +63,10 @@ class Kept:
         if self._folder is None:
             self._arrays[name] = arrays
         else:
-            write_beside(self._folder / f"{name}.npz", lambda file: np.savez(file, **arrays))
+            counted = {**arrays, _COUNT: np.array(len(arrays))}
+            write_beside(self._folder / f"{name}.npz", lambda file: np.savez(file, **counted))
+
+
+def _is_own(path: Path) -> bool:
+    """Whether `Kept` wrote a file, or began to."""
+    return path.is_file() and any(mark in path.name for mark in (_REQUEST, ".npz"))

@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import json
 import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any, Literal, Protocol
 
 import jax
@@ -204,11 +206,29 @@ def request_of(model: Answerer, study: Study, prompt: str, question: StudyQuesti
     Raises:
         InputError: nothing says how the study is to be shown.
     """
-    prompt = _shown(study, prompt, model.config.preprocessing, question)[1]
-    asked = {
-        name: list(value) if isinstance(value, tuple) else value for name, value in vars(question).items()
+    preprocessing = model.config.preprocessing
+    window, prompt, _ = _shown(study, prompt, preprocessing, question)
+    choice = question.conditioning
+    asked = vars(question) | {
+        "conditioning": choice if isinstance(choice, str) else [int(index) for index in choice],
+        "window": None if window is None else _described(window),
     }
-    return {"prompt": prompt, **asked, "precision": to_dict(model.precision)}
+    request = {
+        "prompt": prompt,
+        **asked,
+        "view": dataclasses.asdict(find_view(study, preprocessing)),
+        "preprocessing": to_dict(preprocessing),
+        "precision": to_dict(model.precision),
+        "version": version("unibiomed-jax"),
+    }
+    return json.loads(json.dumps(request))  # equal to what a record of it says
+
+
+def _described(window: Window) -> dict:
+    """A window, JSON-ready."""
+    table = None if window.table is None else hashlib.sha256(np.ascontiguousarray(window.table)).hexdigest()
+    ends = {"low": float(window.low), "high": float(window.high)}
+    return ends | {"from": window.origin, "curve": window.curve, "table": table}
 
 
 def hash_of(study: Study) -> str:
@@ -292,6 +312,11 @@ def _condition(asking: _Asking, batch_size: int) -> Conditioning:
     """Which slices the language model is shown."""
     choice, limit = asking.question.conditioning, asking.model.config.sam2.max_conditioning_frames
     everything = tuple(range(asking.slices))
+    if isinstance(choice, str):
+        if choice not in ("auto", "first", "each"):
+            raise InputError(f"There is no conditioning {choice!r}; give auto, first, each or slices.")
+    else:
+        plan_frames(asking.slices, asking.model.config.sam2, choice)
     if choice == "each" or asking.slices == 1:
         _first_pass(asking, batch_size)
         reason = "every slice was asked by itself" if asking.slices > 1 else "there is only one slice"
@@ -299,9 +324,6 @@ def _condition(asking: _Asking, batch_size: int) -> Conditioning:
     if choice == "first":
         return Conditioning("first", everything[:limit], "the first ones, as the reference takes them")
     if choice != "auto":
-        if isinstance(choice, str):
-            raise InputError(f"There is no conditioning {choice!r}; give auto, first, each or slices.")
-        plan_frames(asking.slices, asking.model.config.sam2, choice)
         return Conditioning("stated", tuple(sorted(map(int, choice))), "as stated")
     presence, agreement = _first_pass(asking, batch_size)
     chosen = choose_slices(presence, agreement, limit)
@@ -409,7 +431,7 @@ def _follow(asking: _Asking, chosen: Sequence[int]) -> tuple[str, list[str]]:
     prompted = FramePlan(*(values[: config.max_conditioning_frames] for values in plan))
     steps = np.flatnonzero(plan.valid).tolist()
     track = model.stages.empty_track(model.params, objects=len(states))
-    start, track = _restored(kept, track)
+    start, track = _restored(kept, track, [int(plan.index[step]) for step in steps])
     last_kept = time.monotonic()
     for done, step in enumerate(steps):
         if done < start:
@@ -442,13 +464,19 @@ def _follow(asking: _Asking, chosen: Sequence[int]) -> tuple[str, list[str]]:
     return text.strip(), list(names)
 
 
-def _restored(kept: Kept, blank: TrackState) -> tuple[int, TrackState]:
-    """How many steps were done, and what is remembered of them."""
+def _restored(kept: Kept, blank: TrackState, order: Sequence[int]) -> tuple[int, TrackState]:
+    """How many steps were done, and what is remembered of them; none if a slice of them is lost.
+
+    `order`: the slice of each step.
+    """
     found = kept.get("track")
     if found is None:
         return 0, blank
+    done = int(found["done"])
+    if any(kept.get(FOLLOWED.format(index)) is None for index in order[:done]):
+        return 0, blank
     leaves = (found[name].view(leaf.dtype).reshape(leaf.shape) for name, leaf in blank._asdict().items())
-    return int(found["done"]), TrackState(*leaves)
+    return done, TrackState(*leaves)
 
 
 def _packed(asking: _Asking, masks: Sequence[Bool[np.ndarray, "rows columns"]]) -> dict[str, np.ndarray]:

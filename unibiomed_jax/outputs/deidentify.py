@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -39,15 +40,15 @@ class Deidentifier:
     """
 
     def __init__(self, alias: str):
-        # The patient's new name.
-        self._alias = alias
+        # The new name of the patient: study-1 of another folder is somebody else.
+        self._name = f"{alias}-{uuid.uuid4().hex[:12]}"
         self._uids: dict[str, str] = {}
         self._made: set[str] = set()
 
     def __call__(self, dataset: Dataset) -> None:
         """Change an object in place."""
         dataset.walk(self._change)
-        dataset.PatientName = dataset.PatientID = self._alias
+        dataset.PatientName = dataset.PatientID = self._name
         dataset.DeidentificationMethod = _METHOD
         dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
 

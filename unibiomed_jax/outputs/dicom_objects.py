@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.outputs.deidentify import Deidentifier
-from unibiomed_jax.studies.dicom_files import EXTRA, Frame, quietly
+from unibiomed_jax.studies.dicom_files import EXTRA, Frame, quietly, read_header
+from unibiomed_jax.studies.place import Place
 from unibiomed_jax.studies.study import DicomSource, Study
 
 if TYPE_CHECKING:
@@ -22,13 +23,18 @@ MAKER = "unibiomed-jax"
 SERIES_NUMBER = 9001
 # Longest text of the value representations LO and SH.
 LONG, SHORT = 64, 16
-# What highdicom copies beyond the identity by which an archive files an object: places, people, free text.
-_LEFT_OUT = {
-    "InstitutionName", "InstitutionAddress", "InstitutionalDepartmentName", "StationName",
-    "StudyDescription", "PatientComments", "ImageComments", "AdditionalPatientHistory", "Occupation",
-    "EthnicGroup", "AdmittingDiagnosesDescription", "PhysiciansOfRecord", "NameOfPhysiciansReadingStudy",
-    "ContributingEquipmentSequence",
-}  # fmt: skip
+# Of the patient and the study, without which an archive cannot file an object; all else of them is left out.
+FILED = (
+    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyInstanceUID", "StudyDate",
+    "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName", "SpecificCharacterSet",
+)  # fmt: skip
+# Of the image itself: what it is, and the groups of its acquisition, place, pixels and frames.
+_OF_IMAGE = ("SOPClassUID", "SOPInstanceUID", "ImageType", "Modality")
+_GROUPS = (0x0018, 0x0020, 0x0028, 0x5200)
+# What highdicom copies of those groups, or adds by itself, and no archive needs.
+_LEFT_OUT = {"ImageComments", "ContributingEquipmentSequence"}
+# By which an archive tells patients and studies apart.
+_IDENTITY = ("PatientID", "PatientName", "PatientBirthDate", "StudyInstanceUID", "AccessionNumber")
 
 
 def maker() -> dict[str, str]:
@@ -67,6 +73,28 @@ def dicom_frames(study: Study, what: str) -> tuple[Frame, ...]:
     return study.source.frames
 
 
+def source_header(header: Dataset) -> Dataset:
+    """The header of an image as highdicom is given it, which copies all that it finds of patient and study.
+
+    What must be there but may be empty is; elements are shared with the whole header.
+    """
+    from pydicom.datadict import keyword_for_tag
+    from pydicom.dataset import Dataset
+
+    kept = [
+        tag for tag in header.keys() if tag.group in _GROUPS or keyword_for_tag(tag) in (*FILED, *_OF_IMAGE)
+    ]
+    source = Dataset()
+    source.update({tag: header[tag] for tag in kept})
+    source.file_meta = header.file_meta
+    for name in FILED:
+        if name not in source and name not in ("StudyInstanceUID", "SpecificCharacterSet"):
+            setattr(source, name, "")
+    if "SliceThickness" not in source:
+        source.SliceThickness = None
+    return source
+
+
 @contextlib.contextmanager
 def written(study: Study, what: str) -> Iterator[None]:
     """Turn what highdicom and pydicom refuse into a sentence without the values they name.
@@ -102,6 +130,29 @@ def save(dataset: Dataset, path: Path, deidentify: Deidentifier | None) -> None:
     written.save_as(path, enforce_file_format=True)
 
 
+def belongs_to(path: Path, study: Study) -> bool:
+    """Whether an object written from a series still names its patient, its study and its images.
+
+    Args:
+        path: of an object that keeps the patient.
+        study: from DICOM.
+    """
+    frames = dicom_frames(study, "An object")
+    header = frames[0].file.header
+    known = {
+        "ReferencedSOPInstanceUID": {frame.file.header.get("SOPInstanceUID") for frame in frames}
+        | {header.get("StudyInstanceUID")},
+        "FrameOfReferenceUID": {header.get("FrameOfReferenceUID")},
+    }
+    try:
+        written = read_header(Place(path))
+        return all(str(written.get(name) or "") == str(header.get(name) or "") for name in _IDENTITY) and all(
+            element.value in known.get(element.keyword, (element.value,)) for element in written.iterall()
+        )
+    except InputError:  # damaged
+        return False
+
+
 def _leave_out(dataset: Dataset, element: DataElement) -> None:
-    if element.keyword in _LEFT_OUT or element.keyword.startswith("ClinicalTrial"):
+    if element.keyword in _LEFT_OUT:
         del dataset[element.tag]

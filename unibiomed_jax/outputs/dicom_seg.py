@@ -67,7 +67,7 @@ def write_dicom_seg(
                 )
             sources = [_shortened(frames)]
         else:
-            sources = [frame.file.header for frame in frames]
+            sources = [dicom_objects.source_header(frame.file.header) for frame in frames]
         segmentation = highdicom.seg.Segmentation(
             source_images=sources,
             pixel_array=_numbers(stacked) if labelmap else stacked.astype(np.uint8),
@@ -93,15 +93,13 @@ def _shortened(frames: Sequence[Frame]) -> Dataset:
 
     highdicom takes no object with two frames at one place, such as those of two times.
     """
-    from pydicom.dataset import Dataset
-
-    whole = frames[0].file.header
-    header = Dataset()
+    header = dicom_objects.source_header(frames[0].file.header)
+    groups = header.get("PerFrameFunctionalGroupsSequence")
     # Elements are shared with the whole header: those that differ are left out, and new.
-    header.update({tag: whole[tag] for tag in whole.keys() if whole[tag].keyword not in _BY_FRAME})
-    header.file_meta = whole.file_meta
+    for name in _BY_FRAME:
+        if name in header:
+            del header[name]
     header.NumberOfFrames = len(frames)
-    groups = whole.get("PerFrameFunctionalGroupsSequence")
     if groups is not None:
         header.PerFrameFunctionalGroupsSequence = [groups[frame.number] for frame in frames]
     return header

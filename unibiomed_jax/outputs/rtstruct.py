@@ -24,11 +24,6 @@ if TYPE_CHECKING:
 _CLASS = "1.2.840.10008.5.1.4.1.1.481.3"
 _STUDY_CLASS = "1.2.840.10008.3.1.2.3.1"
 _MODALITIES = ("CT", "MR", "PT")
-# Of the patient and the study, without which an archive cannot file the object.
-_KEPT = (
-    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyInstanceUID", "StudyDate",
-    "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName", "SpecificCharacterSet",
-)  # fmt: skip
 
 
 def write_rtstruct(
@@ -65,7 +60,7 @@ def write_rtstruct(
         structures.file_meta.MediaStorageSOPClassUID = structures.SOPClassUID = _CLASS
         structures.SOPInstanceUID = dicom_objects.new_uid()
         structures.file_meta.MediaStorageSOPInstanceUID = structures.SOPInstanceUID
-        for name in _KEPT:
+        for name in dicom_objects.FILED:
             if name in header:
                 structures[name] = header[name]
             elif name != "SpecificCharacterSet":

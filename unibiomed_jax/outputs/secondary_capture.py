@@ -61,7 +61,7 @@ def write_secondary_captures(
             import highdicom
 
             capture = highdicom.sc.SCImage.from_ref_dataset(
-                frames[index].file.header,
+                dicom_objects.source_header(frames[index].file.header),
                 pixel_array=np.asarray(picture),
                 photometric_interpretation="RGB",
                 bits_allocated=8,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -31,6 +32,8 @@ from unibiomed_jax.studies.windows import Window
 # dataset; a page to look at all of it in a browser.
 Format = Literal["nifti", "seg", "labelmap", "rtstruct", "sc", "png", "coco", "html"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+# Those that not every study can be written in.
+_DEMANDING = ("nifti", "seg", "labelmap", "rtstruct", "sc")
 # What an answer, and what masks made elsewhere, are described in.
 ANSWER, RECORD, PAGE = "answer.json", "study.json", "study.html"
 
@@ -42,7 +45,7 @@ def write_study(
     formats: Sequence[Format] = ("nifti", "seg"),
     *,
     window: Window | None = None,
-    deidentify: bool = False,
+    deidentify: bool | Deidentifier = False,
     overwrite: bool = False,
 ) -> None:
     """Write masks as a folder, which appears whole or not at all.
@@ -62,7 +65,8 @@ def write_study(
         window: for "sc", "png" and "html": values that become black and white. By default those of the
             answer.
         deidentify: take the patient's identity and dates out of DICOM objects, too, and replace UIDs, alike
-            in all of them. It claims no conformance to a profile; pixels stay as they are.
+            in all of them, and under one `Deidentifier` alike in all folders. It claims no conformance to a
+            profile; pixels stay as they are.
         overwrite: replace what lies there.
 
     Raises:
@@ -84,8 +88,8 @@ def write_study(
         if name not in FORMATS:
             raise InputError(f"There is no format {name!r}; choose of {', '.join(FORMATS)}.")
     found = {phrase: mask for phrase, mask in masks.items() if mask.any()}
-    record = describe_study(study, masks, answer, window) | {"identity": identity_of(deidentify)}
-    deidentifier = Deidentifier(study.study_alias) if deidentify else None
+    record = describe_study(study, masks, answer, window) | {"identity": identity_of(bool(deidentify))}
+    deidentifier = Deidentifier(study.study_alias) if deidentify is True else deidentify or None
     files: dict[str, list[str]] = {}
     try:
         with new_folder(out, overwrite=overwrite) as folder:
@@ -99,6 +103,26 @@ def write_study(
             (folder / (RECORD if answer is None else ANSWER)).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"The folder cannot be written ({error.strerror}); choose another.") from None
+
+
+def require_formats(study: Study, formats: Sequence[Format]) -> None:
+    """Find out before a long answer whether masks of a study can be written: one of a pixel is, and deleted.
+
+    Raises:
+        InputError: a format cannot hold any mask of this study, or needs a package that is not installed.
+    """
+    mask = np.zeros(study.values.shape[:3], bool)
+    mask[0, 0, 0] = True
+    masks, window = {"pixel": mask}, Window(0, 1, "any")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in formats:
+                if name in _DEMANDING:  # deidentified, for others may read the folder
+                    _write(name, Path(folder), study, masks, masks, window, Deidentifier("anyone"))
+    except OSError as error:
+        raise InputError(
+            f"The folder for temporary files cannot be written ({error.strerror}); set TMPDIR to another."
+        ) from None
 
 
 def _write(

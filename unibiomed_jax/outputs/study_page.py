@@ -203,21 +203,25 @@ def _words(answer: StudyAnswer, regions: Sequence[_Region]) -> str:
     """The answer with the phrase of each `[SEG]` as a button.
 
     A phrase is looked for before its `[SEG]`, then after it ("[SEG] liver."); where neither has it (it stood
-    in the question), the button takes the place of `[SEG]`.
+    in the question), the button takes the place of `[SEG]`. Where every slice had an answer of its own, the
+    text is that of one of them: phrases are looked for anywhere in it, and follow it where it has them not.
     """
     pieces = clean_answer(answer.text).split(SEG)
     marks: list[list[tuple[int, int, _Region]]] = [[] for _ in pieces]
-    tails: list[str] = [""] * len(pieces)
+    tails: list[list[str]] = [[] for _ in pieces]
+    everywhere = [(place, str.find) for place in range(len(pieces))]
+    is_of_one_slice = answer.conditioning.choice == "each" and len(answer.conditioning.slices) > 1
     for number, (region, segment) in enumerate(zip(regions, answer.segments, strict=True)):
         phrase = segment.phrase.lower()
-        for place, find in ((number, str.rfind), (number + 1, str.find)):
+        own = [(number, str.rfind), (number + 1, str.find)]
+        for place, find in everywhere if is_of_one_slice else own:
             start = find(pieces[place].lower(), phrase) if phrase else -1
             end = start + len(phrase)
             if start >= 0 and all(end <= left or start >= right for left, right, _ in marks[place]):
                 marks[place].append((start, end, region))
                 break
         else:
-            tails[number] = region.button()
+            tails[-1 if is_of_one_slice else number].append(region.button())
     text = ""
     for piece, found, tail in zip(pieces, marks, tails, strict=True):
         at, words = 0, ""
@@ -225,7 +229,7 @@ def _words(answer: StudyAnswer, regions: Sequence[_Region]) -> str:
             words += escape(piece[at:start]) + region.button(piece[start:end])
             at = end
         rest = escape(piece[at:])
-        text += words + (f"{rest.rstrip()} {tail}" if tail else rest)
+        text += words + (" ".join([rest.rstrip(), *tail]) if tail else rest)
     return re.sub(r"\s+([.,;:!?])", r"\1", re.sub(r" {2,}", " ", text)).strip()
 
 
