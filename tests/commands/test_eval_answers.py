@@ -14,8 +14,16 @@ from unibiomed_jax import UniBiomed
 from unibiomed_jax.commands.eval import CompareOptions, EvalOptions, compare, evaluate
 from unibiomed_jax.config.precision import FLOAT32
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.evaluation.answering import resume
 from unibiomed_jax.evaluation.own_format import read_own_format
-from unibiomed_jax.evaluation.records import decode_masks, read_samples, samples_file
+from unibiomed_jax.evaluation.records import (
+    Sample,
+    decode_masks,
+    encode_masks,
+    read_samples,
+    samples_file,
+    write_samples,
+)
 
 # What the model is made to say: the micro checkpoint has learned nothing.
 SAID = "a [SEG] b"
@@ -135,6 +143,30 @@ def test_a_run_has_one_model(data, asked, tmp_path):
     evaluate(options(data, tmp_path, task=("region",), mode="infer"))
     with pytest.raises(InputError, match="max_new_tokens 24, not 25; choose another --out"):
         evaluate(replace(options(data, tmp_path, task=("region",)), max_new_tokens=25))
+
+
+def test_a_run_has_one_dataset(data, asked, tmp_path):
+    """Answers about one are not dropped for those about another."""
+    out = tmp_path / "run"
+    evaluate(options(data, out, task=("region",), mode="infer"))
+    before = samples_file(out, "region").read_bytes()
+    with pytest.raises(InputError, match=r"with the datasets \[\], not \['liver'\]; choose another --out"):
+        evaluate(options(data, out, task=("region",), datasets=("liver",), mode="infer"))
+    other = shutil.copytree(data, tmp_path / "other")
+    with pytest.raises(InputError, match="with the folder .*liver, not .*other; choose another --out"):
+        evaluate(options(other, out, task=("region",), mode="infer"))
+    assert samples_file(out, "region").read_bytes() == before
+
+
+def test_an_answer_outlives_a_truth_that_cannot_be_read(tmp_path):
+    """As masks on a disk that is away for one call."""
+    truth = encode_masks([np.ones((2, 2), bool)])
+    answered = Sample("seg2d", "1", "what?", truth_masks=truth, response="this")
+    write_samples(samples_file(tmp_path, "seg2d"), [answered])
+    away = replace(answered, truth_masks=(), response=None, reason="cannot be read")
+    assert resume(tmp_path, [away]) == {"seg2d": {"1"}}
+    assert read_samples(samples_file(tmp_path, "seg2d"), "seg2d") == [answered]
+    assert resume(tmp_path, [replace(away, question="where?")]) == {"seg2d": set()}
 
 
 @pytest.mark.slow

@@ -27,7 +27,15 @@ NAMED = 5
 
 CONFIG = "config.json"
 # Entries of it that must not change while a run goes on.
-ANSWERS_DEPEND_ON = ("checkpoint", "split", "precision", "max_new_tokens")
+ANSWERS_DEPEND_ON = (
+    "checkpoint",
+    "folder",
+    "format",
+    "split",
+    "datasets",
+    "precision",
+    "max_new_tokens",
+)
 
 Format = Literal[
     "unibiomed", "reference", "biomedparse", "mecovqa", "slake", "vqa-rad", "parquet", "omnimedvqa", "table"
@@ -218,6 +226,7 @@ def _answer(options: EvalOptions) -> int:
         "folder": shown(options.data),
         "format": options.format,
         "split": options.split,
+        "datasets": sorted(options.datasets),
         "precision": dataclasses.asdict(model.precision),
         "max_new_tokens": options.max_new_tokens,
         "strategy": options.strategy,

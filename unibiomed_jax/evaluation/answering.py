@@ -170,13 +170,13 @@ def resume(run: Path, samples: Sequence[Sample]) -> dict[str, set[str]]:
     """
     done: dict[str, set[str]] = {}
     for task, of_task in by_task(samples).items():
-        keys = {sample.key for sample in of_task}
+        now = {sample.doc_id: sample for sample in of_task}
         kept: dict[str, Sample] = {}
         parts = sorted(run.glob(f"{samples_file(run, task).name}.part*"))
         for path in (samples_file(run, task), *parts):
             if path.exists() and path.stat().st_size:
                 for sample in _answered(path, task):
-                    if sample.key in keys and sample.reason is None:
+                    if sample.reason is None and _same(sample, now.get(sample.doc_id)):
                         kept[sample.doc_id] = sample
         if kept or samples_file(run, task).exists():
             write_samples(samples_file(run, task), kept.values())
@@ -184,6 +184,13 @@ def resume(run: Path, samples: Sequence[Sample]) -> dict[str, set[str]]:
             path.unlink()
         done[task] = set(kept)
     return done
+
+
+def _same(answered: Sample, now: Sample | None) -> bool:
+    """Whether the record is still asked so; a truth that cannot be read at the moment is no other truth."""
+    if now is not None and now.reason is not None:
+        answered = replace(answered, truth_masks=now.truth_masks)
+    return now is not None and answered.key == now.key
 
 
 def _answered(path: Path, task: str) -> list[Sample]:

@@ -81,7 +81,8 @@ What UniBiomed's scripts measure of the released checkpoint, dataset by dataset,
 ROOT is the folder `Biomed` of the reference's layout ([datasets](evaluation.md#datasets)); what is not in it
 is passed over. The command asks everything with the paper's prompts, scores it by the
 [paper's protocol](evaluation.md#paper-protocol), and writes this page with the last columns filled to
-`reproduced/published_numbers.md`. Interrupted, it goes on where it was.
+`reproduced/published_numbers.md`. Interrupted, it goes on where it was. Commands for one dataset alone need a
+RUN of their own for each.
 
 **Published** is empty wherever nobody read the number in the paper itself (arXiv:2504.21336, Nature
 Communications 2026): none is copied from elsewhere, none is guessed. `published.csv` in the package's
