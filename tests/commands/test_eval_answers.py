@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import unicodedata
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -191,6 +192,22 @@ def test_every_task_of_the_own_format(volumes, findings):
     assert {len(sample.truth_masks) for sample in questions} == {1, 2}
     assert any(not np.any(decode_masks(sample.truth_masks, "")[0]) for sample in questions)
     assert questions == read_own_format(findings, "train", ["gvqa"])
+
+
+@pytest.mark.parametrize("folder", ["", "CT/"])
+def test_slices_in_folders_or_spelled_otherwise_have_their_truth(tmp_path, folder):
+    """The table spells é as one character, the disk as two."""
+    names = [f"{folder}é{number}.png" for number in range(3)]
+    for name in names:
+        save_picture(tmp_path / "v1" / unicodedata.normalize("NFD", name))
+    mask = "mask/v1/é1_tumor.png"
+    save_square(tmp_path / unicodedata.normalize("NFD", mask))
+    expression = {"exp": "Tumor in chest CT.", "mask_file": [mask], "img_file": []}
+    volume = {"slices": names, "expressions": {"0": expression}}
+    write_table(tmp_path / "meta_test.json", {"volumes": {"v1": volume}})
+    (sample,) = read_own_format(tmp_path, "test", ["seg3d"])
+    (truth,) = decode_masks(sample.truth_masks, "")
+    assert sample.image == "v1" and [piece.any() for piece in truth] == [False, True, False]
 
 
 def test_what_cannot_be_asked_is_one_sentence(data, tmp_path):
