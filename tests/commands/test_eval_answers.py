@@ -15,7 +15,7 @@ from unibiomed_jax import UniBiomed
 from unibiomed_jax.commands.eval import CompareOptions, EvalOptions, compare, evaluate
 from unibiomed_jax.config.precision import FLOAT32
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.evaluation.answering import resume
+from unibiomed_jax.evaluation.answering import Asker, resume
 from unibiomed_jax.evaluation.own_format import read_own_format
 from unibiomed_jax.evaluation.records import (
     Sample,
@@ -192,6 +192,16 @@ def test_every_task_of_the_own_format(volumes, findings):
     assert {len(sample.truth_masks) for sample in questions} == {1, 2}
     assert any(not np.any(decode_masks(sample.truth_masks, "")[0]) for sample in questions)
     assert questions == read_own_format(findings, "train", ["gvqa"])
+
+
+def test_a_region_of_another_size_has_a_reason(data, model):
+    """A table may not say the sizes of its images."""
+    region = encode_masks([np.ones((40, 70), bool)])
+    sample = Sample("region", "0_liver.png", "<image>\n?", image="test/0.png", truth_masks=region)
+    (asked,) = Asker(model, data, batch_size=1, max_new_tokens=2).ask([sample])
+    assert asked.reason == (
+        "0_liver.png is a mask of 70x40 pixels, its image test/0.png has 60x30; correct one of them."
+    )
 
 
 @pytest.mark.parametrize("folder", ["", "CT/"])

@@ -25,7 +25,7 @@ from unibiomed_jax.evaluation.records import (
     write_samples,
 )
 from unibiomed_jax.evaluation.tasks import TASKS
-from unibiomed_jax.files import locate, shown
+from unibiomed_jax.files import find_file, locate, shown
 from unibiomed_jax.inference.answer import Answer, OpenedImage, Request
 from unibiomed_jax.inference.buckets import tile_bucket, token_bucket
 from unibiomed_jax.inference.predictor import UniBiomed
@@ -89,6 +89,12 @@ class Asker:
         if sample.task == "region" and sample.truth_masks:
             (region,) = decode_masks(sample.truth_masks[:1], sample.doc_id)
             pixels = np.asarray(open_image(self.data / sample.image)[0])
+            if region.shape != pixels.shape[:2]:
+                (height, width), (tall, wide) = region.shape, pixels.shape[:2]
+                raise InputError(
+                    f"{shown(sample.doc_id)} is a mask of {width}x{height} pixels, its image "
+                    f"{shown(sample.image)} has {wide}x{tall}; correct one of them."
+                )
             boxed = Image.fromarray(draw_box(pixels, region, np.random.default_rng(0)))
             return Request(sample.question, self.model.open(boxed))
         if sample.image not in self._opened:
@@ -105,7 +111,7 @@ class Asker:
             shown_in = np.arange(len(sample.slices))
         limit = min(self.model.config.sam2.max_conditioning_frames, len(shown_in))
         chosen = shown_in[np.linspace(0, len(shown_in) - 1, limit + 2).round().astype(int)[1:-1]]
-        paths = [self.data / sample.image / name for name in sample.slices]
+        paths = [Path(find_file(self.data / sample.image / name)) for name in sample.slices]
         return self.model.open_volume(paths, conditioning=sorted(set(chosen.tolist())))
 
     def _answer(self, group: Sequence[_Asked]) -> Iterator[Sample]:
