@@ -65,7 +65,10 @@ def from_samples(task: str, samples: Sequence[Sample]) -> PaperInput:
     if task in WITHOUT_SCRIPTS:
         raise InputError(f"The paper has no scripts for {task}; pass --protocol strict.")
     if task in ("seg2d", "seg3d"):
-        return PaperInput(map(_mask_item, samples))
+        # A mask without an answer is for the scorers, as the scripts have it; one without a truth is not.
+        with_truth = [sample for sample in samples if sample.truth_masks or sample.reason is None]
+        unscored = {sample.doc_id: sample.reason for sample in samples if sample.reason is not None}
+        return PaperInput(map(_mask_item, with_truth), unscored=unscored)
     found = PaperInput()
     for sample in samples:
         if TASKS[task].masks:

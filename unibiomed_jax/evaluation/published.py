@@ -135,6 +135,10 @@ def render(found: Mapping[tuple[str, str], Reproduced], about: Mapping[str, str]
                 number = "" if value is None else f"{value:.4f}"
                 n = "" if here is None else here.n
                 lines.append(f"| {row.dataset} | {row.score} | {row.value} | {number} | {n} |")
+        for (of_task, dataset), here in found.items():
+            if of_task == task and (here.unscored or here.notes):
+                said = [f"{len(here.unscored)} not scored."] if here.unscored else []
+                lines.append(f"\n{dataset}: {' '.join([*said, *here.notes])}")
         lines.append("")
     return "\n".join(lines)
 
