@@ -12,7 +12,7 @@ from places import MICRO
 from small_datasets import coco_table, save_picture, save_square, write_table
 
 from unibiomed_jax import UniBiomed
-from unibiomed_jax.commands.eval import CompareOptions, EvalOptions, compare, evaluate
+from unibiomed_jax.commands.eval import CONDITIONING, CompareOptions, EvalOptions, compare, evaluate
 from unibiomed_jax.config.precision import FLOAT32
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.evaluation.answering import Asker, resume
@@ -202,6 +202,26 @@ def test_a_region_of_another_size_has_a_reason(data, model):
     assert asked.reason == (
         "0_liver.png is a mask of 70x40 pixels, its image test/0.png has 60x30; correct one of them."
     )
+
+
+@pytest.mark.parametrize("conditioning", ["first", "target"])
+def test_slices_that_a_volume_is_answered_from(volumes, model, conditioning):
+    (volume,) = read_own_format(volumes, "train", ["seg3d"])
+    asker = Asker(model, volumes, batch_size=1, max_new_tokens=2, conditioning=conditioning)
+    seen = asker._open_volume(volume).conditioning
+    most = model.config.sam2.max_conditioning_frames
+    assert len(seen) == most and (seen == tuple(range(most))) == (conditioning == "first")
+    assert conditioning == "first" or set(seen) <= set(range(1, 13))
+
+
+def test_volumes_say_which_slices_they_were_answered_from(tmp_path):
+    mask = encode_masks([np.ones((2, 4, 4), bool)])
+    volume = Sample("seg3d", "v", "?", category="a", image="v", truth_masks=mask, masks=mask)
+    write_samples(samples_file(tmp_path, "seg3d"), [volume])
+    (tmp_path / "config.json").write_text(json.dumps({"conditioning": "target"}))
+    evaluate(EvalOptions(tmp_path, protocol="both"))
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [result["notes"].count(CONDITIONING["target"]) for result in results] == [1, 1]
 
 
 @pytest.mark.parametrize("folder", ["", "CT/"])

@@ -278,7 +278,9 @@ def test_masks_of_any_name_keep_the_references_order(tmp_path):
         save_square(tmp_path / "BreastUS" / "test_mask" / name)
     write_table(tmp_path / "BreastUS" / "test.json", table)
     found = read_records(tmp_path, "test", ("seg2d",), format="reference")
-    assert [sample.doc_id for sample in found] == [f"BreastUS/{name}" for name in ("b#2.png", "a.png", "c.png")]
+    assert [sample.doc_id for sample in found] == [
+        f"BreastUS/{name}" for name in ("b#2.png", "a.png", "c.png")
+    ]
 
 
 def test_all_of_the_references_datasets():
@@ -355,7 +357,7 @@ def test_rows_are_named_by_their_id(tmp_path):
 def test_a_cell_that_csv_cannot_hold(tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text(f"image,question,answer\na.png,?,{'a' * 140_000}\n")
-    with pytest.raises(InputError, match="mine.csv is no table that can be read .field larger.*; write a row"):
+    with pytest.raises(InputError, match="mine.csv is no table that can be read .field .*; write a row"):
         read_records(path, "test", (), format="table")
 
 

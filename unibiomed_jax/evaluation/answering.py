@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -43,9 +43,19 @@ class Asker:
     """
 
     def __init__(
-        self, model: UniBiomed, data: Path, *, batch_size: int, max_new_tokens: int, grounded: bool = False
+        self,
+        model: UniBiomed,
+        data: Path,
+        *,
+        batch_size: int,
+        max_new_tokens: int,
+        grounded: bool = False,
+        conditioning: Literal["first", "target"] = "target",
     ):
-        """`data` is the folder that images' names start from; `grounded` asks by `UniBiomed.ground`."""
+        """`data` is the folder that images' names start from; `grounded` asks by `UniBiomed.ground`;
+        `conditioning` says which slices of a volume the language model sees.
+        """
+        self.conditioning = conditioning
         self.model, self.data = model, locate(data)
         self.batch_size, self.max_new_tokens, self.grounded = batch_size, max_new_tokens, grounded
         self._opened: OrderedDict[str, OpenedImage] = OrderedDict()
@@ -104,14 +114,17 @@ class Asker:
         return Request(sample.question, self._opened[sample.image])
 
     def _open_volume(self, sample: Sample) -> OpenedImage:
-        """A volume, with slices that show the target spread over it for the language model to see."""
+        """A volume, with its first slices or some that show the target for the language model to see."""
+        paths = [Path(find_file(self.data / sample.image / name)) for name in sample.slices]
+        most = self.model.config.sam2.max_conditioning_frames
+        if self.conditioning == "first":
+            return self.model.open_volume(paths, conditioning=range(min(most, len(paths))))
         truths = decode_masks(sample.truth_masks[:1], sample.doc_id)
         shown_in = np.flatnonzero(truths[0].any((1, 2))) if truths else ()
         if not len(shown_in):  # nowhere, or nobody knows
             shown_in = np.arange(len(sample.slices))
-        limit = min(self.model.config.sam2.max_conditioning_frames, len(shown_in))
+        limit = min(most, len(shown_in))
         chosen = shown_in[np.linspace(0, len(shown_in) - 1, limit + 2).round().astype(int)[1:-1]]
-        paths = [Path(find_file(self.data / sample.image / name)) for name in sample.slices]
         return self.model.open_volume(paths, conditioning=sorted(set(chosen.tolist())))
 
     def _answer(self, group: Sequence[_Asked]) -> Iterator[Sample]:

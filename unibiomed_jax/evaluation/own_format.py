@@ -164,9 +164,7 @@ def _masks(record: Record) -> list[np.ndarray]:
     return [load_mask(file, size, record.name) for (file,) in record.masks]
 
 
-def _volume(
-    record: Record, local: Record, place: PurePosixPath, slices: Sequence[str]
-) -> list[np.ndarray]:
+def _volume(record: Record, local: Record, place: PurePosixPath, slices: Sequence[str]) -> list[np.ndarray]:
     """The one mask of all slices; those that have no file of it are empty."""
     size = image_size(record)
     # Files are named as on disk, slices as in the table.
