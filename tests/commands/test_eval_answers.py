@@ -17,6 +17,7 @@ from unibiomed_jax.config.precision import FLOAT32
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.evaluation.answering import Asker, resume
 from unibiomed_jax.evaluation.own_format import read_own_format
+from unibiomed_jax.evaluation.readers import read_records
 from unibiomed_jax.evaluation.records import (
     Sample,
     decode_masks,
@@ -212,6 +213,15 @@ def test_slices_that_a_volume_is_answered_from(volumes, model, conditioning):
     most = model.config.sam2.max_conditioning_frames
     assert len(seen) == most and (seen == tuple(range(most))) == (conditioning == "first")
     assert conditioning == "first" or set(seen) <= set(range(1, 13))
+
+
+def test_a_page_shows_images_beside_a_table(data, tmp_path):
+    (data / "mine.csv").write_text("image,question,answer\ntest/0.png,?,yes\n")
+    (sample,) = read_records(data / "mine.csv", "test", (), format="table")
+    write_samples(samples_file(tmp_path, "vqa"), [replace(sample, prediction="yes")])
+    (tmp_path / "config.json").write_text(json.dumps({"folder": str(data / "mine.csv")}))
+    evaluate(EvalOptions(tmp_path))
+    assert "data:image/jpeg" in (tmp_path / "index.html").read_text()
 
 
 def test_volumes_say_which_slices_they_were_answered_from(tmp_path):
