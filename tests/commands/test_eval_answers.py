@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import unicodedata
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -11,11 +12,20 @@ from places import MICRO
 from small_datasets import coco_table, save_picture, save_square, write_table
 
 from unibiomed_jax import UniBiomed
-from unibiomed_jax.commands.eval import CompareOptions, EvalOptions, compare, evaluate
+from unibiomed_jax.commands.eval import CONDITIONING, CompareOptions, EvalOptions, compare, evaluate
 from unibiomed_jax.config.precision import FLOAT32
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.evaluation.answering import Asker, resume
 from unibiomed_jax.evaluation.own_format import read_own_format
-from unibiomed_jax.evaluation.records import decode_masks, read_samples, samples_file
+from unibiomed_jax.evaluation.readers import read_records
+from unibiomed_jax.evaluation.records import (
+    Sample,
+    decode_masks,
+    encode_masks,
+    read_samples,
+    samples_file,
+    write_samples,
+)
 
 # What the model is made to say: the micro checkpoint has learned nothing.
 SAID = "a [SEG] b"
@@ -137,6 +147,30 @@ def test_a_run_has_one_model(data, asked, tmp_path):
         evaluate(replace(options(data, tmp_path, task=("region",)), max_new_tokens=25))
 
 
+def test_a_run_has_one_dataset(data, asked, tmp_path):
+    """Answers about one are not dropped for those about another."""
+    out = tmp_path / "run"
+    evaluate(options(data, out, task=("region",), mode="infer"))
+    before = samples_file(out, "region").read_bytes()
+    with pytest.raises(InputError, match=r"with the datasets \[\], not \['liver'\]; choose another --out"):
+        evaluate(options(data, out, task=("region",), datasets=("liver",), mode="infer"))
+    other = shutil.copytree(data, tmp_path / "other")
+    with pytest.raises(InputError, match="with the folder .*liver, not .*other; choose another --out"):
+        evaluate(options(other, out, task=("region",), mode="infer"))
+    assert samples_file(out, "region").read_bytes() == before
+
+
+def test_an_answer_outlives_a_truth_that_cannot_be_read(tmp_path):
+    """As masks on a disk that is away for one call."""
+    truth = encode_masks([np.ones((2, 2), bool)])
+    answered = Sample("seg2d", "1", "what?", truth_masks=truth, response="this")
+    write_samples(samples_file(tmp_path, "seg2d"), [answered])
+    away = replace(answered, truth_masks=(), response=None, reason="cannot be read")
+    assert resume(tmp_path, [away]) == {"seg2d": {"1"}}
+    assert read_samples(samples_file(tmp_path, "seg2d"), "seg2d") == [answered]
+    assert resume(tmp_path, [replace(away, question="where?")]) == {"seg2d": set()}
+
+
 @pytest.mark.slow
 def test_two_runs_are_compared_on_a_page(data, asked, tmp_path):
     for name in ("first", "second"):
@@ -159,6 +193,61 @@ def test_every_task_of_the_own_format(volumes, findings):
     assert {len(sample.truth_masks) for sample in questions} == {1, 2}
     assert any(not np.any(decode_masks(sample.truth_masks, "")[0]) for sample in questions)
     assert questions == read_own_format(findings, "train", ["gvqa"])
+
+
+def test_a_region_of_another_size_has_a_reason(data, model):
+    """A table may not say the sizes of its images."""
+    region = encode_masks([np.ones((40, 70), bool)])
+    sample = Sample("region", "0_liver.png", "<image>\n?", image="test/0.png", truth_masks=region)
+    (asked,) = Asker(model, data, batch_size=1, max_new_tokens=2).ask([sample])
+    assert asked.reason == (
+        "0_liver.png is a mask of 70x40 pixels, its image test/0.png has 60x30; correct one of them."
+    )
+
+
+@pytest.mark.parametrize("conditioning", ["first", "target"])
+def test_slices_that_a_volume_is_answered_from(volumes, model, conditioning):
+    (volume,) = read_own_format(volumes, "train", ["seg3d"])
+    asker = Asker(model, volumes, batch_size=1, max_new_tokens=2, conditioning=conditioning)
+    seen = asker._open_volume(volume).conditioning
+    most = model.config.sam2.max_conditioning_frames
+    assert len(seen) == most and (seen == tuple(range(most))) == (conditioning == "first")
+    assert conditioning == "first" or set(seen) <= set(range(1, 13))
+
+
+def test_a_page_shows_images_beside_a_table(data, tmp_path):
+    (data / "mine.csv").write_text("image,question,answer\ntest/0.png,?,yes\n")
+    (sample,) = read_records(data / "mine.csv", "test", (), format="table")
+    write_samples(samples_file(tmp_path, "vqa"), [replace(sample, prediction="yes")])
+    (tmp_path / "config.json").write_text(json.dumps({"folder": str(data / "mine.csv")}))
+    evaluate(EvalOptions(tmp_path))
+    assert "data:image/jpeg" in (tmp_path / "index.html").read_text()
+
+
+def test_volumes_say_which_slices_they_were_answered_from(tmp_path):
+    mask = encode_masks([np.ones((2, 4, 4), bool)])
+    volume = Sample("seg3d", "v", "?", category="a", image="v", truth_masks=mask, masks=mask)
+    write_samples(samples_file(tmp_path, "seg3d"), [volume])
+    (tmp_path / "config.json").write_text(json.dumps({"conditioning": "target"}))
+    evaluate(EvalOptions(tmp_path, protocol="both"))
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [result["notes"].count(CONDITIONING["target"]) for result in results] == [1, 1]
+
+
+@pytest.mark.parametrize("folder", ["", "CT/"])
+def test_slices_in_folders_or_spelled_otherwise_have_their_truth(tmp_path, folder):
+    """The table spells é as one character, the disk as two."""
+    names = [f"{folder}é{number}.png" for number in range(3)]
+    for name in names:
+        save_picture(tmp_path / "v1" / unicodedata.normalize("NFD", name))
+    mask = "mask/v1/é1_tumor.png"
+    save_square(tmp_path / unicodedata.normalize("NFD", mask))
+    expression = {"exp": "Tumor in chest CT.", "mask_file": [mask], "img_file": []}
+    volume = {"slices": names, "expressions": {"0": expression}}
+    write_table(tmp_path / "meta_test.json", {"volumes": {"v1": volume}})
+    (sample,) = read_own_format(tmp_path, "test", ["seg3d"])
+    (truth,) = decode_masks(sample.truth_masks, "")
+    assert sample.image == "v1" and [piece.any() for piece in truth] == [False, True, False]
 
 
 def test_what_cannot_be_asked_is_one_sentence(data, tmp_path):

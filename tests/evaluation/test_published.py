@@ -77,6 +77,16 @@ def test_numbers_of_what_is_there(biomed, answers, tmp_path):
     page = (out / "published_numbers.md").read_text()
     assert "| ACDC | mean_dice |  | 0.6667 | 2 |" in page and "| CRAG | mean_dice |  |  |  |" in page
     assert "checkpoint 0123abcd" in page
+    assert "\nDisease/Skin: Every record counts; UniBiomed's scripts" in page
+
+
+def test_a_mask_that_cannot_be_used_spoils_no_other(biomed, answers, tmp_path):
+    (mask, *_) = sorted((biomed / "ACDC" / "test_mask").glob("*"))
+    mask.unlink()
+    out = tmp_path / "out"
+    assert command.reproduce(ReproduceOptions("released", biomed, out=out, task=("seg2d",))) == 1
+    page = (out / "published_numbers.md").read_text()
+    assert "| ACDC | mean_dice |  | 0.6667 | 1 |" in page and "\nACDC: 1 not scored." in page
 
 
 def test_only_some_tasks(biomed, answers, tmp_path):

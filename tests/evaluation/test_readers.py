@@ -269,6 +269,20 @@ def test_the_references_tables(tmp_path):
     assert {sample.answer for sample in found if sample.task == "disease"} == {"tumor in breast us"}
 
 
+def test_masks_of_any_name_keep_the_references_order(tmp_path):
+    table = coco_table(3, "Tumor in breast US")
+    names = ["b#2.png", "./a.png", "c.png"]
+    for annotation, name in zip(table["annotations"], names, strict=True):
+        annotation["mask_file"] = name
+        save_picture(tmp_path / "BreastUS" / "test" / annotation["file_name"])
+        save_square(tmp_path / "BreastUS" / "test_mask" / name)
+    write_table(tmp_path / "BreastUS" / "test.json", table)
+    found = read_records(tmp_path, "test", ("seg2d",), format="reference")
+    assert [sample.doc_id for sample in found] == [
+        f"BreastUS/{name}" for name in ("b#2.png", "a.png", "c.png")
+    ]
+
+
 def test_all_of_the_references_datasets():
     found = reference_datasets()
     trained = [dataset for dataset in found if dataset.trained]
@@ -330,6 +344,21 @@ def test_one_sentence_for_what_is_wrong(tmp_path, name):
     with pytest.raises(InputError) as error:
         read_records(tmp_path, "test", tasks, format=format)
     assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_rows_are_named_by_their_id(tmp_path):
+    """Also by 0, which is false."""
+    path = tmp_path / "mine.json"
+    row = {"image": "a.png", "question": "?", "answer": "yes"}
+    write_table(path, [row | {"id": 1}, row | {"id": 0}, row])
+    assert [found.doc_id for found in read_records(path, "test", (), format="table")] == ["1", "0", "3"]
+
+
+def test_a_cell_that_csv_cannot_hold(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text(f"image,question,answer\na.png,?,{'a' * 140_000}\n")
+    with pytest.raises(InputError, match="mine.csv is no table that can be read .field .*; write a row"):
+        read_records(path, "test", (), format="table")
 
 
 def test_names_that_nothing_has(tmp_path):

@@ -27,7 +27,23 @@ NAMED = 5
 
 CONFIG = "config.json"
 # Entries of it that must not change while a run goes on.
-ANSWERS_DEPEND_ON = ("checkpoint", "split", "precision", "max_new_tokens")
+ANSWERS_DEPEND_ON = (
+    "checkpoint",
+    "folder",
+    "format",
+    "split",
+    "datasets",
+    "conditioning",
+    "precision",
+    "max_new_tokens",
+)
+
+# What a reader of the numbers of volumes has to know.
+CONDITIONING = {
+    "first": "Volumes were answered from their first slices, as by UniBiomed's scripts.",
+    "target": "Volumes were answered from slices that show the true target, which is knowledge of the truth; "
+    "UniBiomed's scripts take the first ones.",
+}
 
 Format = Literal[
     "unibiomed", "reference", "biomedparse", "mecovqa", "slake", "vqa-rad", "parquet", "omnimedvqa", "table"
@@ -72,6 +88,9 @@ class EvalOptions(Processes):
     tolerances: Path | None = None
     # Under "strict": when an answer to a closed or open question is right, as these publish numbers.
     rule: tuple[Rule, ...] = ("medplib", "lmms-eval")
+    # Slices of a volume that are answered from: "first", as by UniBiomed's scripts, or "target", spread over
+    # those that show the true target, which needs to know them.
+    conditioning: Literal["first", "target"] = "target"
     # Images asked about in one go; takes the memory of the next power of two.
     batch_size: int = 8
     # Longest answer, tokens.
@@ -175,6 +194,9 @@ def _score(options: EvalOptions) -> int:
         data = scoring.hash_table(options.data / f"{meta}{options.split}.json")
     options.out.mkdir(parents=True, exist_ok=True)
     about = _about(options)
+    for result in results:
+        if result.task == "seg3d" and "conditioning" in about:
+            result.notes.append(CONDITIONING[about["conditioning"]])
     scoring.write_results(options.out, results, checkpoint=about.get("checkpoint"), data=data)
     page.write_page(options.out / page.PAGE, results, samples, about | {"data": data})
     for result in results:
@@ -218,6 +240,8 @@ def _answer(options: EvalOptions) -> int:
         "folder": shown(options.data),
         "format": options.format,
         "split": options.split,
+        "datasets": sorted(options.datasets),
+        "conditioning": options.conditioning,
         "precision": dataclasses.asdict(model.precision),
         "max_new_tokens": options.max_new_tokens,
         "strategy": options.strategy,
@@ -244,6 +268,7 @@ def _answer(options: EvalOptions) -> int:
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
         grounded=layout is not None,
+        conditioning=options.conditioning,
     )
     with bar:
         for _ in bar.track(
@@ -407,6 +432,7 @@ def reproduce(options: ReproduceOptions) -> int:
             format="reference",
             batch_size=options.batch_size,
             precision=options.precision,
+            conditioning="first",
         )
     )
     found = published.reproduce(scoring.read_run(options.out, tasks))

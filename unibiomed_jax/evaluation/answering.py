@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -25,7 +25,7 @@ from unibiomed_jax.evaluation.records import (
     write_samples,
 )
 from unibiomed_jax.evaluation.tasks import TASKS
-from unibiomed_jax.files import locate, shown
+from unibiomed_jax.files import find_file, locate, shown
 from unibiomed_jax.inference.answer import Answer, OpenedImage, Request
 from unibiomed_jax.inference.buckets import tile_bucket, token_bucket
 from unibiomed_jax.inference.predictor import UniBiomed
@@ -43,9 +43,19 @@ class Asker:
     """
 
     def __init__(
-        self, model: UniBiomed, data: Path, *, batch_size: int, max_new_tokens: int, grounded: bool = False
+        self,
+        model: UniBiomed,
+        data: Path,
+        *,
+        batch_size: int,
+        max_new_tokens: int,
+        grounded: bool = False,
+        conditioning: Literal["first", "target"] = "target",
     ):
-        """`data` is the folder that images' names start from; `grounded` asks by `UniBiomed.ground`."""
+        """`data` is the folder that images' names start from; `grounded` asks by `UniBiomed.ground`;
+        `conditioning` says which slices of a volume the language model sees.
+        """
+        self.conditioning = conditioning
         self.model, self.data = model, locate(data)
         self.batch_size, self.max_new_tokens, self.grounded = batch_size, max_new_tokens, grounded
         self._opened: OrderedDict[str, OpenedImage] = OrderedDict()
@@ -89,6 +99,12 @@ class Asker:
         if sample.task == "region" and sample.truth_masks:
             (region,) = decode_masks(sample.truth_masks[:1], sample.doc_id)
             pixels = np.asarray(open_image(self.data / sample.image)[0])
+            if region.shape != pixels.shape[:2]:
+                (height, width), (tall, wide) = region.shape, pixels.shape[:2]
+                raise InputError(
+                    f"{shown(sample.doc_id)} is a mask of {width}x{height} pixels, its image "
+                    f"{shown(sample.image)} has {wide}x{tall}; correct one of them."
+                )
             boxed = Image.fromarray(draw_box(pixels, region, np.random.default_rng(0)))
             return Request(sample.question, self.model.open(boxed))
         if sample.image not in self._opened:
@@ -98,14 +114,17 @@ class Asker:
         return Request(sample.question, self._opened[sample.image])
 
     def _open_volume(self, sample: Sample) -> OpenedImage:
-        """A volume, with slices that show the target spread over it for the language model to see."""
+        """A volume, with its first slices or some that show the target for the language model to see."""
+        paths = [Path(find_file(self.data / sample.image / name)) for name in sample.slices]
+        most = self.model.config.sam2.max_conditioning_frames
+        if self.conditioning == "first":
+            return self.model.open_volume(paths, conditioning=range(min(most, len(paths))))
         truths = decode_masks(sample.truth_masks[:1], sample.doc_id)
         shown_in = np.flatnonzero(truths[0].any((1, 2))) if truths else ()
         if not len(shown_in):  # nowhere, or nobody knows
             shown_in = np.arange(len(sample.slices))
-        limit = min(self.model.config.sam2.max_conditioning_frames, len(shown_in))
+        limit = min(most, len(shown_in))
         chosen = shown_in[np.linspace(0, len(shown_in) - 1, limit + 2).round().astype(int)[1:-1]]
-        paths = [self.data / sample.image / name for name in sample.slices]
         return self.model.open_volume(paths, conditioning=sorted(set(chosen.tolist())))
 
     def _answer(self, group: Sequence[_Asked]) -> Iterator[Sample]:
@@ -170,13 +189,13 @@ def resume(run: Path, samples: Sequence[Sample]) -> dict[str, set[str]]:
     """
     done: dict[str, set[str]] = {}
     for task, of_task in by_task(samples).items():
-        keys = {sample.key for sample in of_task}
+        now = {sample.doc_id: sample for sample in of_task}
         kept: dict[str, Sample] = {}
         parts = sorted(run.glob(f"{samples_file(run, task).name}.part*"))
         for path in (samples_file(run, task), *parts):
             if path.exists() and path.stat().st_size:
                 for sample in _answered(path, task):
-                    if sample.key in keys and sample.reason is None:
+                    if sample.reason is None and _same(sample, now.get(sample.doc_id)):
                         kept[sample.doc_id] = sample
         if kept or samples_file(run, task).exists():
             write_samples(samples_file(run, task), kept.values())
@@ -184,6 +203,13 @@ def resume(run: Path, samples: Sequence[Sample]) -> dict[str, set[str]]:
             path.unlink()
         done[task] = set(kept)
     return done
+
+
+def _same(answered: Sample, now: Sample | None) -> bool:
+    """Whether the record is still asked so; a truth that cannot be read at the moment is no other truth."""
+    if now is not None and now.reason is not None:
+        answered = replace(answered, truth_masks=now.truth_masks)
+    return now is not None and answered.key == now.key
 
 
 def _answered(path: Path, task: str) -> list[Sample]:

@@ -110,12 +110,14 @@ def _sample(
     local = without_place(record, config)
     task = _task(record)
     image = PurePosixPath(str(local.images[0]))
-    row = rows.get(spelled(str(image.parent if volume else image)), {})
+    # Slices may lie in folders below their volume's.
+    place = next(path for path in image.parents if spelled(str(path)) in rows) if volume else image
+    row = rows.get(spelled(str(place)), {})
     slices = tuple(sorted(row["slices"], key=by_number)) if volume else ()
     truths, reason = (), None
     if record.masks:
         try:
-            truths = encode_masks(_volume(record, slices) if volume else _masks(record))
+            truths = encode_masks(_volume(record, local, place, slices) if volume else _masks(record))
         except InputError as error:
             reason = str(error)
     return Sample(
@@ -126,7 +128,7 @@ def _sample(
         category="" if task in ("report", "caption", "vqa") else record.texts[0],
         dataset=alone or str(inside),
         patient=record.patient or None,
-        image=str(inside / (image.parent if volume else image)),
+        image=str(inside / place),
         slices=slices,
         spacing=read_spacing(row, 3 if volume else 2, config.annotation_path),
         truth_masks=truths,
@@ -162,11 +164,13 @@ def _masks(record: Record) -> list[np.ndarray]:
     return [load_mask(file, size, record.name) for (file,) in record.masks]
 
 
-def _volume(record: Record, slices: Sequence[str]) -> list[np.ndarray]:
+def _volume(record: Record, local: Record, place: PurePosixPath, slices: Sequence[str]) -> list[np.ndarray]:
     """The one mask of all slices; those that have no file of it are empty."""
     size = image_size(record)
-    files = {Path(str(image)).name: file for image, file in zip(record.images, record.masks[0], strict=True)}
-    return [np.stack([load_mask(files.get(name, ""), size, record.name) for name in slices])]
+    # Files are named as on disk, slices as in the table.
+    names = [spelled(str(PurePosixPath(str(image)).relative_to(place))) for image in local.images]
+    files = dict(zip(names, record.masks[0], strict=True))
+    return [np.stack([load_mask(files.get(spelled(name), ""), size, record.name) for name in slices])]
 
 
 def _rows(config: DatasetConfig, table: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.evaluation.compare import Difference
+from unibiomed_jax.evaluation.readers import image_folder
 from unibiomed_jax.evaluation.records import Sample, decode_masks
 from unibiomed_jax.evaluation.scoring import UNNAMED, TaskResult, rows
 from unibiomed_jax.evaluation.tasks import TASKS
@@ -117,7 +118,7 @@ def write_page(
         samples: the records with their scores, by task; empty where folders were scored without records.
         about: what the run's config.json says, and the hash of the data.
     """
-    folders = [] if about.get("folder") is None else [Path(about["folder"])]
+    folders = [] if about.get("folder") is None else [image_folder(about["folder"])]
     # A table may name its images from the folder of the split on.
     folders += [folder / about["split"] for folder in folders if "split" in about]
     body = [_head("Evaluation", about)]

@@ -18,6 +18,13 @@ from unibiomed_jax.evaluation.repairs import Repairs
 from unibiomed_jax.evaluation.tasks import TASKS
 from unibiomed_jax.evaluation.text import TextScores
 
+# How the numbers of records differ from those of the scripts' own folders.
+DIFFERENCES = {
+    "disease": "Every record counts; UniBiomed's scripts count an image once, and its text only with one "
+    "annotation.",
+    "report": "Reports are compared with findings and report of the record; UniBiomed's scripts take the "
+    "caption of test.json.",
+}
 # Tasks that the reference has no scripts for.
 WITHOUT_SCRIPTS = ("vqa",)
 
@@ -33,6 +40,8 @@ class PaperInput:
     texts: list[TextItem] = field(default_factory=list)
     # What is not scored in words, and why.
     unscored: dict[str, str] = field(default_factory=dict)
+    # What a reader of the numbers has to know.
+    notes: list[str] = field(default_factory=list)
 
     def one_line(self, repairs: Repairs) -> PaperInput:
         """With every text as a single line, as the tokeniser needs it."""
@@ -65,8 +74,11 @@ def from_samples(task: str, samples: Sequence[Sample]) -> PaperInput:
     if task in WITHOUT_SCRIPTS:
         raise InputError(f"The paper has no scripts for {task}; pass --protocol strict.")
     if task in ("seg2d", "seg3d"):
-        return PaperInput(map(_mask_item, samples))
-    found = PaperInput()
+        # A mask without an answer is for the scorers, as the scripts have it; one without a truth is not.
+        with_truth = [sample for sample in samples if sample.truth_masks or sample.reason is None]
+        unscored = {sample.doc_id: sample.reason for sample in samples if sample.reason is not None}
+        return PaperInput(map(_mask_item, with_truth), unscored=unscored)
+    found = PaperInput(notes=[DIFFERENCES[task]] if task in DIFFERENCES else [])
     for sample in samples:
         if TASKS[task].masks:
             truths, masks = (

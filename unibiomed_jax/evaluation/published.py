@@ -81,7 +81,8 @@ What UniBiomed's scripts measure of the released checkpoint, dataset by dataset,
 ROOT is the folder `Biomed` of the reference's layout ([datasets](evaluation.md#datasets)); what is not in it
 is passed over. The command asks everything with the paper's prompts, scores it by the
 [paper's protocol](evaluation.md#paper-protocol), and writes this page with the last columns filled to
-`reproduced/published_numbers.md`. Interrupted, it goes on where it was.
+`reproduced/published_numbers.md`. Interrupted, it goes on where it was. Commands for one dataset alone need a
+RUN of their own for each.
 
 **Published** is empty wherever nobody read the number in the paper itself (arXiv:2504.21336, Nature
 Communications 2026): none is copied from elsewhere, none is guessed. `published.csv` in the package's
@@ -134,6 +135,10 @@ def render(found: Mapping[tuple[str, str], Reproduced], about: Mapping[str, str]
                 number = "" if value is None else f"{value:.4f}"
                 n = "" if here is None else here.n
                 lines.append(f"| {row.dataset} | {row.score} | {row.value} | {number} | {n} |")
+        for (of_task, dataset), here in found.items():
+            if of_task == task and (here.unscored or here.notes):
+                said = [f"{len(here.unscored)} not scored."] if here.unscored else []
+                lines.append(f"\n{dataset}: {' '.join([*said, *here.notes])}")
         lines.append("")
     return "\n".join(lines)
 

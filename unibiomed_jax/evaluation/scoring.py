@@ -68,7 +68,7 @@ def score_paper(inputs: Mapping[str, paper.PaperInput], repairs: Repairs) -> dic
     for task, given in inputs.items():
         before = len(repairs.notes)
         numbers = paper.score(task, given, texts.get(task), repairs)
-        notes = [*repairs.notes[before:], *_notes(texts.get(task))]
+        notes = [*given.notes, *repairs.notes[before:], *_notes(texts.get(task))]
         results[task] = TaskResult(task, "paper", numbers, given.unscored, notes)
     return results
 

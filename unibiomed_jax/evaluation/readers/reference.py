@@ -8,7 +8,7 @@ One table (`test.json`) serves several tasks, so that they cannot be told by the
 from __future__ import annotations
 
 import csv
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from unibiomed_jax.data.records import DatasetConfig, Kind
@@ -92,5 +92,11 @@ def _in_order(samples: list[Sample], table: Any, folder: str) -> list[Sample]:
     """As the annotations stand in the table, not by image."""
     places: dict[str, int] = {}
     for number, annotation in enumerate(table["annotations"]):
-        places.setdefault(f"{folder}/{annotation['mask_file']}", number)
-    return sorted(samples, key=lambda sample: places[sample.doc_id.partition("#")[0]])
+        places.setdefault(str(PurePosixPath(folder) / annotation["mask_file"]), number)
+
+    def place(sample: Sample) -> int:
+        """Of its mask; a name ends in # and a number only where one mask has several records."""
+        name = sample.doc_id
+        return places[name if name in places else name.rpartition("#")[0]]
+
+    return sorted(samples, key=place)

@@ -40,7 +40,7 @@ def read_table(data: Path, split: str) -> list[Sample]:
                 field(row, "image", where),
                 field(row, "question", where),
                 answer,
-                doc_id=str(row.get("id") or number),
+                doc_id=str(number if row.get("id") in (None, "") else row["id"]),
                 dataset=str(row.get("dataset") or data.stem),
                 patient=None if patient in (None, "") else str(patient),
                 modality=row.get("modality"),
@@ -57,7 +57,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         return read_rows(path, REMEDY)
     if kind == ".csv":
         text = read_text(path, remedy=REMEDY, encoding="utf-8-sig")
-        return list(csv.DictReader(io.StringIO(text, newline="")))
+        try:
+            return list(csv.DictReader(io.StringIO(text, newline="")))
+        except csv.Error as error:  # such as a cell of more than 131,072 characters
+            raise InputError(f"{shown(path)} is no table that can be read ({error}); {REMEDY}.") from None
     if kind != ".jsonl":
         raise InputError(f"{shown(path)} is no table; give a .csv, .jsonl or .json file.")
     rows = []
