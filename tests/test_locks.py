@@ -8,6 +8,7 @@ import pytest
 from bucket_server import serve
 
 from unibiomed_jax import locks
+from unibiomed_jax.bucket import BucketPath
 from unibiomed_jax.errors import BucketError, InputError
 from unibiomed_jax.files import locate
 
@@ -110,3 +111,53 @@ def test_a_bucket_that_knows_no_conditions_or_does_not_let_write(path, server):
         pass
     with server.behaving("refuse"), pytest.raises(BucketError, match="permission is denied"), hold(path):
         pass
+
+
+@pytest.mark.parametrize("unanswered", ["write_if", "version"])
+def test_an_answer_that_does_not_come_is_no_loss(path, monkeypatch, unanswered):
+    whole, failures = getattr(BucketPath, unanswered), []
+
+    def once(self, *arguments):
+        answer = whole(self, *arguments)
+        if self == path and armed and not failures:
+            failures.append(1)
+            raise BucketError("the bucket does not answer")
+        return answer
+
+    monkeypatch.setattr(BucketPath, unanswered, once)
+    armed = False
+    with hold(path) as lock:
+        armed = True
+        time.sleep(5 * locks.BEAT)
+        assert failures
+        lock.check()
+        with pytest.raises(InputError), hold(path):
+            pass
+
+
+def test_whatever_a_library_raises_the_lock_is_signed_again(path, monkeypatch):
+    whole, failures = BucketPath.write_if, []
+
+    def busy(self, *arguments):
+        if self == path and armed and len(failures) < 2:
+            failures.append(1)
+            raise ValueError("429")
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(BucketPath, "write_if", busy)
+    armed = False
+    with hold(path) as lock:
+        before = path.version()[0]
+        armed = True
+        time.sleep(8 * locks.BEAT)
+        assert len(failures) == 2 and path.version()[0] != before
+        lock.check()
+
+
+def test_who_slept_looks_before_it_writes(path, monkeypatch):
+    monkeypatch.setattr(locks, "BEAT", 2)
+    with hold(path) as lock:
+        leave_behind(path)
+        lock._signed -= locks.SILENCE
+        with pytest.raises(InputError, match="no sign of life"):
+            lock.check()

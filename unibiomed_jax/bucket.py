@@ -50,7 +50,7 @@ _REASONS = (
     ),
     (
         r"Connect|Timeout|Disconnected|ClientPayload|IncompleteRead|UNAVAILABLE|DEADLINE_EXCEEDED|SlowDown|"
-        r"CURL|TransportError|\b5\d\d\b",
+        r"TooManyRequests|rateLimit|CURL|TransportError|\b429\b|\b5\d\d\b",
         "the bucket does not answer; run the same command again when it does",
     ),
 )

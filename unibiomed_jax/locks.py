@@ -92,6 +92,9 @@ class _BucketLock(Lock):
             "id": uuid.uuid4().hex,
         }
         self._version: str | None = None
+        # When it was written last, and by one thread at a time.
+        self._signed = 0.0
+        self._writing = threading.Lock()
         self._lost = False
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
@@ -124,11 +127,13 @@ class _BucketLock(Lock):
         if isinstance(error, BucketError):  # a bucket that is gone is not asked again
             return
         self._thread.join()
-        with contextlib.suppress(BucketError):  # then the next job waits for a while
+        with contextlib.suppress(Exception):  # then the next job waits for a while
             if not self._lost:
                 self.path.write_if(b"", self._version)
 
     def check(self) -> None:
+        if time.time() - self._signed >= SILENCE - BEAT:  # such as after a night's sleep
+            self._sign()
         if self._lost:
             raise InputError(
                 f"Another process {self.does} since this one gave no sign of life for {SILENCE} s; leave it "
@@ -137,11 +142,15 @@ class _BucketLock(Lock):
 
     def _beat(self) -> None:
         """In a thread: signs of life until the lock is let go, or is another's."""
-        while not self._done.wait(BEAT):
-            with contextlib.suppress(BucketError):  # it may answer the next time
-                if not self._write():
-                    self._lost = True
-                    return
+        while not self._done.wait(BEAT) and not self._lost:
+            try:
+                self._sign()
+            except Exception as error:  # whatever its library raises: the bucket may answer the next time
+                logger.warning("%s cannot be written (%s); trying again in %d s.", self.path, error, BEAT)
+
+    def _sign(self) -> None:
+        with self._writing:
+            self._lost = self._lost or not self._write()
 
     def _look(self) -> _Found:
         mark = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}")
@@ -163,13 +172,18 @@ class _BucketLock(Lock):
     def _write(self) -> bool:
         """Write the lock anew if it is what it was; whether it is ours."""
         content = json.dumps(self._me | {"sign": uuid.uuid4().hex})  # another version each time
-        written = self.path.write_if(content.encode(), self._version)
+        self.path.write_if(content.encode(), self._version)
         with contextlib.suppress(FileNotFoundError):
-            # A try of which no answer came may have been the one that wrote it.
-            if written or self.path.read_text() == content:
-                self._version, _ = self.path.version()
+            # Whatever it answered: a try of which no answer came, now or at the last sign of life, may have been
+            # what wrote it.
+            version, _ = self.path.version()
+            if self._is_mine(self.path.read_text()):
+                self._version, self._signed = version, time.time()
                 return True
         return False
+
+    def _is_mine(self, content: str) -> bool:
+        return bool(content) and json.loads(content).get("id") == self._me["id"]
 
     def _refusal(self, holder: dict | None) -> InputError:
         name = f" ({_name(holder)})" if holder else ""

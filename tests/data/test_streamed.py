@@ -27,7 +27,7 @@ def plain(value):
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    table=st.dictionaries(st.text(), VALUES, max_size=4),
+    table=st.dictionaries(st.text() | st.sampled_from(streamed.LARGE), VALUES, max_size=4),
     piece=st.integers(4, 60),
     indent=st.sampled_from([None, 1]),
     encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
@@ -83,3 +83,13 @@ def test_a_table_is_never_whole_in_memory(tmp_path, monkeypatch):
     tracemalloc.stop()
     assert annotations[1234] == rows[1234] and len(annotations) == len(rows)
     assert peak < 1 << 20 < (tmp_path / "table.json").stat().st_size / 2
+
+
+def test_only_what_grows_with_a_dataset_is_spilled(tmp_path):
+    """Each spilled list is an open file: a table of another kind may have a hundred thousand members."""
+    table = {f"{number}.png": [number] for number in range(2000)} | {"images": [1, 2]}
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    read = read_members(tmp_path / "table.json", depth=2)
+    assert isinstance(read["images"], Spilled) and list(read["images"]) == [1, 2]
+    assert not any(isinstance(value, Spilled) for name, value in read.items() if name != "images")
+    assert read["7.png"] == [7]

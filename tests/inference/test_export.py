@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from golden_cases import NEW_TOKENS, OBJECTS, load, request
@@ -124,3 +125,18 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
         export(ExportOptions(MICRO, tmp_path / "new", "tpu", tokens=10**6))
     with pytest.raises(InputError, match=r"--batch=0 is impossible"):
         export(ExportOptions(MICRO, tmp_path / "new", "cpu", batch=0))
+
+
+@pytest.mark.parametrize("target", ["tpu", "cuda"])
+def test_programs_for_chips_that_are_not_here(target, tmp_path):
+    sizes = {"tiles": 1, "tokens": 64, "new_tokens": 16}
+    assert export(ExportOptions(MICRO, tmp_path / "out", target, precision="bfloat16", **sizes)) == 0
+    about = json.loads((tmp_path / "out/manifest.json").read_text())
+    texts = {}
+    for name in about["programs"]:
+        program = jax.export.deserialize((tmp_path / f"out/{name}.stablehlo").read_bytes())
+        assert program.platforms == (target,)
+        texts[name] = program.mlir_module()
+    assert not any("cudnn" in text for text in texts.values())
+    kernels = {name for name, text in texts.items() if "tpu_custom_call" in text}
+    assert kernels >= ({"ground", "encode_image"} if target == "tpu" else set())

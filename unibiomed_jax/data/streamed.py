@@ -67,12 +67,16 @@ class SpilledObject(Mapping):
         return self._values[self._numbers[key]]
 
 
+# Members of a table that grow with the dataset.
+LARGE = ("images", "annotations", "volumes")
+
+
 def read_members(path: Path, *, depth: int) -> dict[str, Any] | SpilledObject:
     """The object that a JSON file holds, as `files.read_json` reads it, of which no large part is in memory.
 
     Args:
         path: of the file.
-        depth: of what is spilled: 1, the object's values; 2, the members of each value.
+        depth: of what is spilled: 1, the object's values; 2, the members of what is LARGE.
 
     Raises:
         ValueError: the file holds something else, or is not valid.
@@ -81,7 +85,7 @@ def read_members(path: Path, *, depth: int) -> dict[str, Any] | SpilledObject:
     if depth == 1:
         table = SpilledObject((key, reader.value()) for key in reader.keys())
     else:
-        table = {key: reader.spilled() for key in reader.keys()}
+        table = {key: reader.spilled() if key in LARGE else reader.value() for key in reader.keys()}
     reader.require("")
     return table
 

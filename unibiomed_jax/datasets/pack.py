@@ -111,9 +111,12 @@ def pack(options: PackOptions) -> PackReport:
             packers[-1].pack(tables)
             lock.check()
         for packer in packers:
-            packer.finish()
+            packer.write_index()
         if tokenizer is not None:
             _measure_texts(partial, tokenizer)
+            lock.check()
+        for packer in packers:
+            packer.forget()
         for leftover in (_SOURCE, _LOCK):
             (partial / leftover).unlink()
         if partial != out:
@@ -217,9 +220,12 @@ class _FolderPacker:
         self.report.bytes += sum(entry["bytes"] for entry in shards.values())
         self.report.kept += sum(shard.kept for shard in self.shards)
 
-    def finish(self) -> None:
-        """Write the index, which makes the folder a packed one."""
+    def write_index(self) -> None:
+        """Make the folder a packed one."""
         write_index(self.place, self.index)
+
+    def forget(self) -> None:
+        """Take away what says how far packing has come: all is done."""
         for shard in self.index["shards"]:
             (self.place / f"{shard}{_DONE}").unlink()
 

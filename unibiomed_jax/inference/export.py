@@ -24,6 +24,7 @@ from unibiomed_jax.inference.network import build_network
 from unibiomed_jax.inference.stages import StageIds, Stages
 from unibiomed_jax.inference.stopping import stop_text
 from unibiomed_jax.inputs.tokenizer import Tokenizer
+from unibiomed_jax.models.attention import exported
 from unibiomed_jax.models.sam2 import ImageFeatures
 from unibiomed_jax.parameters import flatten, unflatten
 from unibiomed_jax.sharding.layout import Layout
@@ -95,14 +96,13 @@ def export_folder(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     about: dict[str, Any] = {"target": target, "jax": jax.__version__, "programs": {}}
-    for name, (function, inputs) in programs.all().items():
-        exported = jax.export.export(layout.jit(function), platforms=[target], disabled_checks=[LAYOUT])(
-            shapes, inputs
-        )
-        (partial / f"{name}.stablehlo").write_bytes(exported.serialize())
-        about["programs"][name] = {
-            key: [str(leaf.dtype), *map(str, leaf.shape)] for key, leaf in inputs.items()
-        }
+    with exported():
+        for name, (function, inputs) in programs.all().items():
+            export = jax.export.export(layout.jit(function), platforms=[target], disabled_checks=[LAYOUT])
+            (partial / f"{name}.stablehlo").write_bytes(export(shapes, inputs).serialize())
+            about["programs"][name] = {
+                key: [str(leaf.dtype), *map(str, leaf.shape)] for key, leaf in inputs.items()
+            }
     about["parameters"] = {path: str(value.dtype) for path, value in parameters.items()}
     about |= {"end": tokenizer.eos_id, "seg": tokenizer.seg_id, "image": tokenizer.image_context_id}
     # numpy's files know no bfloat16: its bits as whole numbers.

@@ -52,6 +52,7 @@ class Choice(NamedTuple):
 
 
 _choices: ContextVar[list[Choice] | None] = ContextVar("choices", default=None)
+_exported: ContextVar[bool] = ContextVar("exported", default=False)
 
 
 @contextlib.contextmanager
@@ -62,6 +63,18 @@ def recorded_choices() -> Iterator[list[Choice]]:
         yield found
     finally:
         _choices.reset(before)
+
+
+@contextlib.contextmanager
+def exported() -> Iterator[None]:
+    """Inside, programs are traced that other machines will run: without calls of cuDNN, of which none is
+    sure to mean the same in another version.
+    """
+    before = _exported.set(True)
+    try:
+        yield
+    finally:
+        _exported.reset(before)
 
 
 def implementation(
@@ -100,6 +113,8 @@ def choose(
 ) -> Implementation:
     """`implementation` for what is being traced, which `recorded_choices` learns."""
     chosen = implementation(target().platform, dtype, queries, keys, dim, dim_v, masked=masked)
+    if chosen == "cudnn" and _exported.get():
+        chosen = "xla"
     choice = Choice(tower, chosen, queries, keys, jnp.dtype(dtype).name)
     found = _choices.get()
     if found is not None and choice not in found:
@@ -249,7 +264,7 @@ def chunk_size(batch: int, queries: int, scores: int) -> int:
     if kind in (None, "cpu"):
         chunks = -(-queries // max(1, MAX_SCORES // scores))
         return -(-queries // chunks)
-    rows = -(-batch // devices)
+    rows = -(-batch // devices) if isinstance(batch, int) else 1  # of an export that takes any number
     return min(queries, max(128, MAX_SCORES // (rows * scores) // 128 * 128))
 
 
