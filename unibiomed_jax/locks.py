@@ -174,8 +174,8 @@ class _BucketLock(Lock):
         content = json.dumps(self._me | {"sign": uuid.uuid4().hex})  # another version each time
         self.path.write_if(content.encode(), self._version)
         with contextlib.suppress(FileNotFoundError):
-            # Whatever it answered: a try of which no answer came, now or at the last sign of life, may have been
-            # what wrote it.
+            # Whatever it answered: a try of which no answer came, now or at the last sign of life, may have
+            # been what wrote it.
             version, _ = self.path.version()
             if self._is_mine(self.path.read_text()):
                 self._version, self._signed = version, time.time()

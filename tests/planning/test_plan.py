@@ -244,3 +244,8 @@ def test_the_command_shows_and_writes_plans(small_cases, tmp_path, capsys, monke
         command.plan(PlanOptions(batch=0))
     with pytest.raises(InputError, match="name one of the stages"):
         command.plan(PlanOptions(search=True, program="stages"))
+
+
+def test_of_a_gpu_a_program_has_what_jax_takes():
+    assert CHIPS["h100"].room == 0.75 * CHIPS["h100"].memory
+    assert CHIPS["v5e"].room == CHIPS["v5e"].memory

@@ -56,8 +56,9 @@ def answers() -> Iterator[AnswerCase]:
 HEADER = """# Plans: what programs ask of chips
 
 Written by `unibiomed plan --page docs/plans.md`; nothing here was measured on such a chip. Memory,
-collectives and whether a program fits are **facts** of the compiler for that chip, of a program that was
-compiled with none at hand. Times are **estimates**: the largest of what arithmetic, memory and links need
+collectives and whether a program fits a TPU are **facts** of the compiler for that chip, of a program that
+was compiled with none at hand (whether it fits a GPU is an estimate: JAX takes three quarters of the card, if
+nobody asks for more). Times are **estimates**: the largest of what arithmetic, memory and links need
 by themselves at the peaks of data sheets ([constants](#constants)), perfectly overlapped. Expect a real
 step to be slower, and use the order, not the digits. `unibiomed plan --topology v5e:4x4 --strategy fsdp`
 makes such a plan for other sizes, and `python train.py CONFIG --dry-run --topology v5p:4x4x4` that of your

@@ -32,7 +32,7 @@ def fits(facts: Facts) -> tuple[bool, float]:
     if compiled.refused is not None:
         asked, there = compiled.refused
         return False, there - asked
-    left = find_topology(facts.topology).chip.memory - compiled.peak - facts.idle
+    left = find_topology(facts.topology).chip.room - compiled.peak - facts.idle
     return left >= 0, left
 
 
@@ -46,7 +46,9 @@ def lines(facts: Facts) -> list[Line]:
         *(Line(f"{part}, a device", _bytes(size), LAYOUT) for part, size in facts.held.items()),
     ]
     enough, left = fits(facts)
-    there = f"of {_bytes(topology.chip.memory)} ({topology.chip.kind})"
+    there = f"of {_bytes(topology.chip.room)} ({topology.chip.kind})"
+    # A TPU's compiler refuses what does not fit; a GPU's knows nothing of the card.
+    knows = COMPILER if topology.chip.platform == "tpu" else ESTIMATE
     if compiled.refused is not None:
         asked, room = compiled.refused
         refused = f"no: asks for {_bytes(asked)} of {_bytes(room)}, {_bytes(-left)} too much"
@@ -63,7 +65,7 @@ def lines(facts: Facts) -> list[Line]:
         Line("other temporaries", _bytes(other), ESTIMATE),
         Line("all temporaries", _bytes(compiled.temporaries), COMPILER),
         Line("peak", f"{_bytes(compiled.peak + facts.idle)} {there}", COMPILER),
-        Line("fits", f"yes, {_bytes(left)} free" if enough else f"no, {_bytes(-left)} too much", COMPILER),
+        Line("fits", f"yes, {_bytes(left)} free" if enough else f"no, {_bytes(-left)} too much", knows),
         *_collectives(facts),
         *_arithmetic(facts),
         Line("memory traffic, a device", _bytes(compiled.traffic), ESTIMATE),

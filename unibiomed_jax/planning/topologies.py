@@ -43,6 +43,13 @@ class Chip:
     # Where these numbers are from.
     sources: tuple[str, ...]
 
+    @property
+    def room(self) -> float:
+        """Bytes of the memory that a program may have: of a GPU what JAX takes of it, if nobody asks for more
+        (XLA_PYTHON_CLIENT_MEM_FRACTION).
+        """
+        return self.memory * (0.75 if self.platform == "gpu" else 1)
+
 
 # A TPU multiplies float32 at full precision as six products of bfloat16; an H100 does 67 TFLOP/s in float32.
 CHIPS: dict[str, Chip] = {
