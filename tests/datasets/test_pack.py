@@ -236,6 +236,16 @@ def test_texts_may_be_measured_while_packing(tmp_path, monkeypatch):
         assert builder.text_lengths(records).tolist() == measured
 
 
+def test_packing_that_ends_while_texts_are_measured_keeps_its_shards(targets, tmp_path, monkeypatch):
+    options = PackOptions(targets, tmp_path / "packed", tokenizer=MICRO)
+    with monkeypatch.context() as once:
+        once.setattr(pack_room, "_measure_texts", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pack(options)
+    report = pack(options)
+    assert report.kept == report.shards > 0
+
+
 def test_packing_with_no_tokenizer_leaves_nothing(tmp_path):
     with pytest.raises(InputError, match="tokenizer"):
         pack(PackOptions(SAMPLE_DATA, tmp_path / "packed", tokenizer=tmp_path))
