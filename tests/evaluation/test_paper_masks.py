@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.evaluation import paper
 from unibiomed_jax.evaluation.paper_masks import (
     ImageItem,
     MaskItem,
@@ -17,6 +18,7 @@ from unibiomed_jax.evaluation.paper_masks import (
     seg3d,
     volumes,
 )
+from unibiomed_jax.evaluation.records import Sample, encode_masks
 from unibiomed_jax.evaluation.reference_folders import read_grounded, read_seg2d, read_seg3d, read_volumes
 from unibiomed_jax.evaluation.repairs import Repairs
 
@@ -211,3 +213,22 @@ OPENCV = [
 def test_bytes_are_resized_as_opencv_does(given, size, wanted, expected):
     image = np.frombuffer(bytes.fromhex(given), np.uint8).reshape(size)
     assert resize_linear(image, wanted).tobytes().hex() == expected
+
+
+def test_a_disease_is_asked_about_once_an_image():
+    """Two findings of one image are one image, matched with the masks of its one answer, without words."""
+    left, right = np.zeros((4, 4), bool), np.zeros((4, 4), bool)
+    left[:, :2], right[:, 2:] = True, True
+
+    def sample(name, image, truth):
+        return Sample(
+            "disease", name, "?", answer="cyst", response="[SEG]. Cyst.", image=image,
+            truth_masks=encode_masks([truth]), masks=encode_masks([left]),
+        )  # fmt: skip
+
+    samples = [sample("a", "1.png", left), sample("b", "1.png", right), sample("c", "2.png", right)]
+    found = paper.from_samples("disease", samples)
+    assert [len(image.truths) for image in found.images] == [2, 1]
+    assert [text.name for text in found.texts] == ["c"] and set(found.unscored) == {"a", "b"}
+    numbers = paper.score("disease", found, None, Repairs(allowed=False))
+    assert numbers["metrics"]["mdice"] == 0.5 and numbers["images"] == 2

@@ -77,7 +77,7 @@ def test_numbers_of_what_is_there(biomed, answers, tmp_path):
     page = (out / "published_numbers.md").read_text()
     assert "| ACDC | mean_dice |  | 0.6667 | 2 |" in page and "| CRAG | mean_dice |  |  |  |" in page
     assert "checkpoint 0123abcd" in page
-    assert "\nDisease/Skin: Every record counts; UniBiomed's scripts" in page
+    assert "\nDisease/Skin: Images without an annotation are not asked" in page
 
 
 def test_a_mask_that_cannot_be_used_spoils_no_other(biomed, answers, tmp_path):

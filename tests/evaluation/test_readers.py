@@ -269,6 +269,30 @@ def test_the_references_tables(tmp_path):
     assert {sample.answer for sample in found if sample.task == "disease"} == {"tumor in breast us"}
 
 
+def test_reports_are_compared_with_the_captions_of_their_images(tmp_path):
+    place = tmp_path / "RadGenome"
+    entry = {"abnormality": "nodule", "anatomy": "lung", "report": "Long.", "mask_file": "test_mask/m.png"}
+    names = ("one.png", "two.png", "none.png")
+    for name in names:
+        save_picture(place / "test" / name)
+    save_square(place / "test_mask/m.png")
+    write_table(
+        place / "test_parse.json",
+        {str(n): entry | {"image_file": f"test/{name}"} for n, name in enumerate(names)},
+    )
+    captions = [("one.png", "A nodule."), ("two.png", "A."), ("two.png", "B."), ("none.png", None)]
+    sentences = [{"raw": "nodule", "sent": "nodule"}]
+    annotations = [
+        {"file_name": name, "caption": caption, "mask_file": "m.png", "sentences": sentences}
+        for name, caption in captions
+    ]
+    images = [{"file_name": name} for name in names]
+    write_table(place / "test.json", {"images": images, "annotations": annotations})
+    found = read_records(tmp_path, "test", ("report",), format="reference")
+    answers = {sample.image.rpartition("/")[2]: sample.answer for sample in found}
+    assert answers == {"one.png": "A nodule.", "two.png": None, "none.png": None}
+
+
 def test_masks_of_any_name_keep_the_references_order(tmp_path):
     table = coco_table(3, "Tumor in breast US")
     names = ["b#2.png", "./a.png", "c.png"]

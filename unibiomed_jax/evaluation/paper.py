@@ -20,10 +20,9 @@ from unibiomed_jax.evaluation.text import TextScores
 
 # How the numbers of records differ from those of the scripts' own folders.
 DIFFERENCES = {
-    "disease": "Every record counts; UniBiomed's scripts count an image once, and its text only with one "
-    "annotation.",
-    "report": "Reports are compared with findings and report of the record; UniBiomed's scripts take the "
-    "caption of test.json.",
+    "disease": "Images without an annotation are not asked; UniBiomed's scripts ask and count them.",
+    "report": "UniBiomed's scripts compare reports with the captions of test.json, which --format reference "
+    "reads; records of other formats have finding and report instead.",
 }
 # Tasks that the reference has no scripts for.
 WITHOUT_SCRIPTS = ("vqa",)
@@ -79,6 +78,8 @@ def from_samples(task: str, samples: Sequence[Sample]) -> PaperInput:
         unscored = {sample.doc_id: sample.reason for sample in samples if sample.reason is not None}
         return PaperInput(map(_mask_item, with_truth), unscored=unscored)
     found = PaperInput(notes=[DIFFERENCES[task]] if task in DIFFERENCES else [])
+    if task == "disease":
+        samples = _once_an_image(samples, found)
     for sample in samples:
         if TASKS[task].masks:
             truths, masks = (
@@ -96,6 +97,25 @@ def from_samples(task: str, samples: Sequence[Sample]) -> PaperInput:
             truth += "."
         found.texts.append(TextItem(sample.doc_id, truth, said))
     return found
+
+
+def _once_an_image(samples: Sequence[Sample], found: PaperInput) -> list[Sample]:
+    """One record of every image, with the truths of all; the others are noted as unscored.
+
+    The scripts ask once about an image, and judge the words where it has one annotation.
+    """
+    by_image: dict[tuple[str, str], list[Sample]] = {}
+    for sample in samples:
+        by_image.setdefault((sample.dataset, sample.image), []).append(sample)
+    once = []
+    for first, *others in by_image.values():
+        if others:
+            truths = tuple(mask for sample in (first, *others) for mask in sample.truth_masks)
+            first = replace(first, truth_masks=truths, answer=None)
+            reason = f"one of {len(others) + 1} annotations of its image, which is asked about once"
+            found.unscored |= {sample.doc_id: reason for sample in others}
+        once.append(first)
+    return once
 
 
 def _kept(sample: Sample) -> tuple[str | None, list[str]]:

@@ -8,6 +8,7 @@ One table (`test.json`) serves several tasks, so that they cannot be told by the
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -69,6 +70,8 @@ def read_reference(data: Path, split: str) -> list[Sample]:
         of_dataset = list(read_table_records(config, data, table))
         if dataset.kind is Kind.SEGMENTATION:
             of_dataset = _in_order(of_dataset, table, dataset.folder)
+        if dataset.kind is Kind.REPORT:
+            of_dataset = _with_captions(of_dataset, data / dataset.folder / f"{split}.json")
         found += of_dataset
     if not found:
         raise InputError(
@@ -86,6 +89,22 @@ def _with_sentences(table: Any) -> Any:
             first = sentences[0]
             annotation["sentences"] = [{**first, "raw": first.get("sent", first.get("raw"))}]
     return table
+
+
+def _with_captions(samples: list[Sample], path: Path) -> list[Sample]:
+    """Reports are compared with the captions of images that have one annotation; others are not judged."""
+    captions: dict[str, list[Any]] = {}
+    table = read_json(path) if path.is_file() else {}
+    for annotation in table.get("annotations", ()) if isinstance(table, dict) else ():
+        if isinstance(annotation, dict) and isinstance(annotation.get("file_name"), str):
+            captions.setdefault(PurePosixPath(annotation["file_name"]).name, []).append(
+                annotation.get("caption")
+            )
+    kept = []
+    for sample in samples:
+        caption, *others = captions.get(PurePosixPath(sample.image).name, [None])
+        kept.append(replace(sample, answer=caption if isinstance(caption, str) and not others else None))
+    return kept
 
 
 def _in_order(samples: list[Sample], table: Any, folder: str) -> list[Sample]:
