@@ -45,6 +45,7 @@ def test_a_stage_for_eight_chips(found):
     assert 0 < found.idle < found.held["parameters"]
     assert compiled.traffic > 0 and compiled.peak > 0
     assert set(found.operations) == {"bfloat16"}
+    assert found.attention == {"vision": "xla"}  # five tokens a tile are too few for a kernel
     assert {"code", "jax", "libtpu"} == set(found.made_by)
 
 

@@ -19,6 +19,7 @@ import jax
 from jax.extend.core import ClosedJaxpr
 
 from unibiomed_jax.config.fields import to_dict
+from unibiomed_jax.models.attention import recorded_choices
 from unibiomed_jax.planning import arithmetic, program_text
 from unibiomed_jax.planning.program_text import Collective
 from unibiomed_jax.planning.programs import Case, Program, TrainCase, build
@@ -91,6 +92,8 @@ class Facts:
     compiled: Compiled
     # Versions of what made it.
     made_by: dict[str, str]
+    # By part of the model, what computes its attentions.
+    attention: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def look(case: Case, folder: Path, *, of_any_code: bool = False) -> Facts | None:
@@ -114,7 +117,8 @@ def find(case: Case, folder: Path) -> Facts:
         return found
     topology = find_topology(case.topology)
     program = build(case)
-    traced = program.function.trace(*program.arguments, **program.static)
+    with recorded_choices() as choices:
+        traced = program.function.trace(*program.arguments, **program.static)
     counted = arithmetic.operations(traced.jaxpr, program.trips)
     platform = "cuda" if topology.chip.platform == "gpu" else topology.chip.platform
     lowered = traced.lower(lowering_platforms=(platform,))
@@ -147,6 +151,10 @@ def find(case: Case, folder: Path) -> Facts:
         every_token=program.every_token,
         compiled=compiled,
         made_by=made_by(),
+        attention={
+            tower: ", ".join(dict.fromkeys(one.implementation for one in choices if one.tower == tower))
+            for tower in dict.fromkeys(one.tower for one in choices)
+        },
     )
     _write(folder / f"{_case_key(case)}.json", dataclasses.asdict(facts))
     return facts

@@ -101,6 +101,7 @@ def _arithmetic(facts: Facts) -> list[Line]:
         Line(f"operations, {kind}", f"{count / 1e12:,.3f} T", PROGRAM)
         for kind, count in sorted(facts.operations.items(), key=lambda item: -item[1])
     ]
+    found += [Line(f"attention, {tower}", by, PROGRAM) for tower, by in facts.attention.items()]
     if facts.useful:
         found.append(Line("operations that the result needs", f"{facts.useful / 1e12:,.3f} T", ESTIMATE))
     return found
