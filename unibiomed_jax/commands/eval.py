@@ -14,9 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from unibiomed_jax import distributed
+from unibiomed_jax.commands.model import load_model
 from unibiomed_jax.commands.run import DONE, FAILED_IN_PART
 from unibiomed_jax.config.fields import Address
-from unibiomed_jax.config.precision import PrecisionName, find_precision
+from unibiomed_jax.config.precision import PrecisionName
 from unibiomed_jax.distributed import Processes
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.files import read_json, shown, write_beside
@@ -209,12 +210,8 @@ def _answer(options: EvalOptions) -> int:
     """Ask what has no answer yet; how many have none in the end."""
     import jax  # which starts only when it is needed
 
-    from unibiomed_jax.conversion import loading
     from unibiomed_jax.evaluation import answering, readers, scoring
     from unibiomed_jax.inference.answer import INTENDED_USE
-    from unibiomed_jax.inference.predictor import UniBiomed
-    from unibiomed_jax.sharding.layout import Layout, parse_mesh
-    from unibiomed_jax.sharding.strategies import find_strategy
 
     samples = readers.read_records(
         options.data, options.split, options.task, options.datasets, options.format
@@ -225,14 +222,13 @@ def _answer(options: EvalOptions) -> int:
     distributed.require_equal("program", distributed.code_version())
     distributed.require_equal("command", asked)
     distributed.require_equal("dataset", {"number": len(samples), "hash": data})
-    layout = None
-    if options.strategy is not None:
-        mesh = None if options.mesh is None else parse_mesh(options.mesh)
-        layout = Layout.over(jax.local_devices(), find_strategy(options.strategy), mesh=mesh)
-    loading.fetch(options.checkpoint)  # with a progress bar of its own, which the spinner would garble
-    with console.status(f"Loading {escape(shown(options.checkpoint))}"):
-        precision = find_precision(options.precision, layout and layout.platform)
-        model = UniBiomed.from_pretrained(options.checkpoint, precision=precision, layout=layout)
+    model = load_model(
+        options.checkpoint,
+        console,
+        precision=options.precision,
+        strategy=options.strategy,
+        mesh=options.mesh,
+    )
     config = {
         "checkpoint": model.checkpoint_hash,
         "path": shown(options.checkpoint),
@@ -267,7 +263,7 @@ def _answer(options: EvalOptions) -> int:
         readers.image_folder(options.data),
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
-        grounded=layout is not None,
+        grounded=options.strategy is not None,
         conditioning=options.conditioning,
     )
     with bar:

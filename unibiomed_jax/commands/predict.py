@@ -17,9 +17,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from unibiomed_jax import distributed
+from unibiomed_jax.commands.model import load_model
 from unibiomed_jax.commands.run import DONE, FAILED_IN_PART
 from unibiomed_jax.config.fields import Address
-from unibiomed_jax.config.precision import PrecisionName, find_precision
+from unibiomed_jax.config.precision import PrecisionName
 from unibiomed_jax.distributed import Processes
 from unibiomed_jax.errors import DiskFullError, InputError
 from unibiomed_jax.files import in_bucket, shown
@@ -87,30 +88,20 @@ def predict(options: PredictOptions) -> int:
 
     Every process of a job has the model on devices of its own and answers its share of the images.
     """
-    import jax  # which starts only when it is needed
-
-    from unibiomed_jax.conversion import loading
     from unibiomed_jax.inference.answer import INTENDED_USE
-    from unibiomed_jax.inference.predictor import UniBiomed
-    from unibiomed_jax.sharding.layout import Layout, parse_mesh
-    from unibiomed_jax.sharding.strategies import find_strategy
 
     distributed.join(options)
     console.quiet = errors.quiet = not distributed.is_first()
     sources, left_out = _sources(options)
     _check(options, sources)
     _require_same(options, sources)
-    layout = None
-    if options.strategy is not None:
-        mesh = None if options.mesh is None else parse_mesh(options.mesh)
-        layout = Layout.over(jax.local_devices(), find_strategy(options.strategy), mesh=mesh)
-    loading.fetch(options.checkpoint)  # with a progress bar of its own, which the spinner would garble
-    with console.status(f"Loading {escape(shown(options.checkpoint))}"):
-        model = UniBiomed.from_pretrained(
-            options.checkpoint,
-            precision=find_precision(options.precision, layout and layout.platform),
-            layout=layout,
-        )
+    model = load_model(
+        options.checkpoint,
+        console,
+        precision=options.precision,
+        strategy=options.strategy,
+        mesh=options.mesh,
+    )
 
     own = distributed.share(list(sources))
     todo = [name for name in own if options.overwrite or not _is_done(model, options, name, sources)]

@@ -17,8 +17,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from unibiomed_jax.commands.model import load_model
 from unibiomed_jax.commands.run import DONE, FAILED_IN_PART
-from unibiomed_jax.config.precision import PrecisionName, find_precision
+from unibiomed_jax.config.precision import PrecisionName
 from unibiomed_jax.config.preprocessing import PREPROCESSING, Preprocessing
 from unibiomed_jax.errors import DiskFullError, InputError
 from unibiomed_jax.files import delete_folder, shown
@@ -162,9 +163,7 @@ def _say_left_out(listing: Listing) -> None:
 
 
 def _ask(options: StudyOptions) -> int:
-    from unibiomed_jax.conversion import loading
     from unibiomed_jax.inference.answer import INTENDED_USE
-    from unibiomed_jax.inference.predictor import UniBiomed
     from unibiomed_jax.studies.opening import choose_series, list_series
 
     question = _question(options)
@@ -176,9 +175,7 @@ def _ask(options: StudyOptions) -> int:
     else:
         chosen = [choose_series(listing, wanted) for wanted in options.series or (None,)]
     folders = _folders(out, chosen)
-    loading.fetch(checkpoint)  # with a progress bar of its own, which the spinner would garble
-    with console.status(f"Loading {escape(shown(checkpoint))}"):
-        model = UniBiomed.from_pretrained(checkpoint, precision=find_precision(options.precision))
+    model = load_model(checkpoint, console, precision=options.precision)
 
     failures: dict[str, str] = {}
     deidentifiers: dict[str, Deidentifier] = {}
