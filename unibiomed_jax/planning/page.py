@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from unibiomed_jax.planning.cases import answer_case, train_case
@@ -38,6 +38,7 @@ def training() -> Iterator[TrainCase]:
             wide = "fsdp" if mode == "full" and strategy == "data_parallel" else strategy
             yield train_case(place, "1b", mode, wide, None, per_share=1, **USUAL)
     yield train_case("v5e:2x4", "1b", "full", "fsdp", None, per_share=1, **LONGEST)
+    yield train_case("v5e:2x4", "1b", "lora", "data_parallel", None, per_share=4, **LONGEST)
     for place in WIDER_PLACES:
         for model in WIDER:
             for mode in ("lora", "full"):
@@ -64,10 +65,10 @@ step to be slower, and use the order, not the digits. `unibiomed plan --topology
 makes such a plan for other sizes, and `python train.py CONFIG --dry-run --topology v5p:4x4x4` that of your
 own run.
 
-An "update" row is the program that a batch goes through: bfloat16, one sample a share of the batch (one
-image of one tile, 1,280 tokens and four masks, if nothing else is said). Days and chip-hours are those of
-the paper's 100,000 updates of 128 samples. LoRA is the published recipe; full trains everything that a loss
-reaches and computes every block again on the way back.
+An "update" row is the program that a batch goes through: bfloat16, samples of one image with four masks,
+spread evenly over the shares of the batch. Days and chip-hours are those of the paper's 100,000 updates of
+128 samples. LoRA is the published recipe; full trains everything that a loss reaches and computes every
+block again on the way back.
 
 A row is filled by compiling it, `unibiomed plan --topology v5p:4x4x4 --mode full --strategy fsdp --kept
 FOLDER`, and writing the page again, `unibiomed plan --page docs/plans.md --kept FOLDER`.
@@ -78,22 +79,22 @@ def page(folder: Path) -> str:
     """The page, from what lies in a folder; what was not compiled is listed as such."""
     parts, missing, made = [HEADER], [], set()
 
-    def found(cases: Iterator) -> Iterator[Facts]:
+    def rows(cases: Iterator, row: Callable) -> Iterator[str]:
         for case in cases:
             facts = look(case, folder, of_any_code=True)
             if facts is None:
                 missing.append(_named(case))
             else:
                 made.add(", ".join(f"{name} {version}" for name, version in facts.made_by.items()))
-                yield facts
+                yield row(case, facts)
 
     parts += [
         "## Training\n",
         "GiB are of one device; collectives are MiB of one, loops counted as often as they run.\n",
-        "| model | chips | strategy | samples | held | temporary | peak | fits | collectives | TFLOP "
-        "| bound by | at best | MFU | days | chip-hours | compiled in |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-        *map(_training_row, found(training())),
+        "| model | sample | chips | strategy | samples | held | temporary | peak | fits | collectives "
+        "| TFLOP | bound by | at best | MFU | days | chip-hours | compiled in |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        *rows(training(), _training_row),
         "\n## Answers\n",
         "Questions of 1,536 tokens about an image of five tiles, answers of 256 tokens with up to four "
         "masks. `advance` is the loop over tokens, all 256 of them; `ground` is the whole answer as one "
@@ -102,7 +103,7 @@ def page(folder: Path) -> str:
         "| program | chips | at a time | peak | fits | bound by | at best | images/s | tokens/s | reads "
         "| compiled in |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
-        *map(_answer_row, found(answers())),
+        *rows(answers(), _answer_row),
     ]
     if missing:
         parts += ["\n## Not compiled yet\n", *(f"- {name}" for name in missing)]
@@ -126,18 +127,24 @@ def page(folder: Path) -> str:
 def _named(case: TrainCase | AnswerCase) -> str:
     if isinstance(case, TrainCase):
         return (
-            f"{case.title}, update, {case.topology}, {case.config.strategy}, {case.shape.tiles} tile(s) and "
-            f"{case.shape.tokens:,} tokens"
+            f"{case.title}, update, {case.topology}, {case.config.strategy}, {_sample(case)}, "
+            f"{case.config.data.batch_size:,} samples"
         )
     return f"{case.title}, {case.topology}, {case.batch} at a time"
 
 
-def _training_row(facts: Facts) -> str:
+def _sample(case: TrainCase) -> str:
+    tiles = case.shape.tiles
+    return f"{tiles} {'tile' if tiles == 1 else 'tiles'}, {case.shape.tokens:,} tokens"
+
+
+def _training_row(case: TrainCase, facts: Facts) -> str:
     compiled = facts.compiled
     held = sum(size for part, size in facts.held.items())
     mesh = ",".join(f"{axis}={size}" for axis, size in facts.mesh.items() if size > 1)
     start = [
         facts.title,
+        _sample(case),
         facts.topology,
         f"{facts.strategy} {mesh}",
         f"{facts.samples:,}",
@@ -171,7 +178,7 @@ def _training_row(facts: Facts) -> str:
     )
 
 
-def _answer_row(facts: Facts) -> str:
+def _answer_row(_: AnswerCase, facts: Facts) -> str:
     compiled = facts.compiled
     start = [facts.program, facts.topology, f"{facts.samples:,}"]
     seconds = f"{compiled.seconds / 60:.1f} CPU min"
