@@ -37,7 +37,7 @@ MADE_OF = (
     "planning/programs.py",
 )
 # What a new version of this file would read otherwise.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -272,15 +272,25 @@ def traffic(program: ProgramText) -> float:
     """Bytes that a device reads from and writes to its large memory, loops as often as they run.
 
     Every instruction reads its operands and writes its result, a fusion only what goes in and out of it; of
-    an operand that is only sliced, the slices; of one that is updated in place, the update.
+    an operand that is only sliced, the slices; of one that is updated in place, the update. What an
+    asynchronous exchange reads and writes goes through all fusions from its start to its end, and counts once.
     """
     total = 0.0
+    exchanged: dict[str, float] = {}
     for name, instructions in program.computations.items():
         times = program.times.get(name, 0)
+        shapes = {line.name: line.shape for line in instructions}
         if times and name not in program.inner:
-            shapes = {line.name: line.shape for line in instructions}
             total += times * sum(_moved(program, line, shapes) for line in instructions)
-    return total
+            continue
+        for line in instructions:
+            if line.operation in COLLECTIVES:
+                channel = re.search(r"channel_id=(\d+)", line.text)
+                size = shape_bytes(line.shape, on_chip=False) if line in _handed_on(instructions) else 0
+                size += sum(shape_bytes(shapes.get(operand, ""), on_chip=False) for operand in line.operands)
+                key = channel[1] if channel else f"{name} {line.name}"
+                exchanged[key] = max(exchanged.get(key, 0), times * size)
+    return total + sum(exchanged.values())
 
 
 def _moved(program: ProgramText, line: Instruction, shapes: Mapping[str, str]) -> int:
@@ -306,6 +316,14 @@ def _moved(program: ProgramText, line: Instruction, shapes: Mapping[str, str]) -
     return result + sum(operands)
 
 
+def _handed_on(instructions: Sequence[Instruction]) -> list[Instruction]:
+    """What a fusion gives back as it is: what it was given, and results of exchanges."""
+    made = {line.name: line for line in instructions}
+    root = instructions[-1]
+    given = [made[name] for name in root.operands] if root.operation == "tuple" else [root]
+    return [line for line in given if line.operation in ("parameter", *COLLECTIVES)]
+
+
 def _of_fusion(program: ProgramText, name: str) -> tuple[dict[int, int], int]:
     """Bytes that a fusion reads of operands that it only slices; bytes of its result that it leaves alone."""
     instructions = program.computations.get(name, ())
@@ -323,7 +341,7 @@ def _of_fusion(program: ProgramText, name: str) -> tuple[dict[int, int], int]:
                 yield name, user
 
     reads: dict[int, int] = {}
-    left_alone = 0
+    left_alone = sum(shape_bytes(line.shape, on_chip=False) for line in _handed_on(instructions))
     for line in instructions:
         if line.operation == "dynamic-update-slice":
             update = made.get(line.operands[1])
@@ -338,6 +356,8 @@ def _of_fusion(program: ProgramText, name: str) -> tuple[dict[int, int], int]:
                 sizes.append(shape_bytes(user.shape))
             elif user.operation == "dynamic-update-slice" and user.operands[0] == name:
                 sizes.append(0)  # where the update goes, counted with the result
+            elif user.operation in COLLECTIVES or (user is instructions[-1] and user.operation == "tuple"):
+                sizes.append(0)  # an exchange, counted for itself
             elif user.operation == "fusion":  # in which it may be sliced
                 within, _ = _of_fusion(program, re.search(r"\bcalls=%?([\w.\-]+)", user.text)[1])
                 places = [place for place, operand in enumerate(user.operands) if operand == name]
