@@ -56,6 +56,7 @@ FACTS = Facts(
     operations={"bfloat16": 8 * 197e12 * 0.02, "float32 at 'highest'": 8 * 197e12 * 0.002},
     useful=8 * 197e12 * 0.016,
     every_token=0,
+    trips=1,
     compiled=COMPILED,
     made_by={"code": "0", "jax": "0"},
 )

@@ -89,6 +89,8 @@ class Facts:
     useful: float
     # Bytes that a token cannot but read, of all devices together.
     every_token: int
+    # How often loops of unknown length are taken to run.
+    trips: int
     compiled: Compiled
     # Versions of what made it.
     made_by: dict[str, str]
@@ -149,6 +151,7 @@ def find(case: Case, folder: Path) -> Facts:
         operations={arithmetic.text(kind): count for kind, count in counted.items()},
         useful=program.useful,
         every_token=program.every_token,
+        trips=program.trips,
         compiled=compiled,
         made_by=made_by(),
         attention={

@@ -273,7 +273,7 @@ def traffic(program: ProgramText) -> float:
 
     Every instruction reads its operands and writes its result, a fusion only what goes in and out of it; of
     an operand that is only sliced, the slices; of one that is updated in place, the update. What an
-    asynchronous exchange reads and writes goes through all fusions from its start to its end, and counts once.
+    asynchronous exchange reads and writes goes through all fusions from its start to its end; it counts once.
     """
     total = 0.0
     exchanged: dict[str, float] = {}

@@ -96,7 +96,7 @@ class Program:
     # Samples, or answers, and tokens said.
     samples: int
     said: int = 0
-    # How often a loop of unknown length runs: the one over tokens that are said.
+    # How often a loop of unknown length runs: over tokens that are said, or chunks of learned ones.
     trips: int = 1
     # Bytes that cannot but be read at every token, of all devices together.
     every_token: int = 0
@@ -166,7 +166,8 @@ def _update(case: TrainCase, layout: Layout) -> Program:
     full = _slots(rows, shape.tiles, shape.tokens, shape.tokens, shape.frames, shape.objects)
     work = flops.forward_work(config.model, full, config.lora.rank)
     useful = flops.step_flops(work, abstract["train"].trainable)
-    return Program(function, arguments, layout, held, useful, rows)
+    chunks = -(-shape.tokens // config.loss.token_chunk)
+    return Program(function, arguments, layout, held, useful, rows, trips=chunks)
 
 
 def _slots(rows: int, tiles: int, tokens: int, learned: int, frames: int, objects: int) -> dict:

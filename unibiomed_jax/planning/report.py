@@ -88,7 +88,7 @@ def lines(facts: Facts) -> list[Line]:
         run = f"{times.days:.2f} days, {times.chip_hours:,.0f} chip-hours"
         found.append(Line(f"{UPDATES:,} updates of {SAMPLES}", run, ESTIMATE))
     if compiled.unknown_loops:
-        said = f"{compiled.unknown_loops}, taken to run {max(1, facts.said // facts.samples):,} times"
+        said = f"{compiled.unknown_loops}, taken to run {facts.trips:,} times"
         found.append(Line("loops of unknown length", said, COMPILER))
     found += [
         Line("large array", f"{_bytes(size)} {shape}", COMPILER) for size, shape, _ in compiled.largest[:3]
