@@ -161,8 +161,8 @@ def test_of_a_stack_that_is_sliced_or_updated_a_part_is_moved(program):
     """In the loop: a slice, a gather and an update, each read and written, and a counter."""
     body = 2 * 1024 + 4 + (1024 + 4096) + (2 * 4096 + 4) + 8 + 4
     said = 2 * 128
-    # The exchange, which stands in two fusions, a copy into the compiler's own memory, a permutation, the result's room
-    # and the number that it is filled with, the last instruction.
+    # The exchange, which stands in two fusions, a copy into the compiler's own memory, a permutation, the
+    # result's room and the number that it is filled with, the last instruction.
     # Copies that start early, into the compiler's own memory, read alone.
     rest = (256 + 512) + 512 + 2 * 128 + 1024 + 128 + (4 + 12_288) + 2 * 12_288
     assert program_text.traffic(program) == 3 * body + 10 * said + rest
