@@ -59,6 +59,17 @@ def test_the_head_is_not_kept_for_every_chunk():
     assert "[7,8,16]" not in program and "[7,2,5,16]" not in program
 
 
+def test_chunks_without_learned_tokens_are_left_out_of_both_passes():
+    """Both are loops whose length the labels decide: no gradient of the head is made for an empty chunk."""
+
+    def total(hidden, head, labels):
+        return token_cross_entropy(hidden, head, labels, vocab_size=13, chunk=5)[0].sum()
+
+    shapes = jnp.ones((2, 35, 8)), jnp.ones((8, 16)), jnp.zeros((2, 35), jnp.int32)
+    program = str(jax.make_jaxpr(jax.grad(total, (0, 1)))(*shapes))
+    assert program.count("while[") == 2 and "scan[" not in program and "cond[" not in program
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 7, 100])
 def test_token_cross_entropy_in_chunks_equals_all_logits_at_once(chunk):
     rng = np.random.default_rng(0)
