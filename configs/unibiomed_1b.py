@@ -5,6 +5,7 @@
 
 from unibiomed_jax.config.precision import BFLOAT16
 from unibiomed_jax.data.pipeline import PipelineConfig
+from unibiomed_jax.data.plan import BucketConfig
 from unibiomed_jax.data.records import DatasetConfig, Kind
 from unibiomed_jax.training.config import CheckpointConfig, OptimConfig, TrainConfig
 
@@ -61,7 +62,13 @@ config = TrainConfig(
     #   16, 32, 64 chips   --strategy fsdp
     #   128                --strategy hsdp --mesh replica=2,fsdp=64
     #   256                --strategy sequence --mesh fsdp=64,sequence=4
-    data=PipelineConfig(datasets=DATASETS, batch_size=32, workers=8),
+    # Shapes of batches: few, and little of them is padding (python benchmarks/padding.py).
+    data=PipelineConfig(
+        datasets=DATASETS,
+        batch_size=32,
+        buckets=BucketConfig(tiles=(1, 3, 5, 7, 10, 13), text=(128, 256, 512, 2048)),
+        workers=8,
+    ),
     optim=OptimConfig(lr=4e-5, steps=100_000, warmup=0.05, accumulate=4),
     checkpoint=CheckpointConfig(every=125),
 )
