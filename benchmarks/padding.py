@@ -248,7 +248,7 @@ def sample_words() -> tuple[list[str], list[str]]:
         for annotation in json.loads(table.read_text(encoding="utf-8"))["annotations"]:
             targets |= {sentence["raw"] for sentence in annotation["sentences"]}
     asked = json.loads((data / "vqa_rad" / "train_captions.json").read_text(encoding="utf-8"))
-    words = " ".join(annotation["question"] for annotation in asked["annotations"]).split()
+    words: list[str] = " ".join(one["question"] for one in asked["annotations"]).split()
     return sorted(targets), words
 
 
