@@ -7,7 +7,7 @@ from unibiomed_jax.config.precision import BFLOAT16
 from unibiomed_jax.data.pipeline import PipelineConfig
 from unibiomed_jax.data.plan import BucketConfig
 from unibiomed_jax.data.records import DatasetConfig, Kind
-from unibiomed_jax.training.config import CheckpointConfig, OptimConfig, TrainConfig
+from unibiomed_jax.training.config import CheckpointConfig, LossConfig, OptimConfig, TrainConfig
 
 # Where the reference looks for its data, in the layout that DatasetConfig takes by default.
 ROOT = "data/Biomed"
@@ -69,6 +69,8 @@ config = TrainConfig(
         buckets=BucketConfig(tiles=(1, 3, 5, 7, 10, 13), text=(128, 256, 512, 2048)),
         workers=8,
     ),
+    # Nearly all answers are shorter, and what is longer takes several turns.
+    loss=LossConfig(token_chunk=128),
     optim=OptimConfig(lr=4e-5, steps=100_000, warmup=0.05, accumulate=4),
     checkpoint=CheckpointConfig(every=125),
 )
