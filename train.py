@@ -120,7 +120,7 @@ def train(
     # Not on CPUs, whose cores train, nor on GPUs, on which compilers take times that others would spoil.
     if layout.platform == "tpu":
         seconds = compile_ahead(config, layout, step, state, frozen, data.plan.shapes)
-        console.print(f"Compiled {len(data.plan.shapes)} shapes of batches in {seconds:.0f} s.")
+        console.print(f"Shapes of batches compiled: {len(data.plan.shapes)}, in {seconds:.0f} s.")
     first = int(state.step)
     tracing = acts.profile and config.optim.steps - first >= PROFILED[-1]
     if acts.profile and not tracing:
