@@ -18,6 +18,7 @@ from unibiomed_jax.config.fields import to_dict
 from unibiomed_jax.data.pipeline import Batch, Pipeline
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.files import locate
+from unibiomed_jax.training.ahead import compile_ahead
 from unibiomed_jax.training.config import Acts
 from unibiomed_jax.training.experiment import load_command, main_arguments, processes_of
 from unibiomed_jax.training.export import export_checkpoint, export_model
@@ -116,6 +117,10 @@ def train(
         console.print(going_on(restored, config), highlight=False, markup=False, soft_wrap=True)
     for sentence in summary(start, data):
         console.print(sentence)
+    # Not on CPUs, whose cores train, nor on GPUs, on which compilers take times that others would spoil.
+    if layout.platform == "tpu":
+        seconds = compile_ahead(config, layout, step, state, frozen, data.plan.shapes)
+        console.print(f"Shapes of batches compiled: {len(data.plan.shapes)}, in {seconds:.0f} s.")
     first = int(state.step)
     tracing = acts.profile and config.optim.steps - first >= PROFILED[-1]
     if acts.profile and not tracing:

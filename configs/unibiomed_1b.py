@@ -5,8 +5,9 @@
 
 from unibiomed_jax.config.precision import BFLOAT16
 from unibiomed_jax.data.pipeline import PipelineConfig
+from unibiomed_jax.data.plan import BucketConfig
 from unibiomed_jax.data.records import DatasetConfig, Kind
-from unibiomed_jax.training.config import CheckpointConfig, OptimConfig, TrainConfig
+from unibiomed_jax.training.config import CheckpointConfig, LossConfig, OptimConfig, TrainConfig
 
 # Where the reference looks for its data, in the layout that DatasetConfig takes by default.
 ROOT = "data/Biomed"
@@ -59,9 +60,18 @@ config = TrainConfig(
     # A pod takes all of them at once, --data.batch-size 128 --optim.accumulate 1, and beyond 128 chips
     # several share the tokens and images of a sample:
     #   16, 32, 64 chips   --strategy fsdp
+    #                      (16 of v5e: batches of 32, as here; two volumes a chip take 7.3 of its 16 GiB)
     #   128                --strategy hsdp --mesh replica=2,fsdp=64
     #   256                --strategy sequence --mesh fsdp=64,sequence=4
-    data=PipelineConfig(datasets=DATASETS, batch_size=32, workers=8),
+    # Shapes of batches: few, and little of them is padding (python benchmarks/padding.py).
+    data=PipelineConfig(
+        datasets=DATASETS,
+        batch_size=32,
+        buckets=BucketConfig(tiles=(1, 3, 5, 7, 10, 13), text=(128, 256, 512, 2048)),
+        workers=8,
+    ),
+    # Tokens of an answer that the output head takes at a time: most answers are shorter.
+    loss=LossConfig(token_chunk=128),
     optim=OptimConfig(lr=4e-5, steps=100_000, warmup=0.05, accumulate=4),
     checkpoint=CheckpointConfig(every=125),
 )

@@ -8,10 +8,14 @@ from flax import nnx
 from small import IDS, STEP, build, random_batch
 
 from unibiomed_jax.config.precision import BFLOAT16
+from unibiomed_jax.data.pipeline import PipelineConfig, collate
+from unibiomed_jax.data.plan import Shape
+from unibiomed_jax.data.transforms import SampleSizes
 from unibiomed_jax.parameters import split
 from unibiomed_jax.sharding.layout import Layout
 from unibiomed_jax.training import forward
 from unibiomed_jax.training import step as step_module
+from unibiomed_jax.training.ahead import compile_ahead
 from unibiomed_jax.training.config import FreezeConfig, RematConfig
 from unibiomed_jax.training.forward import LossCounts, empty_sums
 from unibiomed_jax.training.initialise import structure
@@ -225,3 +229,28 @@ def test_dropout_and_points_are_new_for_every_update_and_batch(monkeypatch):
     assert keys(0, 0) == keys(0, 0)
     drawn = [key for update in range(2) for index in range(2) for key in keys(update, index)]
     assert len(set(map(tuple, drawn))) == 8
+
+
+def test_nothing_compiles_that_was_compiled_ahead():
+    shape, optim = Shape(0, 0, 1, 8), dataclasses.replace(CONFIG.optim, accumulate=2)
+    config = dataclasses.replace(CONFIG, data=PipelineConfig((), batch_size=2), optim=optim)
+    graphdef, state, frozen = build(config)
+    state, frozen = LAYOUT.place(state), LAYOUT.place(frozen)
+    step = TrainStep(graphdef, config, IDS, LAYOUT)
+    compiled = []
+
+    def listen(event, _, fun_name="", **__):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(fun_name)
+
+    programs = {"jit(<lambda>)", "jit(nothing)", "jit(accumulate)", "jit(finish)"}
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        compile_ahead(config, LAYOUT, step, state, frozen, [shape])
+        assert set(compiled) == programs
+        compiled.clear()
+        blank = LAYOUT.place_batch(collate([None] * 2, shape, SampleSizes.of(config.model)))
+        step(state, frozen, [blank, blank])
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not programs & set(compiled)
