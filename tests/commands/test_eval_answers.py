@@ -12,7 +12,10 @@ from places import MICRO
 from small_datasets import coco_table, save_picture, save_square, write_table
 
 from unibiomed_jax import UniBiomed
-from unibiomed_jax.commands.eval import CONDITIONING, CompareOptions, EvalOptions, compare, evaluate
+from unibiomed_jax.commands.eval.compare import compare
+from unibiomed_jax.commands.eval.options import CompareOptions, EvalOptions
+from unibiomed_jax.commands.eval.run import evaluate
+from unibiomed_jax.commands.eval.score import CONDITIONING
 from unibiomed_jax.config.precision import FLOAT32
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.evaluation.answering import Asker, resume

@@ -11,7 +11,7 @@ from PIL import Image
 from places import ROOT
 from small_datasets import coco_table, save_picture, save_square, write_table
 
-from unibiomed_jax.commands.eval import Format
+from unibiomed_jax.commands.eval.options import Format
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.evaluation.readers import FORMATS, image_folder, read_records
 from unibiomed_jax.evaluation.readers.known import known_datasets
