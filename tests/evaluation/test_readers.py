@@ -184,6 +184,16 @@ def test_mecovqa(tmp_path):
     assert mask.name in missing.reason and "\n" not in missing.reason
 
 
+def test_mecovqa_g_plus_has_paths_inside_its_images(tmp_path):
+    mecovqa(tmp_path)
+    (row,) = json.loads((tmp_path / "MeCoVQA_Grounding_test.json").read_text())
+    inside = json.loads(json.dumps({"id": "ct_00--A--1", **row}).replace("SAMed2Dv1/", ""))
+    write_table(tmp_path / "MeCoVQA_Grounding_test_merged_modified_v3.json", [inside])
+    one, plus = read_records(tmp_path, "test", ("seg2d",), format="mecovqa")
+    assert (one.dataset, plus.dataset) == ("MeCoVQA Grounding", "MeCoVQA G+")
+    assert plus.reason is None and (plus.image, plus.truth_masks) == (one.image, one.truth_masks)
+
+
 OWN = [
     {"image": "a.png", "question": "Is it CT?", "answer": "Yes", "patient": "p1", "modality": "CT"},
     {"image": "a.png", "question": "What\u2028is it?", "answer": "liver", "split": "train"},
