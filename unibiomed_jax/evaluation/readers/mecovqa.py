@@ -4,9 +4,9 @@ Beside the tables lies the folder `SAMed2Dv1` that their paths start with. A tar
 masks are grouped by modality, the file name's part before the first `_`.
 
 MeCoVQA-G+ (huggingface.co/datasets/jdh-algo/MeCoVQA-G-Plus) has the same conversations; its paths start
-inside that folder. So its authors' evaluation reads it (eval/eval_segmentation.py of github.com/jdh-algo/Citrus-V,
-d3bb13d), from `MeCoVQA_Grounding_test_merged_modified_v3.json`. How its table for training is called is not
-known: it is not read.
+inside that folder. So its authors' evaluation reads it (eval/eval_segmentation.py of
+github.com/jdh-algo/Citrus-V, d3bb13d), from `MeCoVQA_Grounding_test_merged_modified_v3.json`. How its table
+for training is called is not known: it is not read.
 """
 
 from __future__ import annotations
