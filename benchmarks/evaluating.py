@@ -5,8 +5,8 @@
 
 Three ways to the same answers: a process of `unibiomed predict` for every record (timed on one),
 `UniBiomed.predict` record by record in a process that has compiled everything, and the batches of
-`unibiomed eval`, warm too. An image counts with all its records: its targets and questions. The stages say
-what bounds the last way.
+`unibiomed eval`, warm too. An image counts with all its records: its targets and questions. The stages of the
+last way go on beside each other; the longest of them bounds it.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def main(options: Options) -> None:
             f"| {wall / ours:.1f} | {'' if work is None else f'{work / ours_cpu:.1f}'} |"
         )
     bound = ", ".join(f"{name} {100 * value / ours:.0f} %" for name, value in stages.most_common())
-    print(f"Where the time of eval goes: {bound}.")
+    print(f"Of the time of eval, some at the same time: {bound}.")
 
 
 if __name__ == "__main__":

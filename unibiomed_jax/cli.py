@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from unibiomed_jax.commands.eval import CompareOptions, EvalOptions, ListOptions, ReproduceOptions
+from unibiomed_jax.commands.eval.options import CompareOptions, EvalOptions, ListOptions, ReproduceOptions
 from unibiomed_jax.commands.explain_sharding import ExplainShardingOptions
 from unibiomed_jax.commands.export import ExportOptions
 from unibiomed_jax.commands.plan import PlanOptions
@@ -60,10 +60,10 @@ PLACES = {
     BuildOptions: ("data", "build"),
     ValidateOptions: ("data", "validate"),
     PackOptions: ("data", "pack"),
-    EvalOptions: ("eval", "evaluate"),
-    CompareOptions: ("eval", "compare"),
-    ListOptions: ("eval", "list_known"),
-    ReproduceOptions: ("eval", "reproduce"),
+    EvalOptions: ("eval.run", "evaluate"),
+    CompareOptions: ("eval.compare", "compare"),
+    ListOptions: ("eval.listing", "list_known"),
+    ReproduceOptions: ("eval.reproduce", "reproduce"),
 }
 
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from places import FILES
 
-from unibiomed_jax.commands.eval import CompareOptions, EvalOptions, compare, evaluate
+from unibiomed_jax.commands.eval.compare import compare
+from unibiomed_jax.commands.eval.options import CompareOptions, EvalOptions
+from unibiomed_jax.commands.eval.run import evaluate
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.evaluation.java import Java
 from unibiomed_jax.evaluation.records import Sample, SampleWriter, encode_masks, read_samples, samples_file

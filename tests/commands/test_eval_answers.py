@@ -12,7 +12,10 @@ from places import MICRO
 from small_datasets import coco_table, save_picture, save_square, write_table
 
 from unibiomed_jax import UniBiomed
-from unibiomed_jax.commands.eval import CONDITIONING, CompareOptions, EvalOptions, compare, evaluate
+from unibiomed_jax.commands.eval.compare import compare
+from unibiomed_jax.commands.eval.options import CompareOptions, EvalOptions
+from unibiomed_jax.commands.eval.run import evaluate
+from unibiomed_jax.commands.eval.score import CONDITIONING
 from unibiomed_jax.config.precision import FLOAT32
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.evaluation.answering import Asker, resume
@@ -283,3 +286,19 @@ def test_questions_of_a_table_are_answered(data, asked, tmp_path):
     assert (first.prediction, second.prediction, missing.prediction) == ("a b", "a b", None)
     assert missing.reason == "the image test/3.png is missing; copy it there"
     assert first.groups == {"modality": "CT", "answer_type": "open"} and first.patient == "p0"
+
+
+@pytest.mark.slow
+def test_every_image_is_encoded_once_for_all_tasks(data, model, asked, monkeypatch):
+    shutil.copy(data / "test" / "0.png", data / "test" / "3.png")
+    save_square(data / "test_mask" / "4_liver.png")
+    encoded = []
+    encode = model.stages.encode_image
+    monkeypatch.setattr(model.stages, "encode_image", lambda *args: encoded.append(1) or encode(*args))
+    samples = [s for s in read_own_format(data, "test", ()) if s.task == "seg2d"]
+    twice = [*samples, *(replace(s, doc_id=f"again {s.doc_id}", task="disease") for s in samples)]
+    asker = Asker(model, data, batch_size=2, max_new_tokens=24)
+    answered = list(asker.ask(twice))
+    assert sorted(sample.doc_id for sample in answered) == sorted(sample.doc_id for sample in twice)
+    assert all(len(sample.masks) == 1 for sample in answered)
+    assert len(encoded) == len(samples)

@@ -9,8 +9,11 @@ import pytest
 from places import ROOT
 from small_datasets import coco_table, save_picture, save_square, write_table
 
-from unibiomed_jax.commands import eval as command
-from unibiomed_jax.commands.eval import CONFIG, EvalOptions, ListOptions, ReproduceOptions
+from unibiomed_jax.commands.eval import run
+from unibiomed_jax.commands.eval.answer import CONFIG
+from unibiomed_jax.commands.eval.listing import list_known
+from unibiomed_jax.commands.eval.options import EvalOptions, ListOptions, ReproduceOptions
+from unibiomed_jax.commands.eval.reproduce import reproduce
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.evaluation import published
 from unibiomed_jax.evaluation.answering import by_task
@@ -55,13 +58,13 @@ def answers(monkeypatch):
         (options.out / CONFIG).write_text(json.dumps({"checkpoint": "0123abcd"}))
         return 0
 
-    monkeypatch.setattr(command, "_answer", answer)
+    monkeypatch.setattr(run, "answer", answer)
     return asked
 
 
 def test_numbers_of_what_is_there(biomed, answers, tmp_path):
     out = tmp_path / "out"
-    assert command.reproduce(ReproduceOptions("released", biomed, out=out)) == 0
+    assert reproduce(ReproduceOptions("released", biomed, out=out)) == 0
     assert answers[0].task == ("seg2d", "disease", "region") and answers[0].format == "reference"
     rows = {
         (row["task"], row["dataset"], row["score"]): row
@@ -84,20 +87,20 @@ def test_a_mask_that_cannot_be_used_spoils_no_other(biomed, answers, tmp_path):
     (mask, *_) = sorted((biomed / "ACDC" / "test_mask").glob("*"))
     mask.unlink()
     out = tmp_path / "out"
-    assert command.reproduce(ReproduceOptions("released", biomed, out=out, task=("seg2d",))) == 1
+    assert reproduce(ReproduceOptions("released", biomed, out=out, task=("seg2d",))) == 1
     page = (out / "published_numbers.md").read_text()
     assert "| ACDC | mean_dice |  | 0.6667 | 1 |" in page and "\nACDC: 1 not scored." in page
 
 
 def test_only_some_tasks(biomed, answers, tmp_path):
     options = ReproduceOptions("released", biomed, out=tmp_path / "out", task=("disease",))
-    command.reproduce(options)
+    reproduce(options)
     assert answers[0].task == ("disease",)
 
 
 def test_nothing_there(tmp_path):
     with pytest.raises(InputError, match=r"holds no test set of UniBiomed \(such as ACDC/test.json\)"):
-        command.reproduce(ReproduceOptions("released", tmp_path))
+        reproduce(ReproduceOptions("released", tmp_path))
 
 
 def test_the_page_is_shipped_empty():
@@ -114,6 +117,6 @@ def test_every_set_that_the_scripts_evaluate_has_its_rows():
 
 
 def test_list(capsys):
-    assert command.list_known(ListOptions()) == 0
+    assert list_known(ListOptions()) == 0
     shown = capsys.readouterr().out
     assert "SLAKE: --format slake; vqa; --split train validation test\n    licence: CC BY 4.0\n" in shown

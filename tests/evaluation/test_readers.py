@@ -11,7 +11,7 @@ from PIL import Image
 from places import ROOT
 from small_datasets import coco_table, save_picture, save_square, write_table
 
-from unibiomed_jax.commands.eval import Format
+from unibiomed_jax.commands.eval.options import Format
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.evaluation.readers import FORMATS, image_folder, read_records
 from unibiomed_jax.evaluation.readers.known import known_datasets
@@ -182,6 +182,16 @@ def test_mecovqa(tmp_path):
     mask.unlink()
     (missing,) = read_records(tmp_path, "test", ("region",), format="mecovqa")
     assert mask.name in missing.reason and "\n" not in missing.reason
+
+
+def test_mecovqa_g_plus_has_paths_inside_its_images(tmp_path):
+    mecovqa(tmp_path)
+    (row,) = json.loads((tmp_path / "MeCoVQA_Grounding_test.json").read_text())
+    inside = json.loads(json.dumps({"id": "ct_00--A--1", **row}).replace("SAMed2Dv1/", ""))
+    write_table(tmp_path / "MeCoVQA_Grounding_test_merged_modified_v3.json", [inside])
+    one, plus = read_records(tmp_path, "test", ("seg2d",), format="mecovqa")
+    assert (one.dataset, plus.dataset) == ("MeCoVQA Grounding", "MeCoVQA G+")
+    assert plus.reason is None and (plus.image, plus.truth_masks) == (one.image, one.truth_masks)
 
 
 OWN = [

@@ -79,10 +79,12 @@ def test_lmms_eval(truth, said, right):
 @pytest.mark.parametrize(
     ("said", "meant"),
     [("B", "MRI."), ("b. MRI", "MRI."), ("The answer is A", "CT"), ("mri", "MRI."),
-     ("It is an ultrasound scan", "Ultrasound"), ("", "CT")],
+     ("It is an ultrasound scan", "Ultrasound"), ("(b)", "MRI."), ("(B) CT", "MRI."),
+     ("Option C", "Ultrasound"), ("The answer is (c).", "Ultrasound"), ("a mri scan", "MRI."),
+     ("", ""), (" .", "")],
 )  # fmt: skip
 def test_choices(said, meant):
-    """By letter, by text, or the most similar one; of nothing the first."""
+    """By letter, by text, or the most similar one; of no words none."""
     assert choose(said, ("CT", "MRI.", "Ultrasound")) == meant
 
 
@@ -113,3 +115,16 @@ def test_choices_have_one_rule():
     sample = Sample("vqa", "1", "?", answer="MRI", prediction="B.", choices=("CT", "MRI"))
     assert score_answer(sample, ("medplib", "lmms-eval")) == {"choice_accuracy": 1}
     assert score_answer(Sample("vqa", "1", "?", answer="MRI"), ("medplib",)) == {}
+
+
+@pytest.mark.parametrize("number", [7, 12])
+def test_means_over_rare_groups_are_noted(number):
+    """The second dataset has one patient of seven, or six of twelve."""
+    samples = [
+        Sample("vqa", str(n), "<image>\n?", answer="liver", patient=f"p{n}", prediction="liver",
+               dataset="rare" if n >= 6 else "usual", image=str(n), groups={"answer_type": "open"})
+        for n in range(number)
+    ]  # fmt: skip
+    results, _ = score_strict({"vqa": samples}, rules=("medplib",))
+    noted = [note for note in results["vqa"].notes if note.startswith("Targets of fewer than 5 patients: 1.")]
+    assert len(noted) == (number == 7)

@@ -8,7 +8,8 @@ import pytest
 from places import ROOT, SAMPLE_DATA, TINY
 
 from unibiomed_jax import checkpoint
-from unibiomed_jax.commands.eval import EvalOptions, evaluate
+from unibiomed_jax.commands.eval.options import EvalOptions
+from unibiomed_jax.commands.eval.run import evaluate
 
 CARD = ROOT / "docs" / "unibiomed_tiny.md"
 RUN = ROOT / "docs" / "unibiomed_tiny" / "results.json"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -33,13 +34,16 @@ from unibiomed_jax.inputs.images import open_image
 
 # Masks that an answer has room for where all of it is one compiled call; one with more is asked by itself.
 OBJECTS = 4
+# Of an answer: its words, the encoding of its images, its masks.
+STAGES = 3
 _MARKS = re.compile(r"<\|\w+\|>|</?p>|\[SEG\]")
 
 
 class Asker:
-    """Questions on their way to a model: those of one shape are answered together.
+    """Questions on their way to a model: those of one shape are answered together, and a few such groups at
+    a time, each in another stage of its answer (see `UniBiomed.predict_batch`).
 
-    Images are opened and encoded once for all questions that follow each other.
+    Every image is opened and encoded once for all questions about it.
     """
 
     def __init__(
@@ -58,12 +62,30 @@ class Asker:
         self.conditioning = conditioning
         self.model, self.data = model, locate(data)
         self.batch_size, self.max_new_tokens, self.grounded = batch_size, max_new_tokens, grounded
-        self._opened: OrderedDict[str, OpenedImage] = OrderedDict()
+        # The last image that was opened, and its name.
+        self._last: tuple[str, OpenedImage] | None = None
 
     def ask(self, samples: Sequence[Sample]) -> Iterator[Sample]:
         """The records with their answers, or with the reason why they have none, as they come."""
+        # An answer that is one call on several devices must not meet another one there.
+        lanes = 1 if self.grounded else STAGES
+        running: deque[Future[list[Sample]]] = deque()
+        with ThreadPoolExecutor(lanes) as pool:
+            for group in self._groups(samples):
+                if isinstance(group, Sample):
+                    yield group
+                    continue
+                running.append(pool.submit(self._answer, group))
+                if len(running) == lanes:
+                    yield from running.popleft().result()
+            for answers in running:
+                yield from answers.result()
+
+    def _groups(self, samples: Sequence[Sample]) -> Iterator[list[_Asked] | Sample]:
+        """What is asked together, and the records that cannot be asked."""
+        place = {name: number for number, name in enumerate(dict.fromkeys(s.image for s in samples))}
         waiting: dict[_Shape, list[_Asked]] = {}
-        for sample in samples:
+        for sample in sorted(samples, key=lambda sample: place[sample.image]):
             if sample.reason is not None:
                 yield sample
                 continue
@@ -73,18 +95,18 @@ class Asker:
             except InputError as error:
                 yield replace(sample, reason=str(error))
                 continue
-            shape = _shape(asked.request, tokens)
+            shape = _shape(asked, tokens)
             group = waiting.setdefault(shape, [])
             group.append(asked)
             if len(group) == self._together(shape):
-                yield from self._answer(waiting.pop(shape))
-        # What is left over of several lengths is answered at the longest: fewer calls, and few new shapes.
+                yield waiting.pop(shape)
+        # What is left over of several tasks and lengths is answered together: fewer calls and new shapes.
         rest: dict[_Shape, list[_Asked]] = {}
         for shape in sorted(waiting, key=lambda shape: shape.tokens):
-            rest.setdefault(shape._replace(tokens=0), []).extend(waiting[shape])
+            rest.setdefault(shape._replace(task="", tokens=0), []).extend(waiting[shape])
         for shape, group in rest.items():
             for start in range(0, len(group), self._together(shape)):
-                yield from self._answer(group[start : start + self._together(shape)])
+                yield group[start : start + self._together(shape)]
 
     def _together(self, shape: _Shape) -> int:
         """How many are asked at a time: every volume by itself, unless they are spread over devices."""
@@ -107,11 +129,9 @@ class Asker:
                 )
             boxed = Image.fromarray(draw_box(pixels, region, np.random.default_rng(0)))
             return Request(sample.question, self.model.open(boxed))
-        if sample.image not in self._opened:
-            if len(self._opened) == self.batch_size:
-                self._opened.popitem(last=False)
-            self._opened[sample.image] = self.model.open(self.data / sample.image)
-        return Request(sample.question, self._opened[sample.image])
+        if self._last is None or self._last[0] != sample.image:
+            self._last = sample.image, self.model.open(self.data / sample.image)
+        return Request(sample.question, self._last[1])
 
     def _open_volume(self, sample: Sample) -> OpenedImage:
         """A volume, with its first slices or some that show the target for the language model to see."""
@@ -127,16 +147,14 @@ class Asker:
         chosen = shown_in[np.linspace(0, len(shown_in) - 1, limit + 2).round().astype(int)[1:-1]]
         return self.model.open_volume(paths, conditioning=sorted(set(chosen.tolist())))
 
-    def _answer(self, group: Sequence[_Asked]) -> Iterator[Sample]:
+    def _answer(self, group: Sequence[_Asked]) -> list[Sample]:
         requests = [asked.request for asked in group]
         try:
             answers = self._said(requests)
         except (RuntimeError, MemoryError) as error:  # such as too little memory for these images
             reason = f"not answered: {error or type(error).__name__}; try a smaller --batch-size"
-            yield from (replace(asked.sample, reason=reason) for asked in group)
-            return
-        for asked, answer in zip(group, answers, strict=True):
-            yield _with_answer(asked.sample, answer)
+            return [replace(asked.sample, reason=reason) for asked in group]
+        return [_with_answer(asked.sample, answer) for asked, answer in zip(group, answers, strict=True)]
 
     def _said(self, requests: Sequence[Request]) -> list[Answer]:
         if self.grounded:
@@ -153,18 +171,20 @@ class _Asked(NamedTuple):
 
 
 class _Shape(NamedTuple):
-    """Requests of one shape fit into one call."""
+    """Requests of one shape are asked in one call."""
 
+    # Its answers are about equally long; a call takes as long as the longest.
+    task: str
     frames: int
     tiles: int
     tokens: int
 
 
-def _shape(request: Request, tokens: int) -> _Shape:
-    image = request.image
+def _shape(asked: _Asked, tokens: int) -> _Shape:
+    image = asked.request.image
     assert isinstance(image, OpenedImage)
     frames = len(image.frames) if image.is_volume else 0
-    return _Shape(frames, tile_bucket(len(image.tiles)), token_bucket(tokens))
+    return _Shape(asked.sample.task, frames, tile_bucket(len(image.tiles)), token_bucket(tokens))
 
 
 def _with_answer(sample: Sample, answer: Answer) -> Sample:

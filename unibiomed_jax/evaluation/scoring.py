@@ -116,6 +116,12 @@ def score_strict(
             notes.append("Some records name no patient: for the intervals each of their images is one.")
         if any(found.interval is None for found in estimates):
             notes.append("Means over fewer than 5 patients have no interval.")
+        few = {(found.dataset, found.target) for found in estimates if found.target and not found.interval}
+        if few and any(found.interval is not None and found.target is None for found in estimates):
+            notes.append(
+                f"Targets of fewer than 5 patients: {len(few)}. Many draws leave them out, so that intervals "
+                "of means over targets may lie beside the mean."
+            )
         numbers: dict[str, Any] = {"estimates": [to_json(found) for found in estimates]}
         if groups := [to_json(found) for found in _estimate_groups(scored[task])]:
             numbers["groups"] = groups

@@ -38,13 +38,21 @@ def score_answer(sample: Sample, rules: Sequence[str]) -> Scores:
     }
 
 
+# "b", "(b) MRI", "b. MRI", "Option B"; not the article of "a mass".
+_LETTER = re.compile(r"\W*(?:option\s+)?([a-z])(?:[).:\]]|\W*$)")
+
+
 def choose(said: str, choices: Sequence[str]) -> str:
-    """The choice that is meant: by its letter, by its text, or else the most similar one."""
+    """The choice that is meant: by letter, by text, or else the most similar one; of no words none."""
     words = said.lower().replace("\n", "").split("answer is")[-1].split("answer:")[-1].strip()
+    if not re.search(r"\w", words):
+        return ""
     first = words.split(".")[0].split(":")[-1].strip()
     letters = LETTERS[: len(choices)].lower()
-    if len(first) == 1 and first in letters:
-        return choices[letters.index(first)]
+    for text in (words, first):
+        letter = _LETTER.match(text)
+        if letter and letter[1] in letters:
+            return choices[letters.index(letter[1])]
     lowered = [choice.lower().strip() for choice in choices]
     for text in (words, first):
         if text.rstrip(".") in [choice.rstrip(".") for choice in lowered]:

@@ -111,10 +111,10 @@ def lay_tile(
 
 
 def states_at(
-    hidden: Float[Array, "batch new embed"], row: Int[Array, ""], places: Int[Array, "objects"]
+    hidden: Float[Array, "batch new embed"], rows: Int[Array, "objects"], places: Int[Array, "objects"]
 ) -> Float[Array, "objects embed"]:
-    """The states at some places of one answer."""
-    return jax.lax.dynamic_index_in_dim(hidden, row, keepdims=False)[places]
+    """The states at some places of some answers."""
+    return hidden[rows, places]
 
 
 def segment_image(

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -40,7 +41,7 @@ from unibiomed_jax.inference.batching import (
 from unibiomed_jax.inference.buckets import chunks, power_of_two, tile_chunks
 from unibiomed_jax.inference.generate import Decoding, Draw, Limits
 from unibiomed_jax.inference.network import build_network
-from unibiomed_jax.inference.phrases import Phrase, parse_answer
+from unibiomed_jax.inference.phrases import parse_answer
 from unibiomed_jax.inference.segments import full_size
 from unibiomed_jax.inference.stages import StageIds, Stages
 from unibiomed_jax.inference.stopping import end_of, stop_text
@@ -99,6 +100,9 @@ class UniBiomed:
         self.checkpoint_hash = checkpoint_hash
         self.layout = layout = dataclasses.replace(layout, units=axis_units(config))
         self.graphdef, self.params = build_network(config, params, self.precision, layout)
+        # Batches of several threads follow each other through the stages of an answer, one in each at a time:
+        # nothing is encoded or compiled twice.
+        self._wording, self._encoding, self._decoding = (threading.Lock() for _ in range(3))
         self._stop_text = functools.cache(lambda: stop_text(tokenizer, config.language.vocab_size))
         self.stages = Stages(self.graphdef, StageIds.of(tokenizer), layout)
 
@@ -206,6 +210,8 @@ class UniBiomed:
     ) -> list[Answer]:
         """Answer several questions about different images in one go, with the answers of one by one.
 
+        Threads may call it at the same time: while one waits for its masks, the next can have its words.
+
         Args:
             requests: the questions.
             max_new_tokens: longest answer in tokens, shortened where the model's context ends.
@@ -219,9 +225,10 @@ class UniBiomed:
         """
         if not requests:
             return []
-        answering = self._start(requests, max_new_tokens, max_masks, sampling)
-        for _ in self._looks(answering, TOKENS_PER_LOOK):
-            pass
+        with self._wording:
+            answering = self._start(requests, max_new_tokens, max_masks, sampling)
+            for _ in self._looks(answering, TOKENS_PER_LOOK):
+                pass
         return self._finish(answering, hide_absent)
 
     def say(
@@ -465,31 +472,56 @@ class UniBiomed:
                 answering.state = self.stages.advance(self.params, answering.state, done, np.int32(tokens))
 
     def _finish(self, answering: _Answering, hide_absent: bool) -> list[Answer]:
-        """The answers with their masks, once all is said."""
-        seconds, answers = answering.seconds, []
-        for row, (request, prompt) in enumerate(zip(answering.requests, answering.prompts, strict=True)):
-            ids = answering.said[row]
-            positions = self._seg_positions(ids)
-            segments: tuple[Segment, ...] = ()
-            if request.image is not None and positions:
-                phrases = parse_answer(self.tokenizer.decode(ids), request.prompt)
-                filled = positions + positions[:1] * (power_of_two(len(positions)) - len(positions))
-                states = self.stages.states_at(answering.state.hidden, row, np.array(filled))
-                segments = self._segment(request.image, states, len(positions), phrases, hide_absent, seconds)
-            answers.append(self._answer(request, prompt, ids, segments, seconds))
-        return answers
+        """The answers with their masks, once all is said; those of one image are decoded in one call."""
+        seconds, said = answering.seconds, answering.said
+        positions = [
+            [] if request.image is None else self._seg_positions(ids)
+            for request, ids in zip(answering.requests, said, strict=True)
+        ]
+        # The rows about each image that has masks.
+        asked: dict[OpenedImage, list[int]] = defaultdict(list)
+        for row, request in enumerate(answering.requests):
+            if request.image is not None and positions[row]:
+                asked[request.image].append(row)
+        with self._encoding:
+            for image in asked:
+                self._encode_image(image, seconds)
+        segments: dict[int, tuple[Segment, ...]] = {}
+        with self._decoding:
+            for image, rows in asked.items():
+                places = [(row, place) for row in rows for place in positions[row]]
+                places += places[:1] * (power_of_two(len(places)) - len(places))
+                states = self.stages.states_at(answering.state.hidden, *np.array(places, np.int32).T)
+                masks, ious, scores = self._segment(image, states, seconds)
+                with _timed(seconds, "resize masks"):
+                    start = 0
+                    for row in rows:
+                        own = slice(start, start + len(positions[row]))
+                        prompt, size = answering.requests[row].prompt, self.config.sam2.image_size
+                        phrases = parse_answer(self.tokenizer.decode(said[row]), prompt)
+                        found = (masks[own], ious[own], scores[own])
+                        segments[row] = full_size(image, *found, phrases, size, hide_absent)
+                        start = own.stop
+        return [
+            self._answer(request, prompt, said[row], segments.get(row, ()), seconds)
+            for row, (request, prompt) in enumerate(zip(answering.requests, answering.prompts, strict=True))
+        ]
+
+    def _encode_image(self, image: OpenedImage, seconds: dict[str, float]) -> None:
+        """Make SAM2's features of a single image; those of a volume are made as it is followed."""
+        if image.features is None and not image.is_volume:
+            with _timed(seconds, "encode image"):
+                pixels = sam_image(image.frames[0], self.config.sam2.image_size)[None]
+                image.features = jax.block_until_ready(self.stages.encode_image(self.params, pixels))
 
     def _segment(
-        self,
-        image: OpenedImage,
-        hidden: Float[jax.Array, "padded embed"],
-        count: int,
-        phrases: Sequence[Phrase],
-        hide_absent: bool,
-        seconds: dict[str, float],
-    ) -> tuple[Segment, ...]:
-        """All `[SEG]` of one answer in one call; behind the `count` states are some that fill a bucket."""
-        size = self.config.sam2.image_size
+        self, image: OpenedImage, hidden: Float[jax.Array, "objects embed"], seconds: dict[str, float]
+    ) -> tuple[
+        Float32[np.ndarray, "objects frames M M"],
+        Float32[np.ndarray, "objects frames"],
+        Float32[np.ndarray, "objects frames"],
+    ]:
+        """Logits of the masks, their predicted IoUs, logits of the objects' presence, of one image."""
         if image.is_volume:
             with _timed(seconds, "segment volume"):
                 frames, plan = volume_arrays(self.config.sam2, image)
@@ -498,18 +530,13 @@ class UniBiomed:
                     np.asarray(x)[: len(image.frames)].swapaxes(0, 1)
                     for x in (decoded.masks, decoded.ious.max(-1), decoded.object_scores)
                 )
-        else:
-            if image.features is None:
-                with _timed(seconds, "encode image"):
-                    pixels = sam_image(image.frames[0], size)[None]
-                    image.features = jax.block_until_ready(self.stages.encode_image(self.params, pixels))
-            with _timed(seconds, "decode masks"):
-                decoded = self.stages.segment(self.params, image.features, hidden)
-                masks = np.asarray(decoded.masks)[0][:, None]
-                ious = np.asarray(decoded.ious)[0].max(-1)[:, None]
-                scores = np.asarray(decoded.object_scores)[0][:, None]
-        with _timed(seconds, "resize masks"):
-            return full_size(image, masks[:count], ious, scores, phrases, size, hide_absent)
+            return masks, ious, scores
+        with _timed(seconds, "decode masks"):
+            decoded = self.stages.segment(self.params, image.features, hidden)
+            masks = np.asarray(decoded.masks)[0][:, None]
+            ious = np.asarray(decoded.ious)[0].max(-1)[:, None]
+            scores = np.asarray(decoded.object_scores)[0][:, None]
+        return masks, ious, scores
 
     # ------------------------------------------------------------------------------------------ answers
 

@@ -2,6 +2,11 @@
 
 Beside the tables lies the folder `SAMed2Dv1` that their paths start with. A target is not named by them:
 masks are grouped by modality, the file name's part before the first `_`.
+
+MeCoVQA-G+ (huggingface.co/datasets/jdh-algo/MeCoVQA-G-Plus) has the same conversations; its paths start
+inside that folder. So its authors' evaluation reads it (eval/eval_segmentation.py of
+github.com/jdh-algo/Citrus-V, d3bb13d), from `MeCoVQA_Grounding_test_merged_modified_v3.json`. How its table
+for training is called is not known: it is not read.
 """
 
 from __future__ import annotations
@@ -30,6 +35,9 @@ _REGION = re.compile(r"<region>(.*?)</region>")
 # The model knows a region by the green box that is drawn around it.
 _BOX = "<region>"
 _PARTS = ("Complex", "Region", "Grounding")
+_IMAGES = "SAMed2Dv1"
+# In the names of the tables of MeCoVQA-G+.
+_PLUS = "Grounding_test_merged"
 
 
 def read_mecovqa(data: Path, split: str) -> list[Sample]:
@@ -52,7 +60,7 @@ def read_mecovqa(data: Path, split: str) -> list[Sample]:
         )
     found = []
     for path in paths:
-        part = next(part for part in _PARTS if part in path.name)
+        part = "G+" if _PLUS in path.name else next(part for part in _PARTS if part in path.name)
         for number, row in enumerate(read_rows(path, "download MeCoVQA again"), 1):
             where = f"{shown(path)}, entry {number}"
             turns = row.get("conversations")
@@ -71,7 +79,7 @@ def read_mecovqa(data: Path, split: str) -> list[Sample]:
 
 
 def _sample(data: Path, row: dict, part: str, doc_id: str, asked: str, said: str, where: str) -> Sample:
-    image = field(row, "image", where)
+    image = _placed(data, field(row, "image", where))
     modality = Path(image).name.split("_")[0]
     outlined, regions = _MASK.findall(said), _REGION.findall(asked)
     asked = _REGION.sub(_BOX, asked).replace(IMAGE, "").strip()
@@ -106,12 +114,18 @@ def _sample(data: Path, row: dict, part: str, doc_id: str, asked: str, said: str
     )
 
 
+def _placed(data: Path, name: str) -> str:
+    """A file by its path from the folder of the tables on."""
+    inside = f"{_IMAGES}/{name}"
+    return inside if not is_file(data / name) and is_file(data / inside) else name
+
+
 def _masks(data: Path, names: list[str]) -> tuple[EncodedMasks, str | None]:
     """The masks of these files, or the reason why there are none."""
     masks = []
     for name in names:
         try:
-            values = read_values(data / name)
+            values = read_values(data / _placed(data, name))
         except InputError as error:
             return (), str(error)
         masks.append(np.asarray(values if values.ndim == 2 else values[..., 0]) >= 1)

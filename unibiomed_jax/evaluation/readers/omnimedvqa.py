@@ -1,5 +1,10 @@
 """OmniMedVQA: lists of multiple choice questions in `QA_information/{Open,Restricted}-access/*.json`, images
 in `Images/`.
+
+The fields are those that other codes read: question, image_path, gt_answer, which is the text of an option,
+and option_A to option_D, of which some are missing (utils/OmniMedVQA/OmniMedVQA.py of MedEvalKit, 9b12e3b);
+question_type, and modality_type, for which one entry of `Chest CT Scan.json` has `modality`
+(part1_dataexploration.md of GiovanniCornejo/MediVision-OmniMedVQA). dataset and question_id may be missing.
 """
 
 from __future__ import annotations
