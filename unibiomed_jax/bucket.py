@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import functools
 import importlib
 import os
@@ -112,6 +113,10 @@ class BucketPath(PosixGPath):
     def iterdir(self) -> Iterator[BucketPath]:
         with contextlib.suppress(FileNotFoundError):  # an empty folder and none are the same
             yield from (self / PurePosixPath(name).name for name in self._ask("ls", detail=False))
+
+    def glob(self, pattern: str) -> Iterator[BucketPath]:
+        """What lies here under such names; a pattern has no slash."""
+        yield from (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
 
     def walk_files(self) -> dict[str, dict[str, Any]]:
         """What the bucket says of every file below, by its path from here."""

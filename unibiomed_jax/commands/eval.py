@@ -20,7 +20,7 @@ from unibiomed_jax.config.fields import Address
 from unibiomed_jax.config.precision import PrecisionName
 from unibiomed_jax.distributed import Processes
 from unibiomed_jax.errors import InputError
-from unibiomed_jax.files import read_json, shown, write_beside
+from unibiomed_jax.files import in_bucket, read_json, shown, write_beside
 
 console = Console()
 # Names of what was not scored that are printed; all are in results.json.
@@ -72,9 +72,9 @@ class EvalOptions(Processes):
     # millimetres, with intervals.
     protocol: Literal["paper", "strict", "both"] = "strict"
     # Folder of predictions as UniBiomed's scripts write them, of a single --task; its records go to --out.
-    predictions: Path | None = None
+    predictions: Address | None = None
     # Folder of the dataset that is asked, or that predictions are about.
-    data: Path | None = None
+    data: Address | None = None
     # How it is laid out; `unibiomed eval --list` says what is known.
     format: Format = "unibiomed"
     # Part of it.
@@ -329,6 +329,11 @@ def _check(options: EvalOptions) -> None:
             raise InputError("--mode score asks no model; leave out --checkpoint, or --mode.")
         if options.predictions is not None:
             raise InputError("--predictions are answers of another system; leave out --checkpoint.")
+        if in_bucket(options.out):
+            raise InputError(
+                f"Answers are appended to files of --out, and {options.out} lies in a bucket, where nothing "
+                "can be; choose a folder on a disk."
+            )
         if options.data is None:
             raise InputError("--checkpoint is asked about a dataset; name its folder with --data.")
         return
