@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import functools
 import importlib
 import os
 import re
 from collections.abc import Iterator
 from datetime import datetime
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
 
@@ -112,6 +113,10 @@ class BucketPath(PosixGPath):
     def iterdir(self) -> Iterator[BucketPath]:
         with contextlib.suppress(FileNotFoundError):  # an empty folder and none are the same
             yield from (self / PurePosixPath(name).name for name in self._ask("ls", detail=False))
+
+    def glob(self, pattern: str) -> Iterator[BucketPath]:
+        """What lies here under such names; a pattern has no slash."""
+        yield from (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
 
     def walk_files(self) -> dict[str, dict[str, Any]]:
         """What the bucket says of every file below, by its path from here."""
@@ -268,7 +273,7 @@ def teach_orbax() -> None:
 
     prefixes = tuple(f"{scheme}://" for scheme in _PACKAGES)
     gcs_utils._GCS_PATH_PREFIX = prefixes
-    gcs_utils.get_kvstore_for_gcs = _store
+    gcs_utils.get_kvstore_for_gcs = _bucket_store
     tensorstore_utils._use_gcs_driver = lambda path: path.startswith(prefixes)
     tensorstore_utils._normalize_path = lambda path: path.rstrip("/")
     for name in ("CONNECT_TIMEOUT_SECONDS", "LOW_SPEED_TIME_SECONDS"):
@@ -278,8 +283,14 @@ def teach_orbax() -> None:
         os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", host)
 
 
-def _store(path: str) -> dict[str, Any]:
-    """TensorStore's description of a path in a bucket."""
+def array_store(folder: Path) -> dict[str, Any]:
+    """TensorStore's description of a folder on a disk or in a bucket."""
+    if isinstance(folder, BucketPath):
+        return _bucket_store(f"{os.fspath(folder)}/")
+    return {"driver": "file", "path": f"{os.fspath(folder)}/"}
+
+
+def _bucket_store(path: str) -> dict[str, Any]:
     scheme, _, rest = path.partition("://")
     bucket, _, inside = rest.partition("/")
     retries = {"max_retries": ATTEMPTS, "initial_delay": "1s", "max_delay": "8s"}

@@ -12,11 +12,12 @@ The parts are separate Orbax checkpoints so that saving and loading need little 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +26,12 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+import tensorstore as ts
 from flax import nnx
 from orbax.checkpoint.experimental import v1 as ocp
 
 from unibiomed_jax import distributed
-from unibiomed_jax.bucket import teach_orbax, told
+from unibiomed_jax.bucket import array_store, teach_orbax, told
 from unibiomed_jax.config.fields import from_dict, to_dict
 from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.errors import BucketError, InputError
@@ -47,8 +49,14 @@ Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 # Bytes of parameters that are read at once, unless one has more.
 READ_TOGETHER = 64 << 20
 
-# Threads that hash what was read; hashlib lets go of the interpreter meanwhile.
-HASHERS = 4
+# Parameters that are read and hashed beside each other; both let go of the interpreter meanwhile.
+READERS = 4
+
+# Bytes that are read at once of a larger parameter.
+BLOCK = 1 << 20
+
+# The folder below a part's in which Orbax keeps the arrays of a tree.
+STATE = "state"
 
 teach_orbax()
 
@@ -281,37 +289,23 @@ def _read_json(folder: Path, name: str) -> Any:
     return read_json(folder / name, remedy=REMEDY, complaint="is damaged")
 
 
-def read_part(
-    path: str | os.PathLike, name: str, manifest: Manifest, chosen: Collection[str] | None = None
-) -> dict[str, np.ndarray]:
+def read_part(path: str | os.PathLike, name: str, manifest: Manifest) -> dict[str, np.ndarray]:
     """The parameters of one part as host arrays in their stored dtypes, by path below the part.
 
     Args:
         path: the folder.
         name: of the part.
         manifest: of the folder.
-        chosen: paths to read; None: all.
 
     Raises:
         InputError: the part is missing or damaged, or a parameter is not the one whose hash was recorded.
     """
-    leaves = {p.partition(".")[2]: leaf for p, leaf in manifest.leaves.items() if p.partition(".")[0] == name}
-    # A broadcast scalar tells Orbax to restore a numpy array of this shape and takes no memory.
-    abstract = {
-        p: np.broadcast_to(np.zeros((), dtype_of(leaf["dtype"])), leaf["shape"])
-        if chosen is None or p in chosen
-        else ocp.PLACEHOLDER
-        for p, leaf in leaves.items()
-    }
-    found = _restore(locate(path), name, abstract)
-    found = {p: value for p, value in found.items() if value is not ocp.PLACEHOLDER}
-    with ThreadPoolExecutor(HASHERS) as hashers:
-        for p, measured in zip(found, hashers.map(leaf_record, found.values()), strict=True):
-            if measured != leaves[p]:
-                raise InputError(
-                    f"{path}: {name}.{p} is damaged or was changed after it was written; {REMEDY}."
-                )
-    return found
+    needs = {}
+    for p in _paths(name, manifest):
+        shape, dtype = manifest.shapes[p], dtype_of(manifest.leaves[p]["dtype"])
+        needs[p] = _Need({tuple((0, size) for size in shape): np.empty(shape, dtype)}, hashed=True)
+    _read(locate(path), manifest, needs)
+    return {p.partition(".")[2]: next(iter(need.pieces.values())) for p, need in needs.items()}
 
 
 def load(
@@ -323,8 +317,9 @@ def load(
 ) -> Checkpoint:
     """Load a checkpoint folder onto the devices, a few parameters at a time.
 
-    Each process reads and checks all of it, and holds besides its share about
-    two and a half times the largest parameter while it is read.
+    A process reads its share, a few MiB after the other, and holds besides at most one parameter: as much of
+    it as was written as one piece. It checks the hashes of what it has whole. Of what is divided among
+    processes, which all call this, each checks some parameters: all must read the same files.
 
     Args:
         path: the folder.
@@ -347,16 +342,27 @@ def load(
     except (ArithmeticError, TypeError, ValueError) as error:
         raise InputError(f"{path}: no model can be built from config.json ({error}); {REMEDY}.") from None
     check_shapes({p: s for p, s in manifest.shapes.items() if ".lora." not in p}, expected, str(path))
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    places = {p: sharding(p, shape) if sharding else device for p, shape in manifest.shapes.items()}
+    divided = [p for p, place in places.items() if not place.is_fully_addressable]
+    if divided:
+        distributed.require_equal("checkpoint", {"hash": manifest.hash})
+    mine = set(distributed.share(sorted(divided, key=lambda p: -_size(manifest.leaves[p]))))
     params: dict = {}
     for name in dict.fromkeys(p.partition(".")[0] for p in manifest.leaves):
         wanted = dtype if isinstance(dtype, str) or dtype is None else dtype.get(name)
         part: dict[str, jax.Array] = {}
-        for chosen in _read_together(name, manifest):
-            group = read_part(path, name, manifest, chosen)
-            while group:  # each host array is freed once its copy is on the devices
-                p, host = group.popitem()
-                part[p] = placed(f"{name}.{p}", host, sharding, wanted)
-                del host
+        # Whoever cannot read says so before the others go on to what all compute together.
+        with distributed.failing_together() if divided else contextlib.nullcontext():
+            for paths in _read_together(name, manifest):
+                needs = {p: _need(places[p], manifest.leaves[p], wanted, p in mine) for p in paths}
+                _read(path, manifest, needs)
+                while needs:  # each host array is freed once its copy is on the devices
+                    p, need = needs.popitem()
+                    part[p.partition(".")[2]] = jax.make_array_from_callback(
+                        manifest.shapes[p], places[p], functools.partial(need.piece, manifest.shapes[p])
+                    )
+                    del need
         if manifest.lora and merge_lora:
             part = merge_adapters(part, manifest.lora.scale)
         params[name] = unflatten(part)
@@ -365,29 +371,30 @@ def load(
     )
 
 
-def placed(path: str, host: np.ndarray, sharding: Sharding | None, dtype: str | None = None) -> jax.Array:
+def placed(path: str, host: np.ndarray, sharding: Sharding) -> jax.Array:
     """The parameter at a dotted path on the devices, each of which gets its share; see `load`."""
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = host.dtype if dtype is None else dtype_of(dtype)
-    return jax.make_array_from_callback(
-        host.shape,
-        sharding(path, host.shape) if sharding else device,
-        lambda index: host[index].astype(wanted, copy=False),
-    )
+    return jax.make_array_from_callback(host.shape, sharding(path, host.shape), host.__getitem__)
+
+
+def _paths(name: str, manifest: Manifest) -> list[str]:
+    """Dotted paths of the parameters of a part."""
+    return [path for path in manifest.leaves if path.partition(".")[0] == name]
+
+
+def _size(leaf: dict) -> int:
+    """Bytes of a parameter, from its entry in the manifest."""
+    return math.prod(leaf["shape"]) * dtype_of(leaf["dtype"]).itemsize
 
 
 def _read_together(name: str, manifest: Manifest) -> Iterator[list[str]]:
-    """Paths below a part, in groups of at most READ_TOGETHER bytes or one parameter."""
+    """Paths of a part's parameters, in groups of at most READ_TOGETHER bytes or one parameter."""
     group, size = [], 0
-    for path, leaf in manifest.leaves.items():
-        part, _, below = path.partition(".")
-        if part != name:
-            continue
-        more = math.prod(leaf["shape"]) * dtype_of(leaf["dtype"]).itemsize
+    for path in _paths(name, manifest):
+        more = _size(manifest.leaves[path])
         if group and size + more > READ_TOGETHER:
             yield group
             group, size = [], 0
-        group.append(below)
+        group.append(path)
         size += more
     yield group
 
@@ -409,13 +416,109 @@ def dtype_of(name: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
-def _restore(path: Path, name: str, abstract: Mapping[str, Any]) -> dict[str, Any]:
-    folder = path.absolute() / "params" / name  # Orbax refuses relative paths
+# ------------------------------------------------------------------------------------------------------------
+# Arrays are read through TensorStore, beneath Orbax: Orbax gives an array when it has read all of it.
+
+# A part of an array: (start, stop) along every axis.
+Bounds = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class _Need:
+    """What this process needs of a parameter."""
+
+    # Arrays to fill, each with the part of the parameter that lies within some bounds.
+    pieces: dict[Bounds, np.ndarray]
+    # Whether it reads all of it and compares the hash.
+    hashed: bool
+
+    def piece(self, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+        return self.pieces[_bounds(shape, index)]
+
+
+def _need(place: jax.sharding.Sharding, leaf: dict, dtype: str | None, hashed: bool) -> _Need:
+    """What a parameter that goes to some place takes, besides the hash of what comes here as a whole."""
+    shape, wanted = tuple(leaf["shape"]), dtype_of(dtype or leaf["dtype"])
+    parts = {_bounds(shape, index) for index in place.addressable_devices_indices_map(shape).values()}
+    pieces = {part: np.empty([stop - start for start, stop in part], wanted) for part in parts}
+    return _Need(pieces, hashed or place.is_fully_addressable or _bounds(shape, ()) in pieces)
+
+
+def _bounds(shape: tuple[int, ...], index: tuple[slice, ...]) -> Bounds:
+    slices = (*index, *[slice(None)] * (len(shape) - len(index)))
+    return tuple(part.indices(size)[:2] for part, size in zip(slices, shape, strict=True))
+
+
+def _read(path: Path, manifest: Manifest, needs: Mapping[str, _Need]) -> None:
+    """Fill the arrays that are needed of some parameters, by their dotted paths.
+
+    Raises:
+        InputError: a file is missing or damaged, or a parameter is not the one whose hash was recorded.
+    """
+    context = ts.Context()
+
+    def read(name: str) -> bool:
+        return _fill(path, name, manifest.leaves[name], needs[name], context)
+
+    with ThreadPoolExecutor(READERS) as readers:
+        for name, whole in zip(needs, readers.map(read, needs), strict=True):
+            if not whole:
+                raise InputError(f"{path}: {name} is damaged or was changed after it was written; {REMEDY}.")
+
+
+def _fill(path: Path, name: str, leaf: dict, need: _Need, context: ts.Context) -> bool:
+    """Fill the arrays that are needed of a parameter; False: it is not the one that was written."""
+    part, _, below = name.partition(".")
+    folder = path.absolute() / "params" / part
+    # A chunk that was read is kept for the blocks to come: it may be the whole array. One MiB for overhead.
+    kept = {"total_bytes_limit": _size(leaf) + (1 << 20)}
+    chunks = ts.Context({"cache_pool#chunks": kept}, parent=context)
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "ocdbt", "base": array_store(folder / STATE), "path": f"{below}/"},
+        "cache_pool": "cache_pool#chunks",
+        "recheck_cached_data": "open",
+    }
+    digest = hashlib.sha256()
     try:
-        with told(path), _alone():
-            return flatten(ocp.load(os.fspath(folder), _string_keys(unflatten(abstract))))
+        with told(path):
+            store = ts.open(spec, open=True, read=True, context=chunks).result()
+            if [list(store.shape), str(store.dtype.numpy_dtype)] != [leaf["shape"], leaf["dtype"]]:
+                return False
+            for block in _blocks(store.shape, BLOCK // store.dtype.numpy_dtype.itemsize):
+                whole = _get(store, block) if need.hashed else None
+                if whole is not None:
+                    digest.update(whole.reshape(-1).view(np.uint8))
+                for bounds, piece in need.pieces.items():
+                    both = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(block, bounds, strict=True))
+                    if all(start < stop for start, stop in both):
+                        found = _get(store, both) if whole is None else whole[_within(block, both)]
+                        piece[_within(bounds, both)] = found
     except (MemoryError, BucketError):
         raise
-    except Exception as error:  # Orbax and tensorstore raise many kinds
+    except Exception as error:  # TensorStore raises many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise InputError(f"{folder} cannot be read ({reason}); {REMEDY}.") from error
+    return not need.hashed or digest.hexdigest() == leaf["sha256"]
+
+
+def _blocks(shape: tuple[int, ...], most: int) -> Iterator[Bounds]:
+    """An array cut into parts, in the order of their memory, of at most so many elements each (or one)."""
+    axis = next((axis for axis in range(len(shape)) if math.prod(shape[axis + 1 :]) <= most), None)
+    if axis is None:
+        yield ()
+        return
+    step = max(1, most // math.prod(shape[axis + 1 :]))
+    for outer in np.ndindex(*shape[:axis]):
+        for start in range(0, shape[axis], step):
+            rows = (start, min(start + step, shape[axis]))
+            yield (*((i, i + 1) for i in outer), rows, *((0, size) for size in shape[axis + 1 :]))
+
+
+def _get(store: ts.TensorStore, part: Bounds) -> np.ndarray:
+    return store[tuple(slice(*bounds) for bounds in part)].read(order="C").result()
+
+
+def _within(outer: Bounds, inner: Bounds) -> tuple[slice, ...]:
+    """Where a part lies in an array that has a larger one."""
+    return tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(inner, outer, strict=True))

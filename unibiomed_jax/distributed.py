@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from unibiomed_jax.errors import InputError
+from unibiomed_jax.errors import BucketError, InputError
 
 if TYPE_CHECKING:  # JAX starts only when it is needed
     import jax
@@ -295,6 +295,26 @@ def wait_for_all() -> None:
 def first_says(function: Callable[[], Any]) -> Any:
     """What the function gives on the first process, which alone calls it."""
     return gather(function() if is_first() else None)[0]
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """What a user can put right and ends the block on one process raises an error on all of them.
+
+    Raises:
+        InputError: the block ended well here, and not on another process.
+    """
+    failure = None
+    try:
+        yield
+    except (BucketError, InputError) as error:
+        failure = error
+    sentences = gather(None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for process, sentence in enumerate(sentences):
+        if sentence is not None:
+            raise InputError(f"On process {process}: {sentence}")
 
 
 def require_equal(what: str, values: Mapping[str, Any]) -> None:

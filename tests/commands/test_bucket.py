@@ -127,3 +127,38 @@ def test_answers_in_a_bucket_are_scored_there(unibiomed, tmp_path):
     assert (runs[0] / "results.csv").read_text() == (tmp_path / "results.csv").read_text()
     assert unibiomed("eval", "compare", *runs, "--csv=s3://here/compared.csv") == 0
     assert locate("s3://here/compared.csv").is_file()
+
+
+def test_records_of_a_bucket_are_asked_as_those_of_a_disk(unibiomed, tmp_path, capsys):
+    for number in range(2):
+        save_picture(tmp_path / "asked" / "liver" / "test" / f"{number}.png", seed=number)
+        save_square(tmp_path / "asked" / "liver" / "test_mask" / f"{number}_liver.png", corner=(number, 9))
+    write_table(tmp_path / "asked" / "liver" / "test.json", coco_table(2))
+    copy_folder(tmp_path / "asked", locate("s3://here/asked"))
+    command = ("eval", "--checkpoint", MICRO, "--max-new-tokens=2", "--batch-size=2")
+    runs = tmp_path / "local", tmp_path / "there"
+    for data, out in zip((tmp_path / "asked", "s3://here/asked"), runs, strict=True):
+        assert unibiomed(*command, "--data", data, "--out", out) == 0
+    assert unibiomed(*command, "--data", data, "--out", "s3://here/answered") == 2
+    assert "choose a folder on a disk" in " ".join(capsys.readouterr().err.split())
+    local, there = (samples_file(run, "seg2d").read_text() for run in runs)
+    assert there == local and there.count("\n") == 2
+
+
+def test_predictions_in_a_bucket_are_scored_as_those_on_a_disk(unibiomed, tmp_path):
+    """Masks that a table names, and slices that their names alone put into volumes."""
+    for number in range(2):
+        for folder, corner in (("2d/data/test_mask", 1), ("2d/found/test", 3)):
+            save_square(tmp_path / folder / f"{number}_liver.png", corner=(number, corner))
+        for folder, corner in (("3d/data", 1), ("3d/found", 3)):
+            save_square(tmp_path / folder / f"case-1-{number}_liver.png", corner=(number, corner))
+    write_table(tmp_path / "2d" / "data" / "test.json", coco_table(2))
+    for name, task, protocol in (("2d", "seg2d", "both"), ("3d", "seg3d", "paper")):
+        copy_folder(tmp_path / name, locate(f"s3://here/{name}"))
+        for place in (tmp_path, locate("s3://here")):
+            given = ("--data", place / name / "data", "--predictions", place / name / "found")
+            assert unibiomed("eval", *given, f"--task={task}", f"--protocol={protocol}", "--out",
+                             place / f"scored_{name}") == 0  # fmt: skip
+        local, there = ((place / f"scored_{name}" / "results.csv").read_text() for place in
+                        (tmp_path, locate("s3://here")))  # fmt: skip
+        assert there == local and "dice" in there

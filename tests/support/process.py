@@ -13,7 +13,7 @@ from jax._src import distributed as jax_distributed
 
 from unibiomed_jax import distributed, locks
 
-distributed._GATHERED = 1 << 12  # so that large arrays are gathered in parts, too
+distributed._GATHERED = 1 << 13  # so that large arrays are gathered in parts, too
 distributed.ARRIVAL, distributed.HEARTBEAT = int(os.environ.get("ARRIVAL", "60")), 10
 locks.BEAT, locks.SILENCE = 1, 8
 write = compiler._cache_write

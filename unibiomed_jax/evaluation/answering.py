@@ -135,7 +135,7 @@ class Asker:
 
     def _open_volume(self, sample: Sample) -> OpenedImage:
         """A volume, with its first slices or some that show the target for the language model to see."""
-        paths = [Path(find_file(self.data / sample.image / name)) for name in sample.slices]
+        paths = [locate(find_file(self.data / sample.image / name)) for name in sample.slices]
         most = self.model.config.sam2.max_conditioning_frames
         if self.conditioning == "first":
             return self.model.open_volume(paths, conditioning=range(min(most, len(paths))))

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -235,7 +236,7 @@ def read_values(path: Path) -> np.ndarray:
 
 def _open(path: Path) -> Image.Image:
     try:
-        image = Image.open(path)
+        image = Image.open(io.BytesIO(path.read_bytes()))
         image.load()
         return image
     except FileNotFoundError:

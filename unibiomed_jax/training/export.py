@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 
 from unibiomed_jax import checkpoint, distributed
@@ -14,7 +16,7 @@ from unibiomed_jax.files import locate
 from unibiomed_jax.parameters import Parameters, merge_adapters, unflatten
 from unibiomed_jax.training.config import TrainConfig
 from unibiomed_jax.training.snapshot import Checkpointer
-from unibiomed_jax.training.start import Start, belongs_to, starting_state
+from unibiomed_jax.training.start import Start, belongs_to, cast, starting_state
 from unibiomed_jax.training.step import TrainState, trained_parameters
 
 logger = logging.getLogger(__name__)
@@ -51,10 +53,11 @@ def export_model(
                 dropout=settings.dropout,
             )
     # Before the adapters are merged, so that the sum is not rounded to the format of what was frozen.
-    parameters = {
-        path: value if ".lora." in path else jnp.asarray(value, config.export_dtype)
-        for path, value in parameters.items()
-    }
+    dtype = jnp.dtype(config.export_dtype)
+    others = {p: value for p, value in parameters.items() if ".lora." not in p and value.dtype != dtype}
+    places = {path: value.sharding for path, value in others.items()}
+    # One program for all: one for each takes longer to compile.
+    parameters |= jax.jit(functools.partial(cast, dtype=dtype), out_shardings=places)(others)
     if settings.rank:
         parameters = merge_adapters(parameters, settings.alpha / settings.rank)
     checkpoint.save(

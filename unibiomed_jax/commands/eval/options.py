@@ -38,9 +38,9 @@ class EvalOptions(Processes):
     # millimetres, with intervals.
     protocol: Literal["paper", "strict", "both"] = "strict"
     # Folder of predictions as UniBiomed's scripts write them, of a single --task; its records go to --out.
-    predictions: Path | None = None
+    predictions: Address | None = None
     # Folder of the dataset that is asked, or that predictions are about.
-    data: Path | None = None
+    data: Address | None = None
     # How it is laid out; `unibiomed eval --list` says what is known.
     format: Format = "unibiomed"
     # Part of it.

@@ -11,6 +11,7 @@ from unibiomed_jax.commands.eval.printing import console
 from unibiomed_jax.commands.eval.score import score
 from unibiomed_jax.commands.run import DONE, FAILED_IN_PART
 from unibiomed_jax.errors import InputError
+from unibiomed_jax.files import in_bucket
 
 
 def evaluate(options: EvalOptions) -> int:
@@ -45,6 +46,11 @@ def _check(options: EvalOptions) -> None:
             raise InputError("--mode score asks no model; leave out --checkpoint, or --mode.")
         if options.predictions is not None:
             raise InputError("--predictions are answers of another system; leave out --checkpoint.")
+        if in_bucket(options.out):
+            raise InputError(
+                f"Answers are appended to files of --out, and {options.out} lies in a bucket, where nothing "
+                "can be; choose a folder on a disk."
+            )
         if options.data is None:
             raise InputError("--checkpoint is asked about a dataset; name its folder with --data.")
         return

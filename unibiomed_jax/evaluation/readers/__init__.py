@@ -54,9 +54,9 @@ def read_records(
     Raises:
         InputError: there are no such records, a table is wrong, or two records share a name.
     """
-    if format == "unibiomed":
-        return read_own_format(Path(data), split, tasks, datasets)
     data = locate(data)
+    if format == "unibiomed":
+        return read_own_format(data, split, tasks, datasets)
     if not data.exists():
         raise InputError(f"{shown(data)} does not exist; correct --data.")
     found = FORMATS[format](data, split)

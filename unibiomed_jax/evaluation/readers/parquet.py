@@ -11,7 +11,7 @@ from typing import Any
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.evaluation.readers.questions import answer_type, field, question_sample
 from unibiomed_jax.evaluation.records import Sample
-from unibiomed_jax.files import shown, write_beside
+from unibiomed_jax.files import in_bucket, shown, write_beside
 
 # Images are unpacked there, each once: PathVQA asks several questions about one.
 UNPACKED = "unpacked_images"
@@ -34,6 +34,11 @@ def read_parquet(data: Path, split: str) -> list[Sample]:
         raise InputError(
             "Parquet files need pyarrow; install it: pip install 'unibiomed-jax[eval]'."
         ) from None
+    if in_bucket(data):
+        raise InputError(
+            f"Images are unpacked beside parquet files, which a bucket does not allow; copy {shown(data)} to "
+            "a disk."
+        )
     paths = sorted(data.rglob(f"{split}-*.parquet")) or sorted(data.rglob(f"{split}.parquet"))
     if not paths:
         raise InputError(
