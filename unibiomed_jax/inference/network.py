@@ -9,9 +9,9 @@ from flax import nnx
 from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.config.precision import FLOAT32, Precision, bfloat16_units
 from unibiomed_jax.inference.cpu import split_linears, stored_in_bfloat16
-from unibiomed_jax.models.layers import layer_at, unstack_layers
+from unibiomed_jax.models.layers import unstack_layers
 from unibiomed_jax.models.unibiomed import UniBiomedModel
-from unibiomed_jax.parameters import flatten, stored_for, unflatten
+from unibiomed_jax.parameters import Parameters, flatten, stored_for, unflatten
 from unibiomed_jax.sharding.layout import Layout
 from unibiomed_jax.sharding.target import target
 
@@ -23,24 +23,24 @@ def build_network(
 
     Args:
         config: the model's sizes.
-        params: parameter tree of `UniBiomedModel(config)`, in whatever formats it is stored.
+        params: parameter tree of `UniBiomedModel(config)`, in whatever formats it is stored; it is emptied, so
+            that no more than one parameter is held in two of them.
         precision: of the arithmetic.
         layout: divides the model over devices.
 
     Raises:
         InputError: the strategy does not do on this mesh what it is for.
     """
+    in_bfloat16 = stored_in_bfloat16(params["language_model"])
+    table = flatten(params)
+    params.clear()
     if layout.mesh.size > 1:
-        table = flatten(params)
         layout.require_useful(table)
-        params = unflatten(layout.place(table))
+        table = layout.place(table)
     with layout.inside():
         on_cpu = target() == ("cpu", 1)
     in_parts = (
-        on_cpu
-        and bfloat16_units() == "matrix"
-        and precision.language == "float32"
-        and stored_in_bfloat16(params["language_model"])
+        on_cpu and bfloat16_units() == "matrix" and precision.language == "float32" and in_bfloat16
     )
 
     def make() -> UniBiomedModel:
@@ -52,12 +52,18 @@ def build_network(
 
     graphdef, state = nnx.split(nnx.eval_shape(make))
     if on_cpu:  # before they are widened: a stack beside its layers would double the memory
-        language = params["language_model"]
-        layers = {i: layer_at(language["layers"], i) for i in range(config.language.num_layers)}
-        params = {**params, "language_model": {**language, "layers": layers}}
+        _unstack(table, "language_model.layers.", config.language.num_layers)
     stored = dataclasses.replace(precision, language="bfloat16") if in_parts else precision
-    nnx.replace_by_pure_dict(state, stored_for(params, config, stored))
+    nnx.replace_by_pure_dict(state, unflatten(stored_for(table, config, stored)))
     model = nnx.merge(graphdef, state)
+    del state  # which would keep what is replaced
     if in_parts:
         split_linears(model.language_model, exact=precision == FLOAT32)
     return nnx.split(model)
+
+
+def _unstack(table: Parameters, prefix: str, length: int) -> None:
+    """Replace the stacks below a path by their layers, `prefix` number `.` rest, in place."""
+    for path in [path for path in table if path.startswith(prefix)]:
+        stack, rest = table.pop(path), path.removeprefix(prefix)
+        table |= {f"{prefix}{index}.{rest}": stack[index] for index in range(length)}

@@ -91,7 +91,9 @@ class UniBiomed:
         checkpoint_hash: str = "",
         layout: Layout | None = None,
     ):
-        """`params` is the parameter tree of `UniBiomedModel(config)`, `layout` divides it over devices."""
+        """`layout` divides the model over devices; `params`, the parameter tree of `UniBiomedModel(config)`, is
+        emptied, so that no weight is held in two number formats.
+        """
         layout = layout or Layout.over(jax.local_devices()[:1])
         runtime.prepare(layout.platform)
         self.config = config
