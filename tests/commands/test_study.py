@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
+import os
+import random
+import re
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from places import MICRO
+from places import MICRO, ROOT, TESTS
+from talking import dictate
 
 from unibiomed_jax import InputError, UniBiomed, open_study
 from unibiomed_jax.commands.run import run
@@ -41,13 +47,9 @@ def test_the_list_names_series_by_alias_and_says_what_is_odd(unibiomed, tmp_path
 
 
 @pytest.fixture(scope="module")
-def talking(tmp_path_factory):
-    """The micro checkpoint, loaded once, which says one [SEG] whatever it is asked."""
-    model = UniBiomed.from_pretrained(MICRO)
-    said = dict(enumerate(model.tokenizer.encode("It is [SEG]. ok")))
-    opened = model._opened
-    model._opened = lambda requests: [dataclasses.replace(r, forced=said) for r in opened(requests)]
-    return model
+def talking():
+    """Loaded once."""
+    return dictate(UniBiomed.from_pretrained(MICRO))
 
 
 @pytest.fixture
@@ -238,6 +240,51 @@ def test_what_cannot_be_written_is_known_before_anything_is_asked(
     assert len(asked) == 1 and "Left out: DICOM-SEG cannot be made" in said.out and "was asked" in said.err
     assert _usual_formats(open_study(tmp_path / "in")) == ("nifti", "html")
     assert _usual_formats(open_study(made.write(tmp_path / "whole"))) == ("nifti", "seg", "html")
+
+
+@pytest.mark.slow
+def test_a_command_that_is_killed_goes_on_and_nobody_sees_half_a_bundle(ask, talking, tmp_path, monkeypatch):
+    """SIGKILL in the first pass, while slices are followed, and while the bundle is written."""
+    seed = time.time_ns()
+    draw = random.Random(seed)
+    slices, formats = 5, ("nifti", "png", "coco", "html")
+    folder = MadeSeries(shape=(slices, 20, 16)).write(tmp_path / "in")
+    out, whole, state = tmp_path / "out", tmp_path / "whole", tmp_path / ".out.partial"
+    options = {"conditioning": ("auto",), "batch_size": 1, "formats": formats}
+    assert ask(folder, whole, **options) == 0
+    expected = without_times(whole)
+    command = [sys.executable, TESTS / "support" / "talking.py", "study", folder, "--out", out]
+    command += ["--ask", "Please segment it.", "--checkpoint", MICRO, "--max-new-tokens", "8"]
+    command += ["--window", "-160", "240", "--batch-size", "1", "--formats", *formats]
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{TESTS / 'support'}"}
+    for place, found in (
+        (state, f"first_*{draw.randrange(slices)}.npz"),
+        (state, f"slice_*{draw.randrange(slices)}.npz"),
+        (tmp_path, ".out.partial-*"),
+    ):
+        with subprocess.Popen(list(map(str, command)), env=env, stdout=subprocess.DEVNULL) as process:
+            while process.poll() is None and not any(place.glob(found)):
+                time.sleep(0.001)
+            time.sleep(draw.uniform(0, 0.02))
+            process.kill()
+        assert any(place.glob(found)) or out.exists(), (seed, found)
+        assert not out.exists() or without_times(out) == expected, (seed, found)
+
+    monkeypatch.setattr(talking, "predict_batch", lambda *_, **__: pytest.fail("all slices were asked"))
+    assert ask(folder, out, **options) == 0
+    assert without_times(out) == expected, seed
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out", "whole"}, seed
+
+
+def without_times(folder) -> dict[str, bytes]:
+    """All files of a bundle, but for how long things took."""
+    files = contents(folder)
+    record = json.loads(files["answer.json"])
+    del record["seconds"]
+    files["answer.json"] = json.dumps(record).encode()
+    files["study.html"], found = re.subn(rb"<dd>\d+\.\d s</dd>", b"", files["study.html"])
+    assert found == 1
+    return files
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from places import GOLDEN
+from talking import dictate
 
 from unibiomed_jax import InputError, Request, UniBiomed
 from unibiomed_jax.config.preprocessing import PREPROCESSING
@@ -41,14 +42,7 @@ def study() -> Study:
 @pytest.fixture(scope="module")
 def talking(model) -> UniBiomed:
     """The micro checkpoint, which says one [SEG] whatever it is asked."""
-    said = model.tokenizer.encode("It is [SEG]. ok")
-    opened = model._opened
-
-    def dictated(requests):
-        forced = dict(enumerate(said))
-        return [dataclasses.replace(request, forced=forced) for request in opened(requests)]
-
-    model._opened = dictated
+    dictate(model)
     yield model
     del model._opened
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import resource
 import sys
@@ -253,6 +254,8 @@ def _answer_series(
     deidentify = options.deidentify and deidentifiers.setdefault(alias, Deidentifier(alias))
     write_study(opened, answer, folder, formats, overwrite=True, deidentify=deidentify)
     delete_folder(partial)
+    for left in folder.parent.glob(f"{glob.escape(partial.name)}-*"):  # by a run that was killed as it wrote
+        delete_folder(left)
     _show(opened, answer, formats)
 
 
