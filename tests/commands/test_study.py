@@ -10,12 +10,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from places import MICRO, ROOT, TESTS
+from powerless import files_end_at, without_override
 from talking import dictate
 
 from unibiomed_jax import InputError, UniBiomed, open_study
@@ -182,6 +184,46 @@ def test_something_else_is_never_replaced(ask, tmp_path, capsys):
     assert ask(folder, tmp_path / "out") == 2
     assert "holds something else than an answer" in capsys.readouterr().err
     assert (tmp_path / "out" / "mine").read_text() == "kept"
+
+
+def test_what_may_not_be_written_or_read_is_said_before_anything_is_asked(ask, talking, tmp_path, capsys):
+    """Permissions, a file in the way, and a folder for temporary files that is full or locked."""
+    folder, locked = MadeSeries(shape=(3, 20, 16)).write(tmp_path / "in"), tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    for out in (locked / "out", locked / "deep" / "out", folder / "IM00001" / "out"):
+        with without_override():
+            assert ask(folder, out) == 2
+        error = capsys.readouterr().err
+        assert "Nothing can be written into" in error and "choose another --out" in error
+        assert error.count("\n") == 1 and not list(locked.iterdir())
+    with without_override(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(locked))
+        assert ask(folder, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "(Permission denied); set TMPDIR to another" in error and error.count("\n") == 1
+    (folder / "IM00001").chmod(0)
+    with without_override():
+        listed = run(lambda: study(StudyOptions(folder, list=True)))
+    said = capsys.readouterr()
+    assert listed == 1 and "cannot be read (Permission denied); change its permissions" in said.out
+    assert "1 files left out" in said.out and not said.err
+
+
+@pytest.mark.slow
+def test_on_a_full_disk_nothing_done_is_lost(ask, talking, tmp_path, capsys, monkeypatch):
+    """The page does not fit: the answer that lay there stays, and what was computed is not computed again."""
+    folder, out = MadeSeries(shape=(3, 20, 16)).write(tmp_path / "in"), tmp_path / "out"
+    assert ask(folder, out, formats=("coco",)) == 0
+    before = contents(out)
+    with files_end_at(10_000):
+        assert ask(folder, out, conditioning=("3",), formats=("html",)) == 2
+    error = capsys.readouterr().err
+    assert "is full; free some space and run" in error and error.count("\n") == 1
+    assert contents(out) == before
+    monkeypatch.setattr(talking, "say", lambda *_, **__: pytest.fail("the words were said again"))
+    assert ask(folder, out, conditioning=("3",), formats=("html",)) == 0
+    assert {path.name for path in out.iterdir()} == {"answer.json", "study.html"}
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import glob
 import json
 import resource
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -315,7 +316,7 @@ def _folders(out: Path, chosen: list[Series]) -> list[Path]:
     """Where the answer about each series goes.
 
     Raises:
-        InputError: something else lies there.
+        InputError: something else lies there, or nothing can be written there.
     """
     from unibiomed_jax.outputs.study_folder import ANSWER
 
@@ -326,6 +327,16 @@ def _folders(out: Path, chosen: list[Series]) -> list[Path]:
             raise InputError(f"{shown(folder)} holds something else than an answer; choose another --out.")
     if many and (out / ANSWER).exists():
         raise InputError(f"{shown(out)} is the answer about one series; choose another --out for several.")
+    place = folders[0].parent
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"Nothing can be written into {shown(place)} ({error.strerror}); change its permissions or choose "
+            "another --out."
+        ) from None
     return folders
 
 
@@ -365,6 +376,8 @@ def _usual_formats(opened: Study) -> tuple[str, ...]:
         try:
             require_formats(opened, (name,))
             formats.append(name)
+        except DiskFullError:
+            raise
         except InputError as error:
             _say(f"Left out: {error}")
     return (*formats, "html")
