@@ -7,7 +7,7 @@ import dataclasses
 from places import MICRO
 
 from unibiomed_jax import UniBiomed, cli
-from unibiomed_jax.inference import study_asking
+from unibiomed_jax.inference import study_following
 
 
 def dictate(model: UniBiomed) -> UniBiomed:
@@ -21,5 +21,5 @@ def dictate(model: UniBiomed) -> UniBiomed:
 if __name__ == "__main__":
     model = dictate(UniBiomed.from_pretrained(MICRO))
     UniBiomed.from_pretrained = lambda *_, **__: model
-    study_asking.KEEP_EVERY = 0.0
+    study_following.KEEP_EVERY = 0.0
     cli.main()

@@ -29,7 +29,7 @@ from unibiomed_jax.files import delete_folder, shown
 if TYPE_CHECKING:
     from unibiomed_jax.inference.predictor import UniBiomed
     from unibiomed_jax.inference.study_answer import StudyAnswer
-    from unibiomed_jax.inference.study_asking import StudyQuestion
+    from unibiomed_jax.inference.study_question import StudyQuestion
     from unibiomed_jax.outputs.deidentify import Deidentifier
     from unibiomed_jax.studies.opening import Listing
     from unibiomed_jax.studies.series import Series
@@ -41,6 +41,8 @@ errors = Console(stderr=True)
 NAMED = 20
 # What stands for every series in --series.
 ALL = "all"
+# The window of a series of which nothing says it.
+TO_BE_STATED = "to be stated"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +122,12 @@ def _list(options: StudyOptions) -> int:
         *(Column(name, no_wrap=True) for name in ("", "series")),
         *("modality", "plane", "slices", "rows x columns", "spacing, mm", "window", "notes"),
     )
+    windows = []
     for number, series in enumerate(listing.series, 1):
         slices, height, width = series.shape
+        if series.modality == "unknown" and options.modality is not None:
+            series = dataclasses.replace(series, modality=options.modality)
+        windows.append(_window(series, preprocessing))
         table.add_row(
             str(number),
             series.alias,
@@ -130,11 +136,17 @@ def _list(options: StudyOptions) -> int:
             str(slices),
             f"{height} x {width}",
             " x ".join(f"{length:.4g}" for length in series.spacing or ()),
-            _window(series, preprocessing),
+            windows[-1],
             escape(series.refusal or "; ".join(series.notes)),
         )
     console.print(table)
     _say(f"Windows are those of the preset {preprocessing.name!r}.")
+    if TO_BE_STATED in windows:
+        names = ", ".join(preset.name for preset in preprocessing.ct_windows)
+        _say(
+            f"{TO_BE_STATED.capitalize()}: --window with one of {names}, own, percentile, or two numbers; "
+            "where the modality is unknown, --modality may do. Pictures in colour need neither."
+        )
     _say_left_out(listing)
     failed = bool(listing.damaged) or any(series.refusal for series in listing.series)
     return FAILED_IN_PART if failed else DONE
@@ -145,13 +157,12 @@ def _window(series: Series, preprocessing: Preprocessing) -> str:
     from unibiomed_jax.studies.grey import ct_preset
 
     if series.modality == "CT":
-        name = ct_preset(series.body_part, preprocessing)
-        return name or f"to be stated: {', '.join(preset.name for preset in preprocessing.ct_windows)}"
+        return ct_preset(series.body_part, preprocessing) or TO_BE_STATED
     if series.modality == "PT" and preprocessing.suv_window is not None:
         return "SUV {:g} to {:g}, or percentiles".format(*preprocessing.suv_window)
     if series.modality in ("MR", "PT", "NM"):
         return "percentiles"
-    return "by its values" if series.modality == "unknown" else "the file's own, or as stored"
+    return TO_BE_STATED if series.modality == "unknown" else "the file's own, or as stored"
 
 
 def _say_left_out(listing: Listing) -> None:
@@ -215,7 +226,7 @@ def _answer_series(
         InputError: it cannot be opened, asked about or written.
         DiskFullError: no space is left.
     """
-    from unibiomed_jax.inference.study_asking import hash_of, request_of
+    from unibiomed_jax.inference.study_question import hash_of, request_of
     from unibiomed_jax.outputs.deidentify import Deidentifier, identity_of
     from unibiomed_jax.outputs.study_folder import require_formats, write_study
     from unibiomed_jax.studies.opening import open_series
@@ -262,7 +273,7 @@ def _answer_series(
 
 def _question(options: StudyOptions) -> StudyQuestion:
     """The options that change the answer, checked."""
-    from unibiomed_jax.inference.study_asking import StudyQuestion
+    from unibiomed_jax.inference.study_question import StudyQuestion
     from unibiomed_jax.outputs.study_folder import FORMATS
 
     for name in ("batch_size", "max_new_tokens", "max_masks", "parts"):
@@ -334,8 +345,8 @@ def _folders(out: Path, chosen: list[Series]) -> list[Path]:
             pass
     except OSError as error:
         raise InputError(
-            f"Nothing can be written into {shown(place)} ({error.strerror}); change its permissions or choose "
-            "another --out."
+            f"Nothing can be written into {shown(place)} ({error.strerror}); change its permissions or "
+            "choose another --out."
         ) from None
     return folders
 

@@ -23,8 +23,8 @@ def build_network(
 
     Args:
         config: the model's sizes.
-        params: parameter tree of `UniBiomedModel(config)`, in whatever formats it is stored; it is emptied, so
-            that no more than one parameter is held in two of them.
+        params: parameter tree of `UniBiomedModel(config)`, in whatever formats it is stored; it is emptied,
+            so that no more than one parameter is held in two of them.
         precision: of the arithmetic.
         layout: divides the model over devices.
 
@@ -39,9 +39,7 @@ def build_network(
         table = layout.place(table)
     with layout.inside():
         on_cpu = target() == ("cpu", 1)
-    in_parts = (
-        on_cpu and bfloat16_units() == "matrix" and precision.language == "float32" and in_bfloat16
-    )
+    in_parts = on_cpu and bfloat16_units() == "matrix" and precision.language == "float32" and in_bfloat16
 
     def make() -> UniBiomedModel:
         model = UniBiomedModel(config, precision, rngs=nnx.Rngs(0))
