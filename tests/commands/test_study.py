@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from places import MICRO, ROOT, TESTS
 from powerless import files_end_at, without_override
+from rich.console import Console
 from talking import dictate
 
 from unibiomed_jax import InputError, UniBiomed, open_study
@@ -46,6 +47,29 @@ def test_the_list_names_series_by_alias_and_says_what_is_odd(unibiomed, tmp_path
     assert run.returncode == 2 and "check it" in run.stderr and "Planted" not in run.stderr
     run = unibiomed("study", str(folder))
     assert run.returncode == 2 and "either --list" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_the_list_says_once_what_is_to_be_stated_and_what_was_cut_off(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("unibiomed_jax.commands.study.console", Console(width=150))
+    nibabel = pytest.importorskip("nibabel")
+    folder = MadeSeries(shape=(2, 20, 16)).write(tmp_path / "in")
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 2), np.int16), np.eye(4)), folder / "scan.nii")
+    start = Path(get_testdata_file("CT_small.dcm")).read_bytes()[:3000]  # before it says how large it is
+    (folder / "cut.dcm").write_bytes(start)
+
+    def listed(**options) -> str:
+        assert run(lambda: study(StudyOptions(folder, list=True, **options))) == 1
+        return " ".join(capsys.readouterr().out.split())
+
+    said = listed()
+    assert said.count("--window with one of abdomen, lung, pelvis, liver, colon, pancreas, own") == 1
+    assert "ends before its pixels; copy it again from the archive" in said
+    assert said.count("│ to be stated │") == 2 and "percentiles" not in said
+    assert listed(modality="MR").count("percentiles") == 1, "what does not say it is as stated"
+    monkeypatch.setattr("unibiomed_jax.commands.study.console", Console(width=80))
+    assert "…" not in listed(modality="MR"), "nothing is cut on a narrow terminal"
+    alone = run(lambda: study(StudyOptions(folder / "cut.dcm", list=True)))
+    assert alone == 2 and "No series lies there" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,8 @@ errors = Console(stderr=True)
 NAMED = 20
 # What stands for every series in --series.
 ALL = "all"
+# What else the list says.
+COLUMNS = ("modality", "plane", "slices", "rows x columns", "spacing, mm", "window", "notes")
 # The window of a series of which nothing says it.
 TO_BE_STATED = "to be stated"
 
@@ -120,7 +122,7 @@ def _list(options: StudyOptions) -> int:
         raise InputError("No series lies there; give a folder or a file with images.")
     table = Table(  # numbers and aliases, which --series takes, stay whole on narrow terminals
         *(Column(name, no_wrap=True) for name in ("", "series")),
-        *("modality", "plane", "slices", "rows x columns", "spacing, mm", "window", "notes"),
+        *(Column(name, overflow="fold") for name in COLUMNS),
     )
     windows = []
     for number, series in enumerate(listing.series, 1):
