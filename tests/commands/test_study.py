@@ -372,7 +372,11 @@ def test_inputs_as_they_come(ask, tmp_path, capsys, monkeypatch):
     assert ask(single, tmp_path / "a", formats=("seg",), conditioning=("auto",)) == 0
     record = json.loads((tmp_path / "a" / "answer.json").read_text())
     assert record["conditioning"]["choice"] == "each" and record["conditioning"]["slices"] == [1]
-    assert "there is only one slice" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "there is only one slice" in said and ", slice 1 of 1\n" in said
+    assert ask(single, tmp_path / "a", formats=("seg", "coco"), conditioning=("1",), smallest_ml=1e3) == 0
+    said = capsys.readouterr().out
+    assert "Written: coco.\n" in said and "Not written, for nothing is marked: seg." in said
 
     nibabel = pytest.importorskip("nibabel")
     film = np.zeros((16, 20, 3, 2), np.int16) - 200

@@ -230,7 +230,7 @@ def _answer_series(
     """
     from unibiomed_jax.inference.study_question import hash_of, request_of
     from unibiomed_jax.outputs.deidentify import Deidentifier, identity_of
-    from unibiomed_jax.outputs.study_folder import require_formats, write_study
+    from unibiomed_jax.outputs.study_folder import ANSWER, require_formats, write_study
     from unibiomed_jax.studies.opening import open_series
 
     opened = open_series(series, options.modality)
@@ -270,7 +270,7 @@ def _answer_series(
     delete_folder(partial)
     for left in folder.parent.glob(f"{glob.escape(partial.name)}-*"):  # by a run that was killed as it wrote
         delete_folder(left)
-    _show(opened, answer, formats)
+    _show(opened, answer, json.loads((folder / ANSWER).read_text(encoding="utf-8"))["files"])
 
 
 def _question(options: StudyOptions) -> StudyQuestion:
@@ -417,8 +417,8 @@ def _progress(name: str) -> Iterator[Any]:
         yield tell
 
 
-def _show(opened: Study, answer: StudyAnswer, formats: tuple[str, ...]) -> None:
-    """The answer in a few lines."""
+def _show(opened: Study, answer: StudyAnswer, files: dict[str, list[str]]) -> None:
+    """The answer in a few lines; `files` by format."""
     from unibiomed_jax.inference.phrases import clean_answer
 
     _say(f"{opened.series_alias}: {clean_answer(answer.text)}")
@@ -430,7 +430,7 @@ def _show(opened: Study, answer: StudyAnswer, formats: tuple[str, ...]) -> None:
         parts = [
             *([f"{size.volume_ml:.2f} ml"] if size.volume_ml is not None else [f"{size.pixels} pixels"]),
             *([f"longest {size.diameter_mm:.1f} mm"] if size.diameter_mm is not None else []),
-            f"slices {size.slices[0]} to {size.slices[1]} of {len(opened.values)}",
+            _slices(*size.slices, of=len(opened.values)),
         ]
         _say(f"    {name}: {', '.join(parts)}")
     shown_slices = answer.conditioning.slices
@@ -444,7 +444,14 @@ def _show(opened: Study, answer: StudyAnswer, formats: tuple[str, ...]) -> None:
         _say(f"    The language model saw slices {numbers}: {answer.conditioning.reason}.")
     for sentence in (*answer.cleaning, *answer.notes, *opened.notes):
         _say(f"    Note: {sentence}.")
-    _say(f"    Written: {', '.join(formats)}.")
+    _say(f"    Written: {', '.join(name for name, names in files.items() if names)}.")
+    if not all(files.values()):
+        missing = ", ".join(name for name, names in files.items() if not names)
+        _say(f"    Not written, for nothing is marked: {missing}.")
+
+
+def _slices(first: int, last: int, *, of: int) -> str:
+    return f"slice {first} of {of}" if first == last else f"slices {first} to {last} of {of}"
 
 
 def _peak() -> float:
