@@ -144,17 +144,11 @@ def stored_for(table: Parameters, config: ModelConfig, precision: Precision) -> 
     """Every matrix in the dtype it is multiplied in; vectors stay in float32, where they are used.
 
     An embedding table that is only looked up and came in bfloat16 stays so: its rows can be widened later.
-
-    Args:
-        table: is emptied, so that no more than one parameter is held in two formats.
-        config: the model's sizes.
-        precision: of the arithmetic.
     """
-    stored = {}
-    for path in list(table):
-        leaf = table.pop(path)
-        stored[path] = jnp.asarray(leaf, _stored_dtype(path, leaf.dtype, config, precision))
-    return stored
+    return {
+        path: jnp.asarray(leaf, _stored_dtype(path, leaf.dtype, config, precision))
+        for path, leaf in table.items()
+    }
 
 
 def _stored_dtype(path: str, came: DTypeLike, config: ModelConfig, precision: Precision) -> DTypeLike:

@@ -101,18 +101,17 @@ def test_the_predictor_splits_a_checkpoint_stored_in_bfloat16_where_there_are_ma
 
 def test_no_stack_of_layers_is_widened_beside_the_layers(monkeypatch):
     """It would double the memory of the largest part while a model is loaded."""
-    widened = []
+    widened = {}
 
     def watched(table, *arguments):
-        widened.append(table.copy())
+        widened.update(table)
         return stored_for(table, *arguments)
 
     monkeypatch.setattr(network, "stored_for", watched)
     loaded = read_released(MICRO)
     stack = loaded.params["language_model"]["layers"]["mlp"]["up_proj"]["kernel"].shape
     model = UniBiomed(loaded.config, loaded.params, Tokenizer.from_folder(MICRO), precision=FLOAT32)
-    (table,) = widened
-    kernels = [x for path, x in table.items() if path.endswith("up_proj.kernel")]
+    kernels = [x for path, x in widened.items() if path.endswith("up_proj.kernel")]
     assert [x.shape for x in kernels] == [stack[1:]] * stack[0] and not loaded.params
     # Nor is it held by the model that computes.
     assert max(x.ndim for x in jax.tree.leaves(model.params["language_model"])) == 2

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 from flax import nnx
 
+from unibiomed_jax import runtime
 from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.config.precision import FLOAT32, Precision, bfloat16_units
 from unibiomed_jax.inference.cpu import split_linears, stored_in_bfloat16
@@ -49,19 +51,24 @@ def build_network(
         return model
 
     graphdef, state = nnx.split(nnx.eval_shape(make))
-    if on_cpu:  # before they are widened: a stack beside its layers would double the memory
-        _unstack(table, "language_model.layers.", config.language.num_layers)
-    stored = dataclasses.replace(precision, language="bfloat16") if in_parts else precision
-    nnx.replace_by_pure_dict(state, unflatten(stored_for(table, config, stored)))
+    numbers = dataclasses.replace(precision, language="bfloat16") if in_parts else precision
+    stored: Parameters = {}
+    for path in list(table):  # one by one: all of them in two formats would be half as much again
+        parts = _layers(path, table.pop(path)) if on_cpu else {path: table.pop(path)}
+        stored |= stored_for(parts, config, numbers)
+    nnx.replace_by_pure_dict(state, unflatten(stored))
     model = nnx.merge(graphdef, state)
-    del state  # which would keep what is replaced
+    del stored, parts, state  # which would keep what is replaced
     if in_parts:
         split_linears(model.language_model, exact=precision == FLOAT32)
+    runtime.release()
     return nnx.split(model)
 
 
-def _unstack(table: Parameters, prefix: str, length: int) -> None:
-    """Replace the stacks below a path by their layers, `prefix` number `.` rest, in place."""
-    for path in [path for path in table if path.startswith(prefix)]:
-        stack, rest = table.pop(path), path.removeprefix(prefix)
-        table |= {f"{prefix}{index}.{rest}": stack[index] for index in range(length)}
+def _layers(path: str, value: jax.Array) -> Parameters:
+    """A stack of the language model as its layers, before it is widened; any other parameter as it is."""
+    prefix = "language_model.layers."
+    if not path.startswith(prefix):
+        return {path: value}
+    rest = path.removeprefix(prefix)
+    return {f"{prefix}{index}.{rest}": value[index] for index in range(len(value))}
