@@ -1,5 +1,7 @@
 """Tables of parameters: taken apart and put together, chosen, counted, stored, merged."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -175,14 +177,22 @@ MATRICES = {
 
 
 def test_matrices_are_stored_as_they_are_multiplied_and_vectors_in_float32():
-    params = unflatten(abstract_params(MODEL))
-
     def stored(precision):
-        shapes = jax.eval_shape(lambda params: stored_for(params, MODEL, precision), params)
-        return {path: leaf.dtype == jnp.bfloat16 for path, leaf in flatten(shapes).items()}
+        shapes = jax.eval_shape(lambda table: stored_for(table, MODEL, precision), abstract_params(MODEL))
+        return {path: leaf.dtype == jnp.bfloat16 for path, leaf in shapes.items()}
 
     plain, fast, half = map(stored, (FLOAT32, FAST, BFLOAT16))
     assert not any(plain.values())
     assert {path: (fast[path], half[path]) for path in MATRICES} == MATRICES
     matrix = ("kernel", "embed_tokens")
     assert not any(found for path, found in half.items() if path.rpartition(".")[2] not in matrix)
+
+
+def test_a_table_that_is_only_looked_up_stays_as_narrow_as_it_came():
+    def stored(model, came):
+        table = {"language_model.embed_tokens": jnp.ones((4, 2), came)}
+        return stored_for(table, model, FLOAT32)["language_model.embed_tokens"].dtype
+
+    tied = dataclasses.replace(MODEL, language=dataclasses.replace(MODEL.language, tie_word_embeddings=True))
+    assert stored(MODEL, jnp.bfloat16) == jnp.bfloat16 and stored(MODEL, jnp.float32) == jnp.float32
+    assert stored(tied, jnp.bfloat16) == jnp.float32

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.config.precision import FLOAT32, Precision
@@ -139,25 +140,32 @@ def count(parameters: Mapping[str, jax.Array], padding_rows: int = 0) -> int:
 # Number formats
 
 
-def stored_for(params: dict, config: ModelConfig, precision: Precision) -> dict:
-    """Every matrix in the dtype it is multiplied in; vectors stay in float32, where they are used."""
+def stored_for(table: Parameters, config: ModelConfig, precision: Precision) -> Parameters:
+    """Every matrix in the dtype it is multiplied in; vectors stay in float32, where they are used.
 
-    def cast(path, leaf):
-        names = tuple(key.key for key in path)
-        matrix = names[-1] in ("kernel", "embed_tokens")
-        return jnp.asarray(leaf, _kernel_dtype(names, config, precision) if matrix else jnp.float32)
+    An embedding table that is only looked up and came in bfloat16 stays so: its rows can be widened later.
+    """
+    return {
+        path: jnp.asarray(leaf, _stored_dtype(path, leaf.dtype, config, precision))
+        for path, leaf in table.items()
+    }
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+
+def _stored_dtype(path: str, came: DTypeLike, config: ModelConfig, precision: Precision) -> DTypeLike:
+    names = tuple(path.split("."))
+    if path == EMBEDDING and came == jnp.bfloat16 and not config.language.tie_word_embeddings:
+        return came
+    return _kernel_dtype(names, config, precision) if names[-1] in ("kernel", "embed_tokens") else "float32"
 
 
-def _kernel_dtype(names: tuple, config: ModelConfig, precision: Precision) -> str:
+def _kernel_dtype(names: tuple[str, ...], config: ModelConfig, precision: Precision) -> str:
     match names:
         case ("vision_model" | "mlp1", *_):
             return precision.vision
         case ("language_model", *_):
             return precision.language
         case ("sam2", "image_encoder", "trunk", "runs", run, *_) if precision.sam2_encoder == "mixed":
-            fine = config.sam2.hiera.runs()[run].dim_out == config.sam2.hiera.embed_dim
+            fine = config.sam2.hiera.runs()[int(run)].dim_out == config.sam2.hiera.embed_dim
             return "float32" if fine else "bfloat16"
         case ("sam2", "image_encoder", *_) | ("sam2", "sam_mask_decoder", "conv_s0" | "conv_s1", *_):
             return "float32" if precision.sam2_encoder == "mixed" else precision.sam2_encoder

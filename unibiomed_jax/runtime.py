@@ -8,6 +8,7 @@ import functools
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -55,11 +56,28 @@ def prepare(platform: str | None = None) -> None:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if sys.platform == "linux" and (platform or jax.default_backend()) == "cpu":
-        try:
-            mallopt = ctypes.CDLL("libc.so.6").mallopt
-        except (OSError, AttributeError):  # another C library: nothing to tune
+        mallopt = _of_glibc("mallopt")
+        if mallopt is None:  # nothing to tune
             return
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(_M_TOP_PAD, 64 << 20)
         mallopt(_M_ARENA_MAX, 1)
+
+
+def release() -> None:
+    """Give freed memory back to the system once, where `prepare` has this process keep it.
+
+    After a stage that needed much and does not come again, such as loading.
+    """
+    trim = _of_glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _of_glibc(name: str) -> Any:
+    """A function of glibc; None where there is another C library."""
+    try:
+        return getattr(ctypes.CDLL("libc.so.6"), name)
+    except (OSError, AttributeError):
+        return None

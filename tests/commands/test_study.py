@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
+import os
+import random
+import re
 import shutil
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from places import MICRO
+from places import MICRO, ROOT, TESTS
+from powerless import files_end_at, without_override
+from rich.console import Console
+from talking import dictate
 
 from unibiomed_jax import InputError, UniBiomed, open_study
 from unibiomed_jax.commands.run import run
@@ -40,14 +49,33 @@ def test_the_list_names_series_by_alias_and_says_what_is_odd(unibiomed, tmp_path
     assert run.returncode == 2 and "either --list" in run.stderr and "Traceback" not in run.stderr
 
 
+def test_the_list_says_once_what_is_to_be_stated_and_what_was_cut_off(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("unibiomed_jax.commands.study.console", Console(width=150))
+    nibabel = pytest.importorskip("nibabel")
+    folder = MadeSeries(shape=(2, 20, 16)).write(tmp_path / "in")
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 2), np.int16), np.eye(4)), folder / "scan.nii")
+    start = Path(get_testdata_file("CT_small.dcm")).read_bytes()[:3000]  # before it says how large it is
+    (folder / "cut.dcm").write_bytes(start)
+
+    def listed(**options) -> str:
+        assert run(lambda: study(StudyOptions(folder, list=True, **options))) == 1
+        return " ".join(capsys.readouterr().out.split())
+
+    said = listed()
+    assert said.count("--window with one of abdomen, lung, pelvis, liver, colon, pancreas, own") == 1
+    assert "ends before its pixels; copy it again from the archive" in said
+    assert said.count("│ to be stated │") == 2 and "percentiles" not in said
+    assert listed(modality="MR").count("percentiles") == 1, "what does not say it is as stated"
+    monkeypatch.setattr("unibiomed_jax.commands.study.console", Console(width=80))
+    assert "…" not in listed(modality="MR"), "nothing is cut on a narrow terminal"
+    alone = run(lambda: study(StudyOptions(folder / "cut.dcm", list=True)))
+    assert alone == 2 and "No series lies there" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
-def talking(tmp_path_factory):
-    """The micro checkpoint, loaded once, which says one [SEG] whatever it is asked."""
-    model = UniBiomed.from_pretrained(MICRO)
-    said = dict(enumerate(model.tokenizer.encode("It is [SEG]. ok")))
-    opened = model._opened
-    model._opened = lambda requests: [dataclasses.replace(r, forced=said) for r in opened(requests)]
-    return model
+def talking():
+    """Loaded once."""
+    return dictate(UniBiomed.from_pretrained(MICRO))
 
 
 @pytest.fixture
@@ -182,6 +210,46 @@ def test_something_else_is_never_replaced(ask, tmp_path, capsys):
     assert (tmp_path / "out" / "mine").read_text() == "kept"
 
 
+def test_what_may_not_be_written_or_read_is_said_before_anything_is_asked(ask, talking, tmp_path, capsys):
+    """Permissions, a file in the way, and a folder for temporary files that is full or locked."""
+    folder, locked = MadeSeries(shape=(3, 20, 16)).write(tmp_path / "in"), tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    for out in (locked / "out", locked / "deep" / "out", folder / "IM00001" / "out"):
+        with without_override():
+            assert ask(folder, out) == 2
+        error = capsys.readouterr().err
+        assert "Nothing can be written into" in error and "choose another --out" in error
+        assert error.count("\n") == 1 and not list(locked.iterdir())
+    with without_override(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(locked))
+        assert ask(folder, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "(Permission denied); set TMPDIR to another" in error and error.count("\n") == 1
+    (folder / "IM00001").chmod(0)
+    with without_override():
+        listed = run(lambda: study(StudyOptions(folder, list=True)))
+    said = capsys.readouterr()
+    assert listed == 1 and "cannot be read (Permission denied); change its permissions" in said.out
+    assert "1 files left out" in said.out and not said.err
+
+
+@pytest.mark.slow
+def test_on_a_full_disk_nothing_done_is_lost(ask, talking, tmp_path, capsys, monkeypatch):
+    """The page does not fit: the answer that lay there stays, and what was computed is not computed again."""
+    folder, out = MadeSeries(shape=(3, 20, 16)).write(tmp_path / "in"), tmp_path / "out"
+    assert ask(folder, out, formats=("coco",)) == 0
+    before = contents(out)
+    with files_end_at(10_000):
+        assert ask(folder, out, conditioning=("3",), formats=("html",)) == 2
+    error = capsys.readouterr().err
+    assert "is full; free some space and run" in error and error.count("\n") == 1
+    assert contents(out) == before
+    monkeypatch.setattr(talking, "say", lambda *_, **__: pytest.fail("the words were said again"))
+    assert ask(folder, out, conditioning=("3",), formats=("html",)) == 0
+    assert {path.name for path in out.iterdir()} == {"answer.json", "study.html"}
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
+
+
 @pytest.mark.slow
 def test_an_answer_is_that_of_the_patient_named_now(ask, tmp_path, capsys):
     """The same pixels under a corrected identity, sent again, or with a file gone, are answered again."""
@@ -241,6 +309,51 @@ def test_what_cannot_be_written_is_known_before_anything_is_asked(
 
 
 @pytest.mark.slow
+def test_a_command_that_is_killed_goes_on_and_nobody_sees_half_a_bundle(ask, talking, tmp_path, monkeypatch):
+    """SIGKILL in the first pass, while slices are followed, and while the bundle is written."""
+    seed = time.time_ns()
+    draw = random.Random(seed)
+    slices, formats = 5, ("nifti", "png", "coco", "html")
+    folder = MadeSeries(shape=(slices, 20, 16)).write(tmp_path / "in")
+    out, whole, state = tmp_path / "out", tmp_path / "whole", tmp_path / ".out.partial"
+    options = {"conditioning": ("auto",), "batch_size": 1, "formats": formats}
+    assert ask(folder, whole, **options) == 0
+    expected = without_times(whole)
+    command = [sys.executable, TESTS / "support" / "talking.py", "study", folder, "--out", out]
+    command += ["--ask", "Please segment it.", "--checkpoint", MICRO, "--max-new-tokens", "8"]
+    command += ["--window", "-160", "240", "--batch-size", "1", "--formats", *formats]
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{TESTS / 'support'}"}
+    for place, found in (
+        (state, f"first_*{draw.randrange(slices)}.npz"),
+        (state, f"slice_*{draw.randrange(slices)}.npz"),
+        (tmp_path, ".out.partial-*"),
+    ):
+        with subprocess.Popen(list(map(str, command)), env=env, stdout=subprocess.DEVNULL) as process:
+            while process.poll() is None and not any(place.glob(found)):
+                time.sleep(0.001)
+            time.sleep(draw.uniform(0, 0.02))
+            process.kill()
+        assert any(place.glob(found)) or out.exists(), (seed, found)
+        assert not out.exists() or without_times(out) == expected, (seed, found)
+
+    monkeypatch.setattr(talking, "predict_batch", lambda *_, **__: pytest.fail("all slices were asked"))
+    assert ask(folder, out, **options) == 0
+    assert without_times(out) == expected, seed
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out", "whole"}, seed
+
+
+def without_times(folder) -> dict[str, bytes]:
+    """All files of a bundle, but for how long things took."""
+    files = contents(folder)
+    record = json.loads(files["answer.json"])
+    del record["seconds"]
+    files["answer.json"] = json.dumps(record).encode()
+    files["study.html"], found = re.subn(rb"<dd>\d+\.\d s</dd>", b"", files["study.html"])
+    assert found == 1
+    return files
+
+
+@pytest.mark.slow
 def test_the_present_folder_may_be_the_answer(ask, tmp_path, capsys, monkeypatch):
     """It has no name of its own in "."."""
     folder, out = MadeSeries(shape=(1, 20, 16)).write(tmp_path / "in"), tmp_path / "out"
@@ -259,7 +372,11 @@ def test_inputs_as_they_come(ask, tmp_path, capsys, monkeypatch):
     assert ask(single, tmp_path / "a", formats=("seg",), conditioning=("auto",)) == 0
     record = json.loads((tmp_path / "a" / "answer.json").read_text())
     assert record["conditioning"]["choice"] == "each" and record["conditioning"]["slices"] == [1]
-    assert "there is only one slice" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "there is only one slice" in said and ", slice 1 of 1\n" in said
+    assert ask(single, tmp_path / "a", formats=("seg", "coco"), conditioning=("1",), smallest_ml=1e3) == 0
+    said = capsys.readouterr().out
+    assert "Written: coco.\n" in said and "Not written, for nothing is marked: seg." in said
 
     nibabel = pytest.importorskip("nibabel")
     film = np.zeros((16, 20, 3, 2), np.int16) - 200

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 from places import GOLDEN
+from talking import dictate
 
 from unibiomed_jax import InputError, Request, UniBiomed
 from unibiomed_jax.config.preprocessing import PREPROCESSING
-from unibiomed_jax.inference import study_asking
+from unibiomed_jax.inference import study_asking, study_following
 from unibiomed_jax.inference.kept import Kept
-from unibiomed_jax.inference.study_asking import StudyQuestion, choose_slices, request_of
+from unibiomed_jax.inference.study_first_pass import agreement_of, choose_slices
+from unibiomed_jax.inference.study_question import StudyQuestion, request_of
+from unibiomed_jax.inference.study_run import FOLLOWED
 from unibiomed_jax.masks.parts import keep_parts
 from unibiomed_jax.models.sam2 import TrackState
 from unibiomed_jax.studies.grey import to_grey
@@ -41,14 +44,7 @@ def study() -> Study:
 @pytest.fixture(scope="module")
 def talking(model) -> UniBiomed:
     """The micro checkpoint, which says one [SEG] whatever it is asked."""
-    said = model.tokenizer.encode("It is [SEG]. ok")
-    opened = model._opened
-
-    def dictated(requests):
-        forced = dict(enumerate(said))
-        return [dataclasses.replace(request, forced=forced) for request in opened(requests)]
-
-    model._opened = dictated
+    dictate(model)
     yield model
     del model._opened
 
@@ -87,9 +83,9 @@ def test_slices_are_chosen_where_the_target_surely_is_and_spread_over_it():
 
 def test_agreement_is_the_dice_with_both_neighbours():
     masks = np.array([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
-    found = study_asking._agreement([np.packbits(mask) for mask in masks])
+    found = agreement_of([np.packbits(mask) for mask in masks])
     assert found == pytest.approx([2 / 3, (2 / 3 + 0) / 2, 0])
-    assert study_asking._agreement([np.packbits(masks[0])]) == [1]
+    assert agreement_of([np.packbits(masks[0])]) == [1]
 
 
 @pytest.mark.slow
@@ -136,7 +132,7 @@ def test_a_view_that_cannot_be_undone_is_refused():
 @pytest.mark.slow
 def test_what_was_done_is_not_done_again(talking, study, tmp_path, monkeypatch):
     """A run that ends at any moment, and one that goes on from there, say the same as one in one go."""
-    monkeypatch.setattr(study_asking, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(study_following, "KEEP_EVERY", 0.0)
     ask = {"max_new_tokens": 8, "batch_size": 1}
     whole = talking.ask_study(study, QUESTION, **ask)
     told: list[tuple[str, int, int]] = []
@@ -286,14 +282,14 @@ def test_following_begins_anew_where_a_slice_of_what_was_done_is_lost(tmp_path):
     kept = Kept(tmp_path / "state", {"a": 1})
     blank = TrackState(*(np.zeros(2, np.float32) for _ in TrackState._fields))
     for index in (2, 0, 1):
-        kept.put(study_asking.FOLLOWED.format(index), masks=np.ones(2))
+        kept.put(FOLLOWED.format(index), masks=np.ones(2))
     leaves = {name: np.ones(2, np.float32).view(np.uint8) for name in TrackState._fields}
     kept.put("track", done=np.array(2), **leaves)
     (tmp_path / "state" / "slice_00001.npz").write_bytes(b"")  # done after the state was kept
-    done, track = study_asking._restored(kept, blank, [2, 0, 1])
+    done, track = study_following._restored(kept, blank, [2, 0, 1])
     assert done == 2 and track.frames.tolist() == [1, 1]
     (tmp_path / "state" / "slice_00000.npz").write_bytes(b"")
-    assert study_asking._restored(kept, blank, [2, 0, 1]) == (0, blank)
+    assert study_following._restored(kept, blank, [2, 0, 1]) == (0, blank)
 
 
 @pytest.mark.parametrize("name", ["request.json", ".unibiomed-half-done.json"])

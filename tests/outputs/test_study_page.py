@@ -182,8 +182,12 @@ def test_plain_masks_and_single_pictures_in_colour_have_a_page_too(study, tmp_pa
     assert picture.size == (2048, 41) and picture.mode == "RGB"
     assert data["regions"][0]["paths"]["0"] == "M30 10h20v10h-20z"
     assert "input" not in {tag for tag, _ in page.elements}
+    words = " ".join(text for texts in page.texts.values() for text in texts)
+    assert "1 slice of 50 x 2500" in words and "Scroll" not in words, "there is nothing to scroll"
     write_study(study, {}, tmp_path / "nothing", ["html", "coco"], window=WINDOW)
-    assert "There are no masks." in (tmp_path / "nothing" / "study.html").read_text()
+    text = (tmp_path / "nothing" / "study.html").read_text()
+    (toggle,) = (found for _, found in _Page(text).elements if found.get("class") == "toggle")
+    assert "There are no masks." in text and "Scroll by wheel" in text and "hidden" in toggle
 
 
 def test_low_values_are_white_in_every_picture_where_they_are_meant_to_be(tmp_path):

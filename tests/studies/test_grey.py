@@ -13,7 +13,7 @@ from unibiomed_jax.errors import InputError
 from unibiomed_jax.studies.grey import choose_window, to_grey
 from unibiomed_jax.studies.study import Geometry, Study
 from unibiomed_jax.studies.views import find_view
-from unibiomed_jax.studies.windows import own_window
+from unibiomed_jax.studies.windows import Window, own_window
 
 RELEASED, TINY = PREPROCESSING["released"], PREPROCESSING["tiny"]
 LEFT, BACK, HEAD = np.eye(3)
@@ -28,8 +28,12 @@ def made(values, modality="CT", across=LEFT, down=BACK, **more) -> Study:
 
 def test_ct_without_a_window_is_refused_with_the_list():
     study = made(np.zeros((1, 2, 2)))
-    with pytest.raises(InputError, match="'abdomen', 'lung', 'pelvis', 'liver', 'colon', 'pancreas', 'own'"):
+    with pytest.raises(
+        InputError, match="'abdomen', 'lung', 'pelvis', 'liver', 'colon', 'pancreas', 'percentile'"
+    ):
         choose_window(study, RELEASED)
+    with pytest.raises(InputError, match="'pancreas', 'own', 'percentile'"):
+        choose_window(replace(study, own_windows=(Window(0, 1, "the file's own"),)), RELEASED)
     window = choose_window(replace(study, body_part="Chest"), RELEASED)
     assert (window.low, window.high) == (-1000, 1000)
     window = choose_window(study, TINY)

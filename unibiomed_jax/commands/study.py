@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import resource
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +29,7 @@ from unibiomed_jax.files import delete_folder, shown
 if TYPE_CHECKING:
     from unibiomed_jax.inference.predictor import UniBiomed
     from unibiomed_jax.inference.study_answer import StudyAnswer
-    from unibiomed_jax.inference.study_asking import StudyQuestion
+    from unibiomed_jax.inference.study_question import StudyQuestion
     from unibiomed_jax.outputs.deidentify import Deidentifier
     from unibiomed_jax.studies.opening import Listing
     from unibiomed_jax.studies.series import Series
@@ -39,6 +41,10 @@ errors = Console(stderr=True)
 NAMED = 20
 # What stands for every series in --series.
 ALL = "all"
+# What else the list says.
+COLUMNS = ("modality", "plane", "slices", "rows x columns", "spacing, mm", "window", "notes")
+# The window of a series of which nothing says it.
+TO_BE_STATED = "to be stated"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +122,14 @@ def _list(options: StudyOptions) -> int:
         raise InputError("No series lies there; give a folder or a file with images.")
     table = Table(  # numbers and aliases, which --series takes, stay whole on narrow terminals
         *(Column(name, no_wrap=True) for name in ("", "series")),
-        *("modality", "plane", "slices", "rows x columns", "spacing, mm", "window", "notes"),
+        *(Column(name, overflow="fold") for name in COLUMNS),
     )
+    windows = []
     for number, series in enumerate(listing.series, 1):
         slices, height, width = series.shape
+        if series.modality == "unknown" and options.modality is not None:
+            series = dataclasses.replace(series, modality=options.modality)
+        windows.append(_window(series, preprocessing))
         table.add_row(
             str(number),
             series.alias,
@@ -128,11 +138,17 @@ def _list(options: StudyOptions) -> int:
             str(slices),
             f"{height} x {width}",
             " x ".join(f"{length:.4g}" for length in series.spacing or ()),
-            _window(series, preprocessing),
+            windows[-1],
             escape(series.refusal or "; ".join(series.notes)),
         )
     console.print(table)
     _say(f"Windows are those of the preset {preprocessing.name!r}.")
+    if TO_BE_STATED in windows:
+        names = ", ".join(preset.name for preset in preprocessing.ct_windows)
+        _say(
+            f"{TO_BE_STATED.capitalize()}: --window with one of {names}, own, percentile, or two numbers; "
+            "where the modality is unknown, --modality may do. Pictures in colour need neither."
+        )
     _say_left_out(listing)
     failed = bool(listing.damaged) or any(series.refusal for series in listing.series)
     return FAILED_IN_PART if failed else DONE
@@ -143,13 +159,12 @@ def _window(series: Series, preprocessing: Preprocessing) -> str:
     from unibiomed_jax.studies.grey import ct_preset
 
     if series.modality == "CT":
-        name = ct_preset(series.body_part, preprocessing)
-        return name or f"to be stated: {', '.join(preset.name for preset in preprocessing.ct_windows)}"
+        return ct_preset(series.body_part, preprocessing) or TO_BE_STATED
     if series.modality == "PT" and preprocessing.suv_window is not None:
         return "SUV {:g} to {:g}, or percentiles".format(*preprocessing.suv_window)
     if series.modality in ("MR", "PT", "NM"):
         return "percentiles"
-    return "by its values" if series.modality == "unknown" else "the file's own, or as stored"
+    return TO_BE_STATED if series.modality == "unknown" else "the file's own, or as stored"
 
 
 def _say_left_out(listing: Listing) -> None:
@@ -213,9 +228,9 @@ def _answer_series(
         InputError: it cannot be opened, asked about or written.
         DiskFullError: no space is left.
     """
-    from unibiomed_jax.inference.study_asking import hash_of, request_of
+    from unibiomed_jax.inference.study_question import hash_of, request_of
     from unibiomed_jax.outputs.deidentify import Deidentifier, identity_of
-    from unibiomed_jax.outputs.study_folder import require_formats, write_study
+    from unibiomed_jax.outputs.study_folder import ANSWER, require_formats, write_study
     from unibiomed_jax.studies.opening import open_series
 
     opened = open_series(series, options.modality)
@@ -253,12 +268,14 @@ def _answer_series(
     deidentify = options.deidentify and deidentifiers.setdefault(alias, Deidentifier(alias))
     write_study(opened, answer, folder, formats, overwrite=True, deidentify=deidentify)
     delete_folder(partial)
-    _show(opened, answer, formats)
+    for left in folder.parent.glob(f"{glob.escape(partial.name)}-*"):  # by a run that was killed as it wrote
+        delete_folder(left)
+    _show(opened, answer, json.loads((folder / ANSWER).read_text(encoding="utf-8"))["files"])
 
 
 def _question(options: StudyOptions) -> StudyQuestion:
     """The options that change the answer, checked."""
-    from unibiomed_jax.inference.study_asking import StudyQuestion
+    from unibiomed_jax.inference.study_question import StudyQuestion
     from unibiomed_jax.outputs.study_folder import FORMATS
 
     for name in ("batch_size", "max_new_tokens", "max_masks", "parts"):
@@ -312,7 +329,7 @@ def _folders(out: Path, chosen: list[Series]) -> list[Path]:
     """Where the answer about each series goes.
 
     Raises:
-        InputError: something else lies there.
+        InputError: something else lies there, or nothing can be written there.
     """
     from unibiomed_jax.outputs.study_folder import ANSWER
 
@@ -323,6 +340,16 @@ def _folders(out: Path, chosen: list[Series]) -> list[Path]:
             raise InputError(f"{shown(folder)} holds something else than an answer; choose another --out.")
     if many and (out / ANSWER).exists():
         raise InputError(f"{shown(out)} is the answer about one series; choose another --out for several.")
+    place = folders[0].parent
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"Nothing can be written into {shown(place)} ({error.strerror}); change its permissions or "
+            "choose another --out."
+        ) from None
     return folders
 
 
@@ -362,6 +389,8 @@ def _usual_formats(opened: Study) -> tuple[str, ...]:
         try:
             require_formats(opened, (name,))
             formats.append(name)
+        except DiskFullError:
+            raise
         except InputError as error:
             _say(f"Left out: {error}")
     return (*formats, "html")
@@ -388,8 +417,8 @@ def _progress(name: str) -> Iterator[Any]:
         yield tell
 
 
-def _show(opened: Study, answer: StudyAnswer, formats: tuple[str, ...]) -> None:
-    """The answer in a few lines."""
+def _show(opened: Study, answer: StudyAnswer, files: dict[str, list[str]]) -> None:
+    """The answer in a few lines; `files` by format."""
     from unibiomed_jax.inference.phrases import clean_answer
 
     _say(f"{opened.series_alias}: {clean_answer(answer.text)}")
@@ -401,7 +430,7 @@ def _show(opened: Study, answer: StudyAnswer, formats: tuple[str, ...]) -> None:
         parts = [
             *([f"{size.volume_ml:.2f} ml"] if size.volume_ml is not None else [f"{size.pixels} pixels"]),
             *([f"longest {size.diameter_mm:.1f} mm"] if size.diameter_mm is not None else []),
-            f"slices {size.slices[0]} to {size.slices[1]} of {len(opened.values)}",
+            _slices(*size.slices, of=len(opened.values)),
         ]
         _say(f"    {name}: {', '.join(parts)}")
     shown_slices = answer.conditioning.slices
@@ -415,7 +444,14 @@ def _show(opened: Study, answer: StudyAnswer, formats: tuple[str, ...]) -> None:
         _say(f"    The language model saw slices {numbers}: {answer.conditioning.reason}.")
     for sentence in (*answer.cleaning, *answer.notes, *opened.notes):
         _say(f"    Note: {sentence}.")
-    _say(f"    Written: {', '.join(formats)}.")
+    _say(f"    Written: {', '.join(name for name, names in files.items() if names)}.")
+    if not all(files.values()):
+        missing = ", ".join(name for name, names in files.items() if not names)
+        _say(f"    Not written, for nothing is marked: {missing}.")
+
+
+def _slices(first: int, last: int, *, of: int) -> str:
+    return f"slice {first} of {of}" if first == last else f"slices {first} to {last} of {of}"
 
 
 def _peak() -> float:

@@ -46,7 +46,9 @@ from unibiomed_jax.inference.segments import full_size
 from unibiomed_jax.inference.stages import StageIds, Stages
 from unibiomed_jax.inference.stopping import end_of, stop_text
 from unibiomed_jax.inference.study_answer import StudyAnswer
-from unibiomed_jax.inference.study_asking import Conditions, Progress, StudyQuestion, ask_study
+from unibiomed_jax.inference.study_asking import ask_study
+from unibiomed_jax.inference.study_question import Conditions, StudyQuestion
+from unibiomed_jax.inference.study_run import Progress
 from unibiomed_jax.inputs.images import ImageRecord, ImageSource, open_frames, open_image
 from unibiomed_jax.inputs.tiles import frame_tiles, image_tiles, sam_image
 from unibiomed_jax.inputs.tokenizer import Tokenizer
@@ -91,7 +93,9 @@ class UniBiomed:
         checkpoint_hash: str = "",
         layout: Layout | None = None,
     ):
-        """`params` is the parameter tree of `UniBiomedModel(config)`, `layout` divides it over devices."""
+        """`layout` divides the model over devices; `params`, the parameter tree of `UniBiomedModel(config)`,
+        is emptied, so that no weight is held in two number formats.
+        """
         layout = layout or Layout.over(jax.local_devices()[:1])
         runtime.prepare(layout.platform)
         self.config = config

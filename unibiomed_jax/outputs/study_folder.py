@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from unibiomed_jax.errors import InputError
+from unibiomed_jax.errors import DiskFullError, InputError
 from unibiomed_jax.files import new_folder
 from unibiomed_jax.inference.study_answer import StudyAnswer
 from unibiomed_jax.outputs.coco import write_coco
@@ -110,6 +110,7 @@ def require_formats(study: Study, formats: Sequence[Format]) -> None:
 
     Raises:
         InputError: a format cannot hold any mask of this study, or needs a package that is not installed.
+        DiskFullError: the folder for temporary files cannot be written.
     """
     mask = np.zeros(study.values.shape[:3], bool)
     mask[0, 0, 0] = True
@@ -120,7 +121,7 @@ def require_formats(study: Study, formats: Sequence[Format]) -> None:
                 if name in _DEMANDING:  # deidentified, for others may read the folder
                     _write(name, Path(folder), study, masks, masks, window, Deidentifier("anyone"))
     except OSError as error:
-        raise InputError(
+        raise DiskFullError(
             f"The folder for temporary files cannot be written ({error.strerror}); set TMPDIR to another."
         ) from None
 

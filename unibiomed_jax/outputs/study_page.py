@@ -268,8 +268,9 @@ def _viewer(
         f'<g class="regions" fill-rule="evenodd" transform="scale({wide:g} {tall:g})">{shapes}</g></svg>'
         f"{sides}</div>"
     )
-    scroller = ""
+    scroller = hint = ""
     if count > 1:
+        hint = " Scroll by wheel, arrow keys, slider, or dragging sideways."
         scroller = (
             '<div class="scroller">'
             '<button type="button" data-step="-1" aria-label="Previous slice">◀</button>'
@@ -280,11 +281,13 @@ def _viewer(
     window = record["window"]
     shown = "in its own colours" if window is None else f"window {_window(record)}"
     plane = record["plane"] or "no known plane"
+    nothing = "" if regions else " hidden"
     return (
         f'{picture}{scroller}<div class="under"><strong class="shown" aria-live="polite">Slice {first + 1} '
-        f'of {count}</strong><button type="button" class="toggle" aria-pressed="true">Masks</button></div>'
+        f'of {count}</strong><button type="button" class="toggle" aria-pressed="true"{nothing}>Masks</button>'
+        "</div>"
         f'<p class="muted scores"></p><p class="muted">{escape(f"{plane}, {shown}")}. Compressed pictures: '
-        "not for reading findings. Scroll by wheel, arrow keys, slider, or dragging sideways.</p>"
+        f"not for reading findings.{hint}</p>"
         "<noscript><p>One slice is shown; turn JavaScript on to scroll.</p></noscript>"
     )
 
@@ -324,7 +327,7 @@ def _table(regions: Sequence[_Region]) -> str:
             cells = [
                 "–" if sizes["volume_ml"] is None else f"{sizes['volume_ml']:.4g}",
                 longest if longest == "–" else f"{longest} ({sizes['diameter_slice']})",
-                "{} to {}".format(*sizes["slices"]),
+                " to ".join(map(str, dict.fromkeys(sizes["slices"]))),
             ]
         if scored:
             cells += [_median(region, "predicted_iou"), _median(region, "object_score")]
@@ -368,7 +371,7 @@ def _facts(record: Mapping, size: tuple[float, float]) -> str:
         ("Series", f"{record['series']} of {record['study']}"),
         ("Modality", record["modality"]),
         ("Plane", record["plane"] or "not known"),
-        ("Size", f"{slices} slices of {rows} x {columns} pixels"),
+        ("Size", f"{slices} slice{'s' * (slices > 1)} of {rows} x {columns} pixels"),
         ("Spacing", "not known" if spacing is None else " x ".join(f"{mm:.4g}" for mm in spacing) + " mm"),
         ("Window", "none, in colour" if record["window"] is None else _window(record)),
         ("Shown", "as one looks at it, " + ("pixels square" if size == (1, 1) else "pixels at their size")),

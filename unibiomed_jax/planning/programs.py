@@ -195,8 +195,8 @@ def _answer(case: AnswerCase, layout: Layout) -> Program:
 
     network = nnx.eval_shape(lambda: UniBiomedModel(model, precision, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(network)
-    stored = jax.eval_shape(lambda tree: stored_for(tree, model, precision), nnx.to_pure_dict(state))
-    table = layout.abstract(flatten(stored))
+    stored = jax.eval_shape(lambda table: stored_for(table, model, precision), flatten(state))
+    table = layout.abstract(stored)
     layout.require_useful(table)
     nnx.replace_by_pure_dict(state, unflatten(table))
     stages = Stages(graphdef, STAGE_IDS, layout)

@@ -214,8 +214,10 @@ def _why_no_image(header: Dataset, place: Place) -> str | None:
     """The sentence for an object that is no image of a patient, or None.
 
     Raises:
-        DamagedError: nothing in it says what it is.
+        DamagedError: nothing in it says what it is, or it is an image that was cut off.
     """
+    from pydicom.uid import UID
+
     with quietly():
         kind = _kind_of(header)
         if kind is None and header.get("Modality") == "SM":
@@ -228,6 +230,8 @@ def _why_no_image(header: Dataset, place: Place) -> str | None:
         if "SOPClassUID" not in header and sizes == (None, None):
             raise DamagedError(f"{place} ends before it says what it is; copy it again from the archive.")
         if not all(isinstance(size, int) and size > 0 for size in sizes):
+            if UID(str(header.get("SOPClassUID"))).name.endswith("Image Storage"):
+                raise DamagedError(f"{place} ends before its pixels; copy it again from the archive.")
             return f"{place} is DICOM without an image; give a file with pixels."
         if "MOSAIC" in (header.get("ImageType") or ()):
             return f"{place} is a mosaic of slices in one picture; convert the series with dcm2niix first."

@@ -24,9 +24,9 @@ def choose_window(
     Raises:
         InputError: nothing says which window a CT has, or what was asked for is not there.
     """
-    choices = ", ".join(
-        [*(repr(preset.name) for preset in preprocessing.ct_windows), "'own'", "'percentile'", "low and high"]
-    )
+    names = [preset.name for preset in preprocessing.ct_windows]
+    names += ["own"] * bool(study.own_windows) + ["percentile"]
+    choices = ", ".join([*map(repr, names), "low and high"])
     if isinstance(asked, tuple):
         low, high = map(float, asked)
         if not (np.isfinite([low, high]).all() and low < high):
@@ -56,8 +56,8 @@ def choose_window(
         return _preset(name, preprocessing)
     if study.modality == "unknown":
         raise InputError(
-            f"{study.series_alias} does not say whether it is a CT; state its modality, or its window: one "
-            f"of {choices}."
+            f"{study.series_alias} does not say whether it is a CT; state its modality (--modality), or "
+            f"its window (--window): one of {choices}."
         )
     if study.unit == "SUV" and preprocessing.suv_window is not None:
         return Window(*preprocessing.suv_window, "preset SUV")
