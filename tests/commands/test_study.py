@@ -68,6 +68,8 @@ def test_the_list_says_once_what_is_to_be_stated_and_what_was_cut_off(tmp_path, 
     assert listed(modality="MR").count("percentiles") == 1, "what does not say it is as stated"
     monkeypatch.setattr("unibiomed_jax.commands.study.console", Console(width=80))
     assert "…" not in listed(modality="MR"), "nothing is cut on a narrow terminal"
+    assert run(lambda: study(StudyOptions(folder, list=True, modality="mr"))) == 2
+    assert "'mr' is no modality; give one of DICOM's codes: BI, CR" in capsys.readouterr().err
     alone = run(lambda: study(StudyOptions(folder / "cut.dcm", list=True)))
     assert alone == 2 and "No series lies there" in capsys.readouterr().err
 
@@ -260,7 +262,14 @@ def test_an_answer_is_that_of_the_patient_named_now(ask, tmp_path, capsys):
     image = made.slice(0)
     save(image, folder / "a")
     assert ask(folder, out, **options) == 0
+    for left in (".out.partial", ".out.partial-1"):  # by runs that were killed when all was written
+        (tmp_path / left).mkdir()
     assert ask(folder, out, **options) == 0 and "answered already" in capsys.readouterr().out
+    assert not list(tmp_path.glob(".out*"))
+    tmp_path.chmod(0o555)  # nothing need be written
+    with without_override():
+        assert ask(folder, out, **options) == 0 and "answered already" in capsys.readouterr().out
+    tmp_path.chmod(0o755)
     (out / "seg.dcm").unlink()
     assert ask(folder, out, **options) == 0 and "answered already" not in capsys.readouterr().out
     for name, value in (

@@ -81,11 +81,16 @@ def test_lmms_eval(truth, said, right):
     [("B", "MRI."), ("b. MRI", "MRI."), ("The answer is A", "CT"), ("mri", "MRI."),
      ("It is an ultrasound scan", "Ultrasound"), ("(b)", "MRI."), ("(B) CT", "MRI."),
      ("Option C", "Ultrasound"), ("The answer is (c).", "Ultrasound"), ("a mri scan", "MRI."),
-     ("", ""), (" .", "")],
+     ("The correct option is (B).", "MRI."), ("", ""), (" .", "")],
 )  # fmt: skip
 def test_choices(said, meant):
     """By letter, by text, or the most similar one; of no words none."""
     assert choose(said, ("CT", "MRI.", "Ultrasound")) == meant
+
+
+@pytest.mark.parametrize(("said", "meant"), [("C. difficile", "C. difficile"), ("C.", "S. aureus")])
+def test_a_choice_said_in_full_is_no_letter(said, meant):
+    assert choose(said, ("E. coli", "B. cereus", "S. aureus", "C. difficile")) == meant
 
 
 def test_rates_by_modality_with_intervals():

@@ -109,8 +109,9 @@ def study(options: StudyOptions) -> int:
 
 
 def _list(options: StudyOptions) -> int:
-    from unibiomed_jax.studies.opening import list_series  # pydicom, only when it is needed
+    from unibiomed_jax.studies.opening import list_series, require_modality  # pydicom, only when it is needed
 
+    require_modality(options.modality)
     preprocessing = PREPROCESSING["released"]
     if options.checkpoint is not None:
         from unibiomed_jax.conversion import loading
@@ -247,11 +248,13 @@ def _answer_series(
         "study_hash": hash_of(opened),
         "identity": identity_of(options.deidentify),
     }
+    partial = folder.with_name(f".{folder.name}.partial")
     if _is_done(folder, wanted, formats, opened, options.deidentify):
+        _clear(partial)
         _say(f"{series.alias} is answered already; the same request changes nothing.")
         return
     require_formats(opened, options.formats)
-    partial = folder.with_name(f".{folder.name}.partial")
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with _progress(series.alias) as progress:
         try:
             answer = model.ask_study(
@@ -267,10 +270,14 @@ def _answer_series(
     alias = opened.study_alias
     deidentify = options.deidentify and deidentifiers.setdefault(alias, Deidentifier(alias))
     write_study(opened, answer, folder, formats, overwrite=True, deidentify=deidentify)
-    delete_folder(partial)
-    for left in folder.parent.glob(f"{glob.escape(partial.name)}-*"):  # by a run that was killed as it wrote
-        delete_folder(left)
+    _clear(partial)
     _show(opened, answer, json.loads((folder / ANSWER).read_text(encoding="utf-8"))["files"])
+
+
+def _clear(partial: Path) -> None:
+    """Delete what a run keeps to go on from, and what one left that was killed as it wrote."""
+    for left in (partial, *partial.parent.glob(f"{glob.escape(partial.name)}-*")):
+        delete_folder(left)
 
 
 def _question(options: StudyOptions) -> StudyQuestion:
@@ -340,9 +347,12 @@ def _folders(out: Path, chosen: list[Series]) -> list[Path]:
             raise InputError(f"{shown(folder)} holds something else than an answer; choose another --out.")
     if many and (out / ANSWER).exists():
         raise InputError(f"{shown(out)} is the answer about one series; choose another --out for several.")
+    if all((folder / ANSWER).is_file() for folder in folders):  # perhaps there is nothing to write
+        return folders
     place = folders[0].parent
+    while not place.exists():
+        place = place.parent
     try:
-        place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -67,19 +66,28 @@ class Asker:
 
     def ask(self, samples: Sequence[Sample]) -> Iterator[Sample]:
         """The records with their answers, or with the reason why they have none, as they come."""
-        # An answer that is one call on several devices must not meet another one there.
-        lanes = 1 if self.grounded else STAGES
-        running: deque[Future[list[Sample]]] = deque()
-        with ThreadPoolExecutor(lanes) as pool:
+        # Calls on several devices must not meet each other there.
+        lanes = 1 if self.model.layout.mesh.size > 1 else STAGES
+        running: set[Future[list[Sample]]] = set()
+        pool = ThreadPoolExecutor(lanes)
+        try:
             for group in self._groups(samples):
                 if isinstance(group, Sample):
                     yield group
                     continue
-                running.append(pool.submit(self._answer, group))
+                running.add(pool.submit(self._answer, group))
                 if len(running) == lanes:
-                    yield from running.popleft().result()
-            for answers in running:
-                yield from answers.result()
+                    yield from _first(running)
+            while running:
+                yield from _first(running)
+        except GeneratorExit:
+            raise
+        except BaseException:  # an interruption: what is on its way ends first, and nothing of it is lost
+            while running:
+                yield from _first(running)
+            raise
+        finally:
+            pool.shutdown(wait=False)
 
     def _groups(self, samples: Sequence[Sample]) -> Iterator[list[_Asked] | Sample]:
         """What is asked together, and the records that cannot be asked."""
@@ -165,6 +173,13 @@ class Asker:
         return self.model.predict_batch(requests, max_new_tokens=self.max_new_tokens)
 
 
+def _first(running: set[Future[list[Sample]]]) -> Iterator[Sample]:
+    """The answers of a group that is done, which is no longer running then."""
+    future = next(as_completed(running))
+    running.remove(future)
+    yield from future.result()
+
+
 class _Asked(NamedTuple):
     sample: Sample
     request: Request
@@ -245,7 +260,7 @@ def by_task(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
 
 
 def answer_all(asker: Asker, run: Path, samples: Sequence[Sample]) -> Iterator[Sample]:
-    """Ask this process's share, and write each answer down before the next one is asked.
+    """Ask this process's share, and write each answer down as it comes.
 
     The first process appends to the files of the run, the others to files beside them (see `merge`).
     """

@@ -202,7 +202,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 class SampleWriter:
-    """Appends records to the file of a task, each on the disk before the next one is asked."""
+    """Appends records to the file of a task, each on the disk when it is written."""
 
     def __init__(self, path: Path):
         """Open `path` for more records; what a kill left of a last line is cut off."""

@@ -40,23 +40,28 @@ def score_answer(sample: Sample, rules: Sequence[str]) -> Scores:
 
 # "b", "(b) MRI", "b. MRI", "Option B"; not the article of "a mass".
 _LETTER = re.compile(r"\W*(?:option\s+)?([a-z])(?:[).:\]]|\W*$)")
+# "The correct option is (B)."
+_OPTION = re.compile(r".*\boption\s+(?:is\s+)?\W?([a-z])\b")
 
 
 def choose(said: str, choices: Sequence[str]) -> str:
-    """The choice that is meant: by letter, by text, or else the most similar one; of no words none."""
+    """The choice that is meant: by its whole text, by letter, by text up to a full stop, or else the most
+    similar one; of no words none.
+    """
     words = said.lower().replace("\n", "").split("answer is")[-1].split("answer:")[-1].strip()
     if not re.search(r"\w", words):
         return ""
     first = words.split(".")[0].split(":")[-1].strip()
     letters = LETTERS[: len(choices)].lower()
-    for text in (words, first):
-        letter = _LETTER.match(text)
+    lowered = [choice.lower().strip() for choice in choices]
+    bare = [choice.rstrip(".") for choice in lowered]
+    if words.rstrip(".") in bare:  # "C. difficile" is no letter
+        return choices[bare.index(words.rstrip("."))]
+    for letter in (_LETTER.match(words), _LETTER.match(first), _OPTION.match(words)):
         if letter and letter[1] in letters:
             return choices[letters.index(letter[1])]
-    lowered = [choice.lower().strip() for choice in choices]
-    for text in (words, first):
-        if text.rstrip(".") in [choice.rstrip(".") for choice in lowered]:
-            return choices[[choice.rstrip(".") for choice in lowered].index(text.rstrip("."))]
+    if first in bare:
+        return choices[bare.index(first)]
     likeness = [difflib.SequenceMatcher(None, choice, words).ratio() for choice in lowered]
     return choices[likeness.index(max(likeness))]
 

@@ -35,9 +35,10 @@ def build_network(
     """
     in_bfloat16 = stored_in_bfloat16(params["language_model"])
     table = flatten(params)
-    params.clear()
     if layout.mesh.size > 1:
         layout.require_useful(table)
+    params.clear()
+    if layout.mesh.size > 1:
         table = layout.place(table)
     with layout.inside():
         on_cpu = target() == ("cpu", 1)

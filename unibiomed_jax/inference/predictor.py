@@ -105,8 +105,9 @@ class UniBiomed:
         self.layout = layout = dataclasses.replace(layout, units=axis_units(config))
         self.graphdef, self.params = build_network(config, params, self.precision, layout)
         # Batches of several threads follow each other through the stages of an answer, one in each at a time:
-        # nothing is encoded or compiled twice.
-        self._wording, self._encoding, self._decoding = (threading.Lock() for _ in range(3))
+        # nothing is encoded or compiled twice. On several devices one at all: they talk to each other.
+        locks = [threading.Lock() for _ in range(3 if layout.mesh.size == 1 else 1)]
+        self._wording, self._encoding, self._decoding = locks if len(locks) == 3 else locks * 3
         self._stop_text = functools.cache(lambda: stop_text(tokenizer, config.language.vocab_size))
         self.stages = Stages(self.graphdef, StageIds.of(tokenizer), layout)
 
@@ -233,6 +234,8 @@ class UniBiomed:
             answering = self._start(requests, max_new_tokens, max_masks, sampling)
             for _ in self._looks(answering, TOKENS_PER_LOOK):
                 pass
+            # Not held while the batch waits for its masks.
+            answering.state = answering.state._replace(cache=None)
         return self._finish(answering, hide_absent)
 
     def say(

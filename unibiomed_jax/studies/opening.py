@@ -117,6 +117,18 @@ MODALITIES = (
 )
 
 
+def require_modality(modality: str | None) -> None:
+    """Refuse what is no code of DICOM; None states nothing.
+
+    Raises:
+        InputError: names the codes.
+    """
+    if modality is not None and modality not in MODALITIES:
+        raise InputError(
+            f"{shown(modality)!r} is no modality; give one of DICOM's codes: {', '.join(MODALITIES)}."
+        )
+
+
 def _stated(study: Study, modality: str | None) -> Study:
     """The study, of the modality that is stated for it.
 
@@ -125,10 +137,7 @@ def _stated(study: Study, modality: str | None) -> Study:
     """
     if modality is None or modality == study.modality:
         return study
-    if modality not in MODALITIES:
-        raise InputError(
-            f"{shown(modality)!r} is no modality; give one of DICOM's codes: {', '.join(MODALITIES)}."
-        )
+    require_modality(modality)
     if study.modality != "unknown":
         raise InputError(f"{study.series_alias} is {study.modality}, not {modality}; leave the modality out.")
     ct = modality == "CT" and not study.is_colour
