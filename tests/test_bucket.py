@@ -9,7 +9,7 @@ PATH = BucketPath("gs://mine/kidney-512/Timeout")
 
 
 def raised(error: Exception) -> Exception:
-    with pytest.raises((BucketError, OSError)) as caught, told(PATH):
+    with pytest.raises((BucketError, OSError, ValueError)) as caught, told(PATH):
         raise error
     return caught.value
 
@@ -17,6 +17,12 @@ def raised(error: Exception) -> Exception:
 def test_a_missing_file_is_no_bucket_that_does_not_answer():
     error = raised(FileNotFoundError("mine/kidney-512/Timeout/manifest.json"))
     assert isinstance(error, FileNotFoundError) and error.filename == str(PATH)
+
+
+def test_a_damaged_file_is_no_bucket_that_does_not_answer():
+    """Places in it look like answers of a server."""
+    error = ValueError("OUT_OF_RANGE: byte range [512, 5160) is not valid for value of size 403")
+    assert raised(error) is error
 
 
 @pytest.mark.parametrize(

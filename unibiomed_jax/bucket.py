@@ -81,6 +81,8 @@ def told(path: str | os.PathLike) -> Iterator[None]:
 def _reason(error: BaseException, path: BucketPath) -> str | None:
     """What is wrong with the bucket, and what to do; None if it is not the bucket."""
     text = _text(error, path)
+    if re.search("DATA_LOSS|OUT_OF_RANGE", text):  # numbers in these are places in a file
+        text = re.sub(r"\d+", "", text)
     missing = isinstance(error, FileNotFoundError)  # whose whole text is a path
     reasons = _REASONS[:1] if missing else _REASONS
     found = next((words for pattern, words in reasons if re.search(pattern, text)), None)

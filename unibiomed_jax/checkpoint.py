@@ -35,7 +35,7 @@ from unibiomed_jax.bucket import array_store, teach_orbax, told
 from unibiomed_jax.config.fields import from_dict, to_dict
 from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.errors import BucketError, InputError
-from unibiomed_jax.files import copy_folder, locate, new_folder, read_json, require_space
+from unibiomed_jax.files import copy_folder, in_bucket, locate, new_folder, read_json, require_space
 from unibiomed_jax.inputs.tokenizer import copy_tokenizer
 from unibiomed_jax.parameters import LoraInfo, abstract_params, flatten, merge_adapters, unflatten
 
@@ -318,8 +318,8 @@ def load(
     """Load a checkpoint folder onto the devices, a few parameters at a time.
 
     A process reads its share, a few MiB after the other, and holds besides at most one parameter: as much of
-    it as was written as one piece. It checks the hashes of what it has whole. Of what is divided among
-    processes, which all call this, each checks some parameters: all must read the same files.
+    it as was written as one piece. It checks the hashes of all it reads; of what is divided among processes,
+    which all call this, each reads and checks some parameters whole, if they read them from one bucket.
 
     Args:
         path: the folder.
@@ -334,26 +334,24 @@ def load(
             model than the parameters.
     """
     path = locate(path)
-    if not path.is_dir():
-        raise InputError(f"{path} is not a folder; give a converted checkpoint or {REMEDY}.")
-    config, manifest = read_config(path), read_manifest(path)
-    try:
-        expected = {p: leaf.shape for p, leaf in abstract_params(config).items()}
-    except (ArithmeticError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: no model can be built from config.json ({error}); {REMEDY}.") from None
-    check_shapes({p: s for p, s in manifest.shapes.items() if ".lora." not in p}, expected, str(path))
+    # Whoever cannot read says so before the others go on to what all do together.
+    together = distributed.failing_together if sharding else contextlib.nullcontext
+    with together():
+        config, manifest = _checked(path)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     places = {p: sharding(p, shape) if sharding else device for p, shape in manifest.shapes.items()}
     divided = [p for p, place in places.items() if not place.is_fully_addressable]
     if divided:
-        distributed.require_equal("checkpoint", {"hash": manifest.hash})
-    mine = set(distributed.share(sorted(divided, key=lambda p: -_size(manifest.leaves[p]))))
+        of_config = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
+        distributed.require_equal("checkpoint", {"hash": manifest.hash, "hash of config.json": of_config})
+    divided.sort(key=lambda p: -_size(manifest.leaves[p]))
+    # Files on disks may be each machine's own.
+    mine = set(distributed.share(divided) if in_bucket(path) else divided)
     params: dict = {}
     for name in dict.fromkeys(p.partition(".")[0] for p in manifest.leaves):
         wanted = dtype if isinstance(dtype, str) or dtype is None else dtype.get(name)
         part: dict[str, jax.Array] = {}
-        # Whoever cannot read says so before the others go on to what all compute together.
-        with distributed.failing_together() if divided else contextlib.nullcontext():
+        with together():
             for paths in _read_together(name, manifest):
                 needs = {p: _need(places[p], manifest.leaves[p], wanted, p in mine) for p in paths}
                 _read(path, manifest, needs)
@@ -369,6 +367,19 @@ def load(
     return Checkpoint(
         config, params, path / "tokenizer", manifest.hash, None if merge_lora else manifest.lora
     )
+
+
+def _checked(path: Path) -> tuple[ModelConfig, Manifest]:
+    """What config.json and manifest.json of a folder say, of one model."""
+    if not path.is_dir():
+        raise InputError(f"{path} is not a folder; give a converted checkpoint or {REMEDY}.")
+    config, manifest = read_config(path), read_manifest(path)
+    try:
+        expected = {p: leaf.shape for p, leaf in abstract_params(config).items()}
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: no model can be built from config.json ({error}); {REMEDY}.") from None
+    check_shapes({p: s for p, s in manifest.shapes.items() if ".lora." not in p}, expected, str(path))
+    return config, manifest
 
 
 def placed(path: str, host: np.ndarray, sharding: Sharding) -> jax.Array:
@@ -497,7 +508,9 @@ def _fill(path: Path, name: str, leaf: dict, need: _Need, context: ts.Context) -
     except (MemoryError, BucketError):
         raise
     except Exception as error:  # TensorStore raises many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        # Of its long sentences the end says why: behind the places, before all that was asked.
+        reason = str(error).partition(" [tensorstore_spec=")[0].replace(os.fspath(folder), "...")
+        reason = (reason.strip().splitlines() or [type(error).__name__])[0][-200:].strip()
         raise InputError(f"{folder} cannot be read ({reason}); {REMEDY}.") from error
     return not need.hashed or digest.hexdigest() == leaf["sha256"]
 
@@ -508,7 +521,7 @@ def _blocks(shape: tuple[int, ...], most: int) -> Iterator[Bounds]:
     if axis is None:
         yield ()
         return
-    step = max(1, most // math.prod(shape[axis + 1 :]))
+    step = max(1, most // max(1, math.prod(shape[axis + 1 :])))
     for outer in np.ndindex(*shape[:axis]):
         for start in range(0, shape[axis], step):
             rows = (start, min(start + step, shape[axis]))

@@ -28,22 +28,27 @@ def largest_file(folder):
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
-    """What each process says of a small model, a large one, one with a wrong number, and one of its own.
+    """What each process says of a small model, a large one, one with a wrong number, and three of its own.
 
-    That of the last process lacks a file.
+    Of the first of these the third process has a copy with a wrong number, of the second the last process one
+    that lacks a file, of the third the third process one that lacks the manifest.
     """
     rng, base = np.random.default_rng(0), tmp_path_factory.mktemp("checkpoints")
     for name, model in (("small", SMALL), ("large", LARGE)):
         shapes = {path: leaf.shape for path, leaf in abstract_params(model).items()}
         params = {path: rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
         checkpoint.save(base / name, model, unflatten(params), MICRO)
-    damaged, lacking = (shutil.copytree(base / "small", base / name) for name in ("damaged", "lacking"))
+    damaged, lacking, empty = (
+        shutil.copytree(base / "small", base / name) for name in ("damaged", "lacking", "empty")
+    )
     path = largest_file(damaged / "params" / "mlp1")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     largest_file(lacking / "params" / "language_model").unlink()
-    own = [[str(base / name)] for name in ("small", "small", "small", "lacking")]
+    (empty / "manifest.json").unlink()
+    here = [str(base / "small")] * 3
+    own = [here, here, [str(damaged), here[0], str(empty)], [here[0], str(lacking), here[0]]]
     given = [str(base / name) for name in ("small", "large", "damaged")]
     script = str(TESTS / "support" / "loading.py")
     lines = run([script, *given], environment(base), processes=4, own=own)
@@ -57,7 +62,10 @@ def test_no_process_holds_more_than_its_share_and_one_parameter(said):
 
 
 def test_what_one_process_cannot_read_is_an_error_on_all(said):
-    for number, (*_, damaged, own) in enumerate(said):
-        assert "damaged: mlp1." in damaged and " is damaged or was changed after it was written; " in damaged
-        assert "lacking/params/language_model cannot be read (" in own
-        assert own.startswith("On process 3: ") == (number != 3)
+    for number, (_, _, damaged, own, lacking, empty) in enumerate(said):
+        for sentence in (damaged, own):
+            assert "damaged: mlp1." in sentence and " is damaged or was changed after it was " in sentence
+        assert own.startswith("On process 2: ") == (number != 2)
+        assert "lacking/params/language_model cannot be read (" in lacking and "expected at least" in lacking
+        assert lacking.startswith("On process 3: ") == (number != 3)
+        assert "(manifest.json is missing)" in empty and empty.startswith("On process 2: ") == (number != 2)

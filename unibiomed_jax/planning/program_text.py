@@ -319,8 +319,9 @@ def _moved(program: ProgramText, line: Instruction, shapes: Mapping[str, str]) -
 def _handed_on(instructions: Sequence[Instruction]) -> list[Instruction]:
     """What a fusion gives back as it is: what it was given, and results of exchanges."""
     made = {line.name: line for line in instructions}
-    root = instructions[-1]
-    given = [made[name] for name in root.operands] if root.operation == "tuple" else [root]
+    given = instructions[-1:]
+    if given and given[0].operation == "tuple":
+        given = [made[name] for name in given[0].operands if name in made]
     return [line for line in given if line.operation in ("parameter", *COLLECTIVES)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,9 @@ from unibiomed_jax.training.config import TrainConfig
 from unibiomed_jax.training.footprint import abstract_batch
 from unibiomed_jax.training.step import TrainState, TrainStep
 
+# Bytes that the compiler of the published recipe's dearest shape takes.
+ROOM = 6 << 30
+
 
 def compile_ahead(
     config: TrainConfig,
@@ -25,14 +29,15 @@ def compile_ahead(
     frozen: Parameters,
     shapes: Sequence[Shape],
 ) -> float:
-    """Compile the step for batches of these shapes, each in a thread of its own; seconds that took.
+    """Compile the step for batches of these shapes, as many at once as there is room for; seconds that took.
 
-    A compiler works on about one core and leaves Python alone meanwhile, so a machine with enough cores takes
-    as long as the slowest shape needs, where the first epoch would else wait for one after the other. JAX
-    keeps what was compiled for the calls to come.
+    A compiler works on about one core and leaves Python alone meanwhile, so a machine with enough of both
+    takes as long as the slowest shape needs, where the first epoch would else wait for one after the other.
+    JAX keeps what was compiled for the calls to come.
     """
     started = time.perf_counter()
-    batches = [abstract_batch(config, layout, shape) for shape in shapes]
+    longest_first = sorted(shapes, key=lambda shape: -shape.tokens)
+    batches = [abstract_batch(config, layout, shape) for shape in longest_first]
     if config.optim.accumulate == 1:
         programs = [(step.whole, (state, frozen, batch)) for batch in batches]
     else:
@@ -43,7 +48,8 @@ def compile_ahead(
             for batch, counted in zip(batches, counts, strict=True)
         ]
         programs += [(step.nothing, (state.trainable,)), (step.finish, (state, total, counts[0]))]
-    with ThreadPoolExecutor(len(programs)) as threads:
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with ThreadPoolExecutor(max(1, min(len(os.sched_getaffinity(0)), free // ROOM))) as threads:
         for done in [threads.submit(_compile, *program) for program in programs]:
             done.result()
     return time.perf_counter() - started
