@@ -7,9 +7,9 @@ import pytest
 from unibiomed_jax.planning import program_text
 
 MESH = {"replica": 2, "fsdp": 4}
-# A loop of three over a body that gathers a slice of a stack and updates another stack in place; before it
-# an exchange that starts in one fusion and ends in another, under one channel; after it a loop of unknown
-# length.
+# A loop of three over a body that gathers a slice of a stack and updates another stack in place; an exchange
+# that starts in a fusion before it, goes on in one of the body and ends in another, under one channel; then a
+# loop of unknown length.
 TEXT = """HloModule jit_step, is_scheduled=true
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -45,26 +45,34 @@ TEXT = """HloModule jit_step, is_scheduled=true
   ROOT %t1 = (bf16[8,16]{1,0}, bf16[16,16]{1,0}) tuple(%q, %g1)
 }
 
+%goes_on (q.2: bf16[8,16]) -> (bf16[8,16], bf16[16,16]) {
+  %q.2 = bf16[8,16]{1,0} parameter(0)
+  %g3 = bf16[16,16]{1,0} all-gather(%q.2), channel_id=7, replica_groups={{0,4},{1,5},{2,6},{3,7}}
+  ROOT %t2 = (bf16[8,16]{1,0}, bf16[16,16]{1,0}) tuple(%q.2, %g3)
+}
+
 %ends (q.1: bf16[8,16]) -> bf16[16,16] {
   %q.1 = bf16[8,16]{1,0} parameter(0)
   ROOT %g2 = bf16[16,16]{1,0} all-gather(%q.1), channel_id=7, replica_groups={{0,4},{1,5},{2,6},{3,7}}
 }
 
-%body (state: (s32[], f32[3,256], f32[3,1024])) -> (s32[], f32[3,256], f32[3,1024]) {
-  %state = (s32[], f32[3,256]{1,0}, f32[3,1024]{1,0}) parameter(0)
+%body (state: (s32[], f32[3,256], f32[3,1024], bf16[8,16])) -> (s32[], f32[3,256], f32[3,1024], bf16[8,16]) {
+  %state = (s32[], f32[3,256]{1,0}, f32[3,1024]{1,0}, bf16[8,16]{1,0}) parameter(0)
   %n = s32[] get-tuple-element(%state), index=0
   %w = f32[3,256]{1,0} get-tuple-element(%state), index=1
   %o = f32[3,1024]{1,0} get-tuple-element(%state), index=2
+  %x.1 = bf16[8,16]{1,0} get-tuple-element(%state), index=3
+  %on = (bf16[8,16]{1,0}, bf16[16,16]{1,0}) fusion(%x.1), kind=kCustom, calls=%goes_on
   %part.1 = f32[1,256]{1,0} fusion(%w, %n), kind=kLoop, calls=%within
   %whole = f32[1,1024]{1,0} all-gather(%part.1), channel_id=1, replica_groups=[2,4]<=[8], dimensions={1}
   %o.1 = f32[3,1024]{1,0} fusion(%o, %whole, %n), kind=kLoop, calls=%put
   %one = s32[] constant(1)
   %n.1 = s32[] add(%n, %one)
-  ROOT %next = (s32[], f32[3,256]{1,0}, f32[3,1024]{1,0}) tuple(%n.1, %w, %o.1)
+  ROOT %next = (s32[], f32[3,256]{1,0}, f32[3,1024]{1,0}, bf16[8,16]{1,0}) tuple(%n.1, %w, %o.1, %x.1)
 }
 
-%until (state.1: (s32[], f32[3,256], f32[3,1024])) -> pred[] {
-  %state.1 = (s32[], f32[3,256]{1,0}, f32[3,1024]{1,0}) parameter(0)
+%stop (state.1: (s32[], f32[3,256], f32[3,1024], bf16[8,16])) -> pred[] {
+  %state.1 = (s32[], f32[3,256]{1,0}, f32[3,1024]{1,0}, bf16[8,16]{1,0}) parameter(0)
   %n.2 = s32[] get-tuple-element(%state.1), index=0
   %three = s32[] constant(3)
   ROOT %less = pred[] compare(%n.2, %three), direction=LT
@@ -88,7 +96,7 @@ ENTRY %main (w.1: f32[3,256], x: bf16[8,16], v.1: f32[32], g: pred[]) -> f32[3,1
   %x = bf16[8,16]{1,0} parameter(1)
   %v.1 = f32[32]{0} parameter(2)
   %g = pred[] parameter(3)
-  %start = (bf16[8,16]{1,0}, bf16[16,16]{1,0}) fusion(%x), kind=kCustom, calls=%begins
+  %async-collective-start.1 = (bf16[8,16]{1,0}, bf16[16,16]{1,0}) fusion(%x), kind=kCustom, calls=%begins
   %done = bf16[16,16]{1,0} fusion(%x), kind=kCustom, calls=%ends
   %scratch = bf16[16,16]{1,0:T(8,128)S(1)} copy(%done)
   %early = ((f32[3,256]{1,0}), f32[1,256]{1,0:T(8,128)S(1)}, s32[]) slice-start(%w.1), slice={[0:1], [0:256]}
@@ -98,8 +106,8 @@ ENTRY %main (w.1: f32[3,256], x: bf16[8,16], v.1: f32[32], g: pred[]) -> f32[3,1
   %nothing = f32[] constant(0)
   %room = f32[3,1024]{1,0} broadcast(%nothing), dimensions={}, metadata={op_name="jit(step)/jvp()/broadcast"}
   %zero.2 = s32[] constant(0)
-  %init = (s32[], f32[3,256]{1,0}, f32[3,1024]{1,0}) tuple(%zero.2, %w.1, %room)
-  %loop = (s32[], f32[3,256]{1,0}, f32[3,1024]{1,0}) while(%init), condition=%until, body=%body
+  %all = (s32[], f32[3,256]{1,0}, f32[3,1024]{1,0}, bf16[8,16]{1,0}) tuple(%zero.2, %w.1, %room, %x)
+  %loop = (s32[], f32[3,256]{1,0}, f32[3,1024]{1,0}, bf16[8,16]{1,0}) while(%all), condition=%stop, body=%body
   %init.1 = (pred[], f32[32]{0}) tuple(%g, %moved)
   %loop.1 = (pred[], f32[32]{0}) while(%init.1), condition=%going, body=%say
   %out = f32[3,1024]{1,0} get-tuple-element(%loop), index=2
@@ -129,7 +137,7 @@ def test_collectives_by_kind_mesh_axis_and_place(program):
     }
     layers = found["all-gather/fsdp"]
     assert (layers.group, layers.in_loop, layers.bytes, layers.times) == (4, True, 3 * 4096, 3)
-    # It stands in two fusions, under one channel.
+    # It stands in three fusions, under one channel, one of them in the loop.
     once = found["all-gather/replica"]
     assert (once.group, once.in_loop, once.bytes, once.times) == (2, False, 512, 1)
     assert found["all-reduce/replica"].bytes == 10 * 128
@@ -161,7 +169,7 @@ def test_of_a_stack_that_is_sliced_or_updated_a_part_is_moved(program):
     """In the loop: a slice, a gather and an update, each read and written, and a counter."""
     body = 2 * 1024 + 4 + (1024 + 4096) + (2 * 4096 + 4) + 8 + 4
     said = 2 * 128
-    # The exchange, which stands in two fusions, a copy into the compiler's own memory, a permutation, the
+    # The exchange, which stands in three fusions, a copy into the compiler's own memory, a permutation, the
     # result's room and the number that it is filled with, the last instruction.
     # Copies that start early, into the compiler's own memory, read alone.
     rest = (256 + 512) + 512 + 2 * 128 + 1024 + 128 + (4 + 12_288) + 2 * 12_288

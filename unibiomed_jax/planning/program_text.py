@@ -92,6 +92,8 @@ class ProgramText:
     depth: dict[str, int] = field(default_factory=dict)
     # Computations inside of fusions and reductions, which touch no memory themselves.
     inner: set[str] = field(default_factory=set)
+    # Those in which an asynchronous exchange starts. It goes on in others, that may be loops over anything.
+    starts: set[str] = field(default_factory=set)
     # Loops whose condition does not say how often they run.
     unknown_loops: int = 0
 
@@ -147,6 +149,8 @@ def _visit(program: ProgramText, name: str, times: float, depth: int, inner: boo
         plain = instruction.operation in ("call", "conditional", "async-start")
         for one, several in _CALLED.findall(instruction.text):
             for called in [one] if one else several.split(","):
+                if instruction.name.startswith("async-collective-start"):
+                    program.starts.add(called.strip().lstrip("%"))
                 _visit(program, called.strip().lstrip("%"), times, depth, inner or not plain, unknown)
 
 
@@ -193,12 +197,10 @@ def collectives(program: ProgramText, mesh: Mapping[str, int]) -> list[Collectiv
     """All exchanges between devices, those of one kind, place and mesh axes together.
 
     An asynchronous exchange stands in several fusions, from its start to its end, under one channel: it is
-    counted once.
+    counted once, as often as it starts.
     """
     seen: dict[object, Collective] = {}
-    for name, instructions in program.computations.items():
-        if not program.times.get(name):
-            continue
+    for name, instructions in _starts_last(program):
         for line in instructions:
             kind = line.operation.removesuffix("-start")
             if kind not in COLLECTIVES:
@@ -213,7 +215,7 @@ def collectives(program: ProgramText, mesh: Mapping[str, int]) -> list[Collectiv
             channel = re.search(r"channel_id=(\d+)", line.text)
             key = (kind, channel[1]) if channel else (name, line.name)
             times = program.times[name]
-            if key not in seen or seen[key].times < times:
+            if key not in seen or seen[key].times < times or name in program.starts:
                 seen[key] = Collective(kind, axes, group, program.depth[name] > 0, size * times, times)
     merged: dict[tuple, Collective] = {}
     for one in seen.values():
@@ -221,6 +223,12 @@ def collectives(program: ProgramText, mesh: Mapping[str, int]) -> list[Collectiv
         so_far = merged.get(key, one._replace(bytes=0.0, times=0.0))
         merged[key] = so_far._replace(bytes=so_far.bytes + one.bytes, times=so_far.times + one.times)
     return sorted(merged.values(), key=lambda one: -one.bytes)
+
+
+def _starts_last(program: ProgramText) -> list[tuple[str, list[Instruction]]]:
+    """The computations that run, those in which exchanges start behind all others."""
+    runs = [(name, lines) for name, lines in program.computations.items() if program.times.get(name)]
+    return sorted(runs, key=lambda computation: computation[0] in program.starts)
 
 
 def group_size(text: str, mesh: Mapping[str, int]) -> int:
@@ -277,10 +285,10 @@ def traffic(program: ProgramText) -> float:
     """
     total = 0.0
     exchanged: dict[str, float] = {}
-    for name, instructions in program.computations.items():
-        times = program.times.get(name, 0)
+    for name, instructions in _starts_last(program):
+        times = program.times[name]
         shapes = {line.name: line.shape for line in instructions}
-        if times and name not in program.inner:
+        if name not in program.inner:
             total += times * sum(_moved(program, line, shapes) for line in instructions)
             continue
         for line in instructions:
@@ -289,7 +297,8 @@ def traffic(program: ProgramText) -> float:
                 size = shape_bytes(line.shape, on_chip=False) if line in _handed_on(instructions) else 0
                 size += sum(shape_bytes(shapes.get(operand, ""), on_chip=False) for operand in line.operands)
                 key = channel[1] if channel else f"{name} {line.name}"
-                exchanged[key] = max(exchanged.get(key, 0), times * size)
+                started = name in program.starts
+                exchanged[key] = times * size if started else max(exchanged.get(key, 0), times * size)
     return total + sum(exchanged.values())
 
 
