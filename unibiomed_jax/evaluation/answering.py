@@ -33,8 +33,8 @@ from unibiomed_jax.inputs.images import open_image
 
 # Masks that an answer has room for where all of it is one compiled call; one with more is asked by itself.
 OBJECTS = 4
-# Of an answer: its words, the encoding of its images, its masks.
-STAGES = 3
+# At a time: the words of one, the images of two, the masks of another one (see `UniBiomed.predict_batch`).
+STAGES = 4
 _MARKS = re.compile(r"<\|\w+\|>|</?p>|\[SEG\]")
 
 

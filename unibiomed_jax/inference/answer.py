@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
@@ -84,8 +85,9 @@ class OpenedImage:
         # Rows for the language model of every tile: an array on the devices, and the place in it; made at the
         # first question.
         self.visual: Sequence[tuple[Float[jax.Array, "tiles grid grid embed"], int]] | None = None
-        # SAM2's features of a single image; made at the first `[SEG]`.
+        # SAM2's features of a single image; made at the first `[SEG]`, by one thread at a time.
         self.features: ImageFeatures | None = None
+        self.encoding = threading.Lock()
 
     @property
     def is_volume(self) -> bool:

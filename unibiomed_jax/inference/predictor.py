@@ -104,10 +104,12 @@ class UniBiomed:
         self.checkpoint_hash = checkpoint_hash
         self.layout = layout = dataclasses.replace(layout, units=axis_units(config))
         self.graphdef, self.params = build_network(config, params, self.precision, layout)
-        # Batches of several threads follow each other through the stages of an answer, one in each at a time:
-        # nothing is encoded or compiled twice. On several devices one at all: they talk to each other.
-        locks = [threading.Lock() for _ in range(3 if layout.mesh.size == 1 else 1)]
-        self._wording, self._encoding, self._decoding = locks if len(locks) == 3 else locks * 3
+        # Batches of several threads follow each other through the stages of an answer: two may encode images,
+        # as one leaves a core half idle. On several devices one works at all: they talk to each other.
+        self._wording, self._decoding = threading.Lock(), threading.Lock()
+        self._encoding: threading.Semaphore | threading.Lock = threading.Semaphore(2)
+        if layout.mesh.size > 1:
+            self._encoding = self._decoding = self._wording
         self._stop_text = functools.cache(lambda: stop_text(tokenizer, config.language.vocab_size))
         self.stages = Stages(self.graphdef, StageIds.of(tokenizer), layout)
 
@@ -516,10 +518,11 @@ class UniBiomed:
 
     def _encode_image(self, image: OpenedImage, seconds: dict[str, float]) -> None:
         """Make SAM2's features of a single image; those of a volume are made as it is followed."""
-        if image.features is None and not image.is_volume:
-            with _timed(seconds, "encode image"):
-                pixels = sam_image(image.frames[0], self.config.sam2.image_size)[None]
-                image.features = jax.block_until_ready(self.stages.encode_image(self.params, pixels))
+        with image.encoding:
+            if image.features is None and not image.is_volume:
+                with _timed(seconds, "encode image"):
+                    pixels = sam_image(image.frames[0], self.config.sam2.image_size)[None]
+                    image.features = jax.block_until_ready(self.stages.encode_image(self.params, pixels))
 
     def _segment(
         self, image: OpenedImage, hidden: Float[jax.Array, "objects embed"], seconds: dict[str, float]

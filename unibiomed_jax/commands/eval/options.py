@@ -58,7 +58,7 @@ class EvalOptions(Processes):
     # Slices of a volume that are answered from: "first", as by UniBiomed's scripts, or "target", spread over
     # those that show the true target, which needs to know them.
     conditioning: Literal["first", "target"] = "target"
-    # Images asked about in one go; takes the memory of the next power of two, three times.
+    # Images asked about in one go; takes the memory of the next power of two, four times.
     batch_size: int = 8
     # Longest answer, tokens.
     max_new_tokens: int = 2048
