@@ -45,9 +45,9 @@ class Model:
 
 @pytest.fixture
 def samples(tmp_path):
-    for number in range(6):
+    for number in range(2 * STAGES):
         Image.new("L", (8, 8), number).save(tmp_path / f"{number}.png")
-    return [Sample("vqa", str(n), f"<image>\n{n}?", answer="a", image=f"{n}.png") for n in range(6)]
+    return [Sample("vqa", str(n), f"<image>\n{n}?", answer="a", image=f"{n}.png") for n in range(2 * STAGES)]
 
 
 def answers(model, folder, samples):
@@ -58,22 +58,23 @@ def test_a_group_waits_for_its_masks_while_the_next_has_its_words(tmp_path, samp
     model = Model()
     together = threading.Barrier(STAGES, timeout=LONG)
     model.wait = lambda requests: together.wait()  # none goes on before as many have come
-    assert {sample.doc_id for sample in answers(model, tmp_path, samples)} == set("012345")
+    found = list(answers(model, tmp_path, samples))
+    assert len(found) == 2 * STAGES and not any(sample.reason for sample in found)
     assert model.most == STAGES
 
 
 def test_calls_on_several_devices_do_not_meet(tmp_path, samples):
     model = Model(devices=8)
-    assert len(list(answers(model, tmp_path, samples))) == 6 and model.most == 1
+    assert len(list(answers(model, tmp_path, samples))) == 2 * STAGES and model.most == 1
 
 
 def test_what_is_answered_is_handed_on_before_what_takes_longer(tmp_path, samples):
     model, slow = Model(), threading.Event()
     model.wait = lambda requests: requests[0].prompt.endswith("0?") and slow.wait(LONG)
     found = answers(model, tmp_path, samples)
-    assert {next(found).doc_id for _ in range(3)} <= set("12345")
+    assert "0" not in {next(found).doc_id for _ in range(3)}
     slow.set()
-    assert len(list(found)) == 3
+    assert len(list(found)) == 2 * STAGES - 3
 
 
 def test_an_interruption_loses_no_answer_that_is_on_its_way(tmp_path, samples):
