@@ -317,7 +317,7 @@ def test_what_cannot_be_written_is_known_before_anything_is_asked(
     assert _usual_formats(open_study(made.write(tmp_path / "whole"))) == ("nifti", "seg", "html")
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_a_command_that_is_killed_goes_on_and_nobody_sees_half_a_bundle(ask, talking, tmp_path, monkeypatch):
     """SIGKILL in the first pass, while slices are followed, and while the bundle is written."""
     seed = time.time_ns()

@@ -15,7 +15,7 @@ from unibiomed_jax.training.config import LossConfig
 from unibiomed_jax.training.forward import Prediction, loss_sums
 from unibiomed_jax.training.losses import TokenLoss
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.scale
 
 # Samples of a share, objects, frames and the side of masks.
 SAMPLES, OBJECTS, FRAMES, SIDE = 3, 2, 2, 16

@@ -74,6 +74,7 @@ def moved(chips, strategy, **mesh):
     return batch, collectives(traced.lower(lowering_platforms=("tpu",)).compile().as_text())
 
 
+@pytest.mark.scale
 def test_gradients_of_the_vocabulary_are_summed_once_and_no_batch_is_gathered(chips):
     batch, found = moved(chips, "fsdp", fsdp=8)
     shapes = [shape for collective in found for shape in collective.shapes]

@@ -120,6 +120,7 @@ def test_a_run_logs_every_update_and_validates(finished):
     assert len(list((finished / "pictures").iterdir())) == 2
 
 
+@pytest.mark.scale
 def test_killed_and_stopped_it_ends_as_if_nothing_had_happened(environment, finished, tmp_path):
     """Killed in turn during a save, soon after one, and while it starts; then stopped by SIGTERM."""
     moments = random.Random(0)
