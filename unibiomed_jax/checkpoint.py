@@ -15,7 +15,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,20 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 import tensorstore as ts
 from flax import nnx
 from orbax.checkpoint.experimental import v1 as ocp
 
 from unibiomed_jax import distributed
-from unibiomed_jax.bucket import array_store, teach_orbax, told
+from unibiomed_jax.bucket import teach_orbax, told
 from unibiomed_jax.config.fields import from_dict, to_dict
 from unibiomed_jax.config.model import ModelConfig
 from unibiomed_jax.errors import BucketError, InputError
 from unibiomed_jax.files import copy_folder, in_bucket, locate, new_folder, read_json, require_space
 from unibiomed_jax.inputs.tokenizer import copy_tokenizer
 from unibiomed_jax.parameters import LoraInfo, abstract_params, flatten, merge_adapters, unflatten
+from unibiomed_jax.stored_arrays import Need, dtype_of, fill, need_of, size_of
 
 FORMAT = 1
 
@@ -51,12 +50,6 @@ READ_TOGETHER = 64 << 20
 
 # Parameters that are read and hashed beside each other; both let go of the interpreter meanwhile.
 READERS = 4
-
-# Bytes that are read at once of a larger parameter.
-BLOCK = 1 << 20
-
-# The folder below a part's in which Orbax keeps the arrays of a tree.
-STATE = "state"
 
 teach_orbax()
 
@@ -303,7 +296,7 @@ def read_part(path: str | os.PathLike, name: str, manifest: Manifest) -> dict[st
     needs = {}
     for p in _paths(name, manifest):
         shape, dtype = manifest.shapes[p], dtype_of(manifest.leaves[p]["dtype"])
-        needs[p] = _Need({tuple((0, size) for size in shape): np.empty(shape, dtype)}, hashed=True)
+        needs[p] = Need({tuple((0, size) for size in shape): np.empty(shape, dtype)}, hashed=True)
     _read(locate(path), manifest, needs)
     return {p.partition(".")[2]: next(iter(need.pieces.values())) for p, need in needs.items()}
 
@@ -344,7 +337,7 @@ def load(
     if divided:
         of_config = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
         distributed.require_equal("checkpoint", {"hash": manifest.hash, "hash of config.json": of_config})
-    divided.sort(key=lambda p: -_size(manifest.leaves[p]))
+    divided.sort(key=lambda p: -size_of(manifest.leaves[p]))
     # Files on disks may be each machine's own.
     mine = set(distributed.share(divided) if in_bucket(path) else divided)
     params: dict = {}
@@ -353,7 +346,7 @@ def load(
         part: dict[str, jax.Array] = {}
         with together():
             for paths in _read_together(name, manifest):
-                needs = {p: _need(places[p], manifest.leaves[p], wanted, p in mine) for p in paths}
+                needs = {p: need_of(places[p], manifest.leaves[p], wanted, p in mine) for p in paths}
                 _read(path, manifest, needs)
                 while needs:  # each host array is freed once its copy is on the devices
                     p, need = needs.popitem()
@@ -392,16 +385,11 @@ def _paths(name: str, manifest: Manifest) -> list[str]:
     return [path for path in manifest.leaves if path.partition(".")[0] == name]
 
 
-def _size(leaf: dict) -> int:
-    """Bytes of a parameter, from its entry in the manifest."""
-    return math.prod(leaf["shape"]) * dtype_of(leaf["dtype"]).itemsize
-
-
 def _read_together(name: str, manifest: Manifest) -> Iterator[list[str]]:
     """Paths of a part's parameters, in groups of at most READ_TOGETHER bytes or one parameter."""
     group, size = [], 0
     for path in _paths(name, manifest):
-        more = _size(manifest.leaves[path])
+        more = size_of(manifest.leaves[path])
         if group and size + more > READ_TOGETHER:
             yield group
             group, size = [], 0
@@ -423,44 +411,7 @@ def check_shapes(
             )
 
 
-def dtype_of(name: str) -> np.dtype:
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Arrays are read through TensorStore, beneath Orbax: Orbax gives an array when it has read all of it.
-
-# A part of an array: (start, stop) along every axis.
-Bounds = tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class _Need:
-    """What this process needs of a parameter."""
-
-    # Arrays to fill, each with the part of the parameter that lies within some bounds.
-    pieces: dict[Bounds, np.ndarray]
-    # Whether it reads all of it and compares the hash.
-    hashed: bool
-
-    def piece(self, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-        return self.pieces[_bounds(shape, index)]
-
-
-def _need(place: jax.sharding.Sharding, leaf: dict, dtype: str | None, hashed: bool) -> _Need:
-    """What a parameter that goes to some place takes, besides the hash of what comes here as a whole."""
-    shape, wanted = tuple(leaf["shape"]), dtype_of(dtype or leaf["dtype"])
-    parts = {_bounds(shape, index) for index in place.addressable_devices_indices_map(shape).values()}
-    pieces = {part: np.empty([stop - start for start, stop in part], wanted) for part in parts}
-    return _Need(pieces, hashed or place.is_fully_addressable or _bounds(shape, ()) in pieces)
-
-
-def _bounds(shape: tuple[int, ...], index: tuple[slice, ...]) -> Bounds:
-    slices = (*index, *[slice(None)] * (len(shape) - len(index)))
-    return tuple(part.indices(size)[:2] for part, size in zip(slices, shape, strict=True))
-
-
-def _read(path: Path, manifest: Manifest, needs: Mapping[str, _Need]) -> None:
+def _read(path: Path, manifest: Manifest, needs: Mapping[str, Need]) -> None:
     """Fill the arrays that are needed of some parameters, by their dotted paths.
 
     Raises:
@@ -469,69 +420,19 @@ def _read(path: Path, manifest: Manifest, needs: Mapping[str, _Need]) -> None:
     context = ts.Context()
 
     def read(name: str) -> bool:
-        return _fill(path, name, manifest.leaves[name], needs[name], context)
+        part, _, below = name.partition(".")
+        folder = path.absolute() / "params" / part
+        try:
+            return fill(folder, below, manifest.leaves[name], needs[name], context)
+        except (MemoryError, BucketError):
+            raise
+        except Exception as error:  # TensorStore raises many kinds
+            # Of its long sentences the end says why: behind the places, before all that was asked.
+            reason = str(error).partition(" [tensorstore_spec=")[0].replace(os.fspath(folder), "...")
+            reason = (reason.strip().splitlines() or [type(error).__name__])[0][-200:].strip()
+            raise InputError(f"{folder} cannot be read ({reason}); {REMEDY}.") from error
 
     with ThreadPoolExecutor(READERS) as readers:
         for name, whole in zip(needs, readers.map(read, needs), strict=True):
             if not whole:
                 raise InputError(f"{path}: {name} is damaged or was changed after it was written; {REMEDY}.")
-
-
-def _fill(path: Path, name: str, leaf: dict, need: _Need, context: ts.Context) -> bool:
-    """Fill the arrays that are needed of a parameter; False: it is not the one that was written."""
-    part, _, below = name.partition(".")
-    folder = path.absolute() / "params" / part
-    # A chunk that was read is kept for the blocks to come: it may be the whole array. One MiB for overhead.
-    kept = {"total_bytes_limit": _size(leaf) + (1 << 20)}
-    chunks = ts.Context({"cache_pool#chunks": kept}, parent=context)
-    spec = {
-        "driver": "zarr3",
-        "kvstore": {"driver": "ocdbt", "base": array_store(folder / STATE), "path": f"{below}/"},
-        "cache_pool": "cache_pool#chunks",
-        "recheck_cached_data": "open",
-    }
-    digest = hashlib.sha256()
-    try:
-        with told(path):
-            store = ts.open(spec, open=True, read=True, context=chunks).result()
-            if [list(store.shape), str(store.dtype.numpy_dtype)] != [leaf["shape"], leaf["dtype"]]:
-                return False
-            for block in _blocks(store.shape, BLOCK // store.dtype.numpy_dtype.itemsize):
-                whole = _get(store, block) if need.hashed else None
-                if whole is not None:
-                    digest.update(whole.reshape(-1).view(np.uint8))
-                for bounds, piece in need.pieces.items():
-                    both = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(block, bounds, strict=True))
-                    if all(start < stop for start, stop in both):
-                        found = _get(store, both) if whole is None else whole[_within(block, both)]
-                        piece[_within(bounds, both)] = found
-    except (MemoryError, BucketError):
-        raise
-    except Exception as error:  # TensorStore raises many kinds
-        # Of its long sentences the end says why: behind the places, before all that was asked.
-        reason = str(error).partition(" [tensorstore_spec=")[0].replace(os.fspath(folder), "...")
-        reason = (reason.strip().splitlines() or [type(error).__name__])[0][-200:].strip()
-        raise InputError(f"{folder} cannot be read ({reason}); {REMEDY}.") from error
-    return not need.hashed or digest.hexdigest() == leaf["sha256"]
-
-
-def _blocks(shape: tuple[int, ...], most: int) -> Iterator[Bounds]:
-    """An array cut into parts, in the order of their memory, of at most so many elements each (or one)."""
-    axis = next((axis for axis in range(len(shape)) if math.prod(shape[axis + 1 :]) <= most), None)
-    if axis is None:
-        yield ()
-        return
-    step = max(1, most // max(1, math.prod(shape[axis + 1 :])))
-    for outer in np.ndindex(*shape[:axis]):
-        for start in range(0, shape[axis], step):
-            rows = (start, min(start + step, shape[axis]))
-            yield (*((i, i + 1) for i in outer), rows, *((0, size) for size in shape[axis + 1 :]))
-
-
-def _get(store: ts.TensorStore, part: Bounds) -> np.ndarray:
-    return store[tuple(slice(*bounds) for bounds in part)].read(order="C").result()
-
-
-def _within(outer: Bounds, inner: Bounds) -> tuple[slice, ...]:
-    """Where a part lies in an array that has a larger one."""
-    return tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(inner, outer, strict=True))

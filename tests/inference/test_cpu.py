@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from unibiomed_jax import UniBiomed
 from unibiomed_jax.config.model import LanguageConfig
 from unibiomed_jax.config.precision import FLOAT32
 from unibiomed_jax.conversion.from_torch import read_released
+from unibiomed_jax.errors import InputError
 from unibiomed_jax.inference import network
 from unibiomed_jax.inference.cpu import (
     EXACT_PARTS,
@@ -97,6 +100,19 @@ def test_the_predictor_splits_a_checkpoint_stored_in_bfloat16_where_there_are_ma
         assert is_split == (units == "matrix" and language is rounded)
         answers.append(model.predict(None, "What is a CT scan?", max_new_tokens=12).text)
     assert answers[0] == answers[1]
+
+
+def test_parameters_outlive_a_layout_that_is_refused():
+    """So that another one can be tried with them."""
+
+    def refuse(table):
+        raise InputError("Another mesh.")
+
+    loaded = read_released(MICRO)
+    parts, layout = set(loaded.params), SimpleNamespace(mesh=SimpleNamespace(size=2), require_useful=refuse)
+    with pytest.raises(InputError, match="Another mesh"):
+        network.build_network(loaded.config, loaded.params, FLOAT32, layout)
+    assert set(loaded.params) == parts
 
 
 def test_no_stack_of_layers_is_widened_beside_the_layers(monkeypatch):

@@ -200,3 +200,16 @@ def test_no_piece_ends_in_half_a_character(model, image, monkeypatch):
     monkeypatch.setattr(model, "_start", forced)
     *pieces, answer = model.stream(image, QUESTION, max_new_tokens=200)
     assert answer.text == text == "".join(pieces) and not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_batch_that_waits_for_its_masks_holds_no_cache(model, image, monkeypatch):
+    """Several wait at a time, and a cache is the most that a batch holds."""
+    finish, held = model._finish, []
+
+    def watched(answering, hide_absent):
+        held.append(answering.state.cache)
+        return finish(answering, hide_absent)
+
+    monkeypatch.setattr(model, "_finish", watched)
+    model.predict_batch([Request("<image>\nWhat is it?", image)], max_new_tokens=2)
+    assert held == [None]

@@ -18,7 +18,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 from places import MICRO_RUN, ROOT, TESTS
 from small_datasets import coco_table, save_picture, save_square, write_table
 
-from unibiomed_jax.checkpoint import dtype_of
+from unibiomed_jax.stored_arrays import dtype_of
 from unibiomed_jax.training.snapshot import leaves_by_name
 
 # Seconds after which a process counts as one that hangs.

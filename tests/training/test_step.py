@@ -231,8 +231,16 @@ def test_dropout_and_points_are_new_for_every_update_and_batch(monkeypatch):
     assert len(set(map(tuple, drawn))) == 8
 
 
-def test_nothing_compiles_that_was_compiled_ahead():
-    shape, optim = Shape(0, 0, 1, 8), dataclasses.replace(CONFIG.optim, accumulate=2)
+@pytest.mark.scale
+@pytest.mark.parametrize(
+    ("accumulate", "programs"),
+    [
+        (1, {"jit(whole)"}),
+        (2, {"jit(<lambda>)", "jit(nothing)", "jit(accumulate)", "jit(finish)"}),
+    ],
+)
+def test_nothing_compiles_that_was_compiled_ahead(accumulate, programs):
+    shape, optim = Shape(0, 0, 1, 8), dataclasses.replace(CONFIG.optim, accumulate=accumulate)
     config = dataclasses.replace(CONFIG, data=PipelineConfig((), batch_size=2), optim=optim)
     graphdef, state, frozen = build(config)
     state, frozen = LAYOUT.place(state), LAYOUT.place(frozen)
@@ -243,14 +251,13 @@ def test_nothing_compiles_that_was_compiled_ahead():
         if event.endswith("backend_compile_duration"):
             compiled.append(fun_name)
 
-    programs = {"jit(<lambda>)", "jit(nothing)", "jit(accumulate)", "jit(finish)"}
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         compile_ahead(config, LAYOUT, step, state, frozen, [shape])
         assert set(compiled) == programs
         compiled.clear()
         blank = LAYOUT.place_batch(collate([None] * 2, shape, SampleSizes.of(config.model)))
-        step(state, frozen, [blank, blank])
+        step(state, frozen, [blank] * accumulate)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert not programs & set(compiled)

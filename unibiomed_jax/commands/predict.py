@@ -14,10 +14,10 @@ import tyro
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from unibiomed_jax import distributed
 from unibiomed_jax.commands.model import load_model
+from unibiomed_jax.commands.progress import progress_bar
 from unibiomed_jax.commands.run import DONE, FAILED_IN_PART
 from unibiomed_jax.config.fields import Address
 from unibiomed_jax.config.precision import PrecisionName
@@ -109,13 +109,7 @@ def predict(options: PredictOptions) -> int:
     if done:
         _say(f"{done} of {len(sources)} already answered in {shown(options.out)}.")
     reasons: dict[str, str | None] = {}  # why it failed, or None for what is done
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
+    bar = progress_bar(console)
     with contextlib.nullcontext() if options.stream else bar:
         task = bar.add_task("Answering", total=len(todo))
         try:

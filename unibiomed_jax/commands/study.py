@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from unibiomed_jax.commands.model import load_model
+from unibiomed_jax.commands.progress import progress_bar
 from unibiomed_jax.commands.run import DONE, FAILED_IN_PART
 from unibiomed_jax.config.precision import PrecisionName
 from unibiomed_jax.config.preprocessing import PREPROCESSING, Preprocessing
@@ -409,13 +409,7 @@ def _usual_formats(opened: Study) -> tuple[str, ...]:
 @contextmanager
 def _progress(name: str) -> Iterator[Any]:
     """A bar with the time left, to be told what is being done."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
+    bar = progress_bar(console)
     tasks: dict[str, Any] = {}
     with bar:
 

@@ -29,6 +29,7 @@ from unibiomed_jax.conversion.writing import SHARD_BYTES, write_safetensors
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.files import local_folder, new_folder, require_space
 from unibiomed_jax.parameters import merge_adapters
+from unibiomed_jax.stored_arrays import dtype_of
 
 Plan = dict[str, tuple[np.dtype, tuple[int, ...]]]
 
@@ -96,7 +97,7 @@ def _read_layout(src: Path) -> dict:
 def _dtype(stored: dict, name: str, otherwise: str) -> np.dtype:
     if name in stored["dtypes"]:
         return DTYPES[stored["dtypes"][name]]
-    return checkpoint.dtype_of(otherwise)
+    return dtype_of(otherwise)
 
 
 def _tensors(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from unibiomed_jax import distributed
 from unibiomed_jax.commands.eval.options import EvalOptions
 from unibiomed_jax.commands.eval.printing import NAMED, console, say
 from unibiomed_jax.commands.model import load_model
+from unibiomed_jax.commands.progress import progress_bar
 from unibiomed_jax.errors import InputError
 from unibiomed_jax.files import read_json, shown, write_beside
 
@@ -73,13 +72,7 @@ def answer(options: EvalOptions) -> int:
     count = sum(map(len, done.values()))
     if count:
         say(f"{count} of {len(samples)} already answered in {shown(options.out)}.")
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
+    bar = progress_bar(console)
     asker = answering.Asker(
         model,
         readers.image_folder(options.data),
